@@ -1,0 +1,57 @@
+"""Parallel-in-time sampling of diffusion and flow models."""
+
+from piadm.corrector import Corrector
+from piadm.denoiser import Denoiser, GuidedNetwork
+from piadm.grid import Blocks, TimeGrid
+from piadm.integrators import DataExponential, Integrator, ScoreExponential
+from piadm.linearization import DataFrozen, Gaussian, Identity, Linearization, ScoreFrozen
+from piadm.models import load
+from piadm.paper import piadm_ode, piadm_sde
+from piadm.samplers import sample
+from piadm.schedule import (
+    CosineSchedule,
+    DiscreteSchedule,
+    FlowSchedule,
+    NoiseSchedule,
+    OUSchedule,
+    VESchedule,
+    VPSchedule,
+)
+from piadm.sequential import sample_sequential
+from piadm.solution import NetworkError, NotConvergedError, RoundInfo, Solution, Stats, Status
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Blocks",
+    "Corrector",
+    "CosineSchedule",
+    "DataExponential",
+    "DataFrozen",
+    "Denoiser",
+    "DiscreteSchedule",
+    "FlowSchedule",
+    "Gaussian",
+    "GuidedNetwork",
+    "Identity",
+    "Integrator",
+    "Linearization",
+    "NetworkError",
+    "NoiseSchedule",
+    "NotConvergedError",
+    "OUSchedule",
+    "RoundInfo",
+    "ScoreExponential",
+    "ScoreFrozen",
+    "Solution",
+    "Stats",
+    "Status",
+    "TimeGrid",
+    "VESchedule",
+    "VPSchedule",
+    "load",
+    "piadm_ode",
+    "piadm_sde",
+    "sample",
+    "sample_sequential",
+]

@@ -1,0 +1,186 @@
+"""Checks of arguments, shared by the whole package."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from numbers import Integral, Real
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_T = TypeVar("_T")
+
+
+def finite_float(
+    name: str,
+    value: object,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    low_open: bool = True,
+    high_open: bool = True,
+) -> float:
+    """Return ``value`` as a finite float inside the given bounds.
+
+    Args:
+        name: Argument name used in messages.
+        value: A real number (Python or NumPy; not a bool).
+        low: Lower bound, or None for no bound.
+        high: Upper bound, or None for no bound.
+        low_open: Whether ``low`` itself is refused.
+        high_open: Whether ``high`` itself is refused.
+
+    Returns:
+        The value as a Python float.
+
+    Raises:
+        TypeError: If ``value`` is not a real number.
+        ValueError: If it is not finite or lies outside the bounds.
+    """
+    bounds = []
+    if low is not None:
+        bounds.append(f"{'>' if low_open else '>='} {low:g}")
+    if high is not None:
+        bounds.append(f"{'<' if high_open else '<='} {high:g}")
+    accepted = " ".join(["a finite number", " and ".join(bounds)]).rstrip()
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be {accepted}, got {value!r} of type {type(value).__name__}")
+    number = float(value)
+    above = low is None or number > low or (number == low and not low_open)
+    below = high is None or number < high or (number == high and not high_open)
+    if not (math.isfinite(number) and above and below):
+        raise ValueError(f"{name} must be {accepted}, got {value!r}")
+    return number
+
+
+def positive_int(name: str, value: object, minimum: int = 1) -> int:
+    """Return ``value`` as an int that is at least ``minimum``.
+
+    Args:
+        name: Argument name used in messages.
+        value: An integer (Python or NumPy; not a bool).
+        minimum: Smallest accepted value.
+
+    Returns:
+        The value as a Python int.
+
+    Raises:
+        TypeError: If ``value`` is not an integer.
+        ValueError: If it is below ``minimum``.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        kind = type(value).__name__
+        raise TypeError(f"{name} must be an integer >= {minimum}, got {value!r} of type {kind}")
+    number = int(value)
+    if number < minimum:
+        raise ValueError(f"{name} must be an integer >= {minimum}, got {value!r}")
+    return number
+
+
+def choice(name: str, value: _T, accepted: Collection[_T]) -> _T:
+    """Return ``value`` if it is one of ``accepted``.
+
+    Args:
+        name: Argument name used in messages.
+        value: The value to check.
+        accepted: The values allowed; a value of a type found among none of them is a TypeError.
+
+    Returns:
+        The value itself.
+
+    Raises:
+        TypeError: If ``value`` has none of the types of the accepted values.
+        ValueError: If it has such a type but is not among them.
+    """
+    listed = ", ".join(map(repr, accepted))
+    if not isinstance(value, tuple({type(item) for item in accepted})):
+        raise TypeError(f"{name} must be one of {listed}, got {value!r} of type {type(value).__name__}")
+    if value not in accepted:
+        raise ValueError(f"{name} must be one of {listed}, got {value!r}")
+    return value
+
+
+def real_vector(name: str, value: object, minimum: int = 2) -> Tensor:
+    """Return ``value`` as a new finite vector, float64 on the CPU.
+
+    Args:
+        name: Argument name used in messages.
+        value: A one-dimensional list, tuple, NumPy array or tensor of real numbers.
+        minimum: Smallest accepted number of entries.
+
+    Returns:
+        A copy, shape (n,) with n >= ``minimum``.
+
+    Raises:
+        TypeError: If ``value`` does not hold real numbers.
+        ValueError: If it is not one-dimensional, too short or not finite.
+    """
+    accepted = f"a one-dimensional sequence of at least {minimum} finite real numbers"
+    if isinstance(value, Tensor):
+        real = not value.is_complex() and value.dtype != torch.bool
+        described = str(value.dtype)
+    else:
+        try:
+            array = np.asarray(value)
+        except ValueError as error:
+            raise ValueError(f"{name} must be {accepted}, got {value!r}") from error
+        real, described = array.dtype.kind in "iuf", type(value).__name__
+    if not real:
+        raise TypeError(f"{name} must be {accepted}, got {value!r} of type {described}")
+    if isinstance(value, Tensor):
+        vector = value.detach().to("cpu", torch.float64, copy=True)
+    else:
+        vector = torch.from_numpy(array.astype(np.float64))
+    if vector.dim() != 1 or len(vector) < minimum:
+        raise ValueError(f"{name} must be {accepted}, got shape {tuple(vector.shape)}")
+    if not bool(vector.isfinite().all()):
+        index = int((~vector.isfinite()).nonzero()[0])
+        raise ValueError(f"{name} must be {accepted}, got {name}[{index}] = {vector[index].item()}")
+    return vector
+
+
+def decreasing_vector(name: str, value: object) -> Tensor:
+    """Return ``value`` as a new strictly decreasing vector, float64 on the CPU.
+
+    Args:
+        name: Argument name used in messages.
+        value: A one-dimensional list, tuple, NumPy array or tensor of at least two real numbers.
+
+    Returns:
+        A copy, shape (n,).
+
+    Raises:
+        TypeError: If ``value`` does not hold real numbers.
+        ValueError: If it is not a finite vector of at least two entries, each less than the one before.
+    """
+    vector = real_vector(name, value)
+    rising = (vector.diff() >= 0.0).nonzero()
+    if len(rising):
+        i = int(rising[0])
+        raise ValueError(
+            f"{name} must be strictly decreasing, noise first"
+            f", got {vector[i + 1].item()} at index {i + 1} after {vector[i].item()}"
+        )
+    return vector
+
+
+def instance(name: str, value: _T, kind: type) -> _T:
+    """Return ``value`` if it is an instance of ``kind``.
+
+    Args:
+        name: Argument name used in messages.
+        value: The value to check.
+        kind: The class accepted, abstract or not.
+
+    Returns:
+        The value itself.
+
+    Raises:
+        TypeError: If it is not an instance.
+    """
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be a {kind.__name__}, got {value!r} of type {type(value).__name__}")
+    return value

@@ -1,0 +1,81 @@
+"""The command ``piadm``: its subcommands, its exit codes and its one line on error."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import typer
+
+FAILED = 1
+INTERRUPTED = 130
+_MISSING = "piadm: the command line needs {name}; install it with: pip install 'piadm[cli,plots,diffusers]'"
+
+
+def build() -> typer.Typer:
+    """Return the application with every subcommand.
+
+    Raises:
+        ImportError: If typer or rich is not installed.
+    """
+    import typer
+
+    from piadm.cli import sample
+
+    app = typer.Typer(
+        name="piadm",
+        help="Parallel-in-time sampling of diffusion and flow models.",
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+    )
+    # With a callback the subcommand keeps its name even while it is the only one.
+    app.callback()(lambda: None)
+    app.command("sample", epilog=sample.EXAMPLES)(sample.sample)
+    return app
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: The words after ``piadm``; ``sys.argv[1:]`` by default.
+
+    Returns:
+        The exit code: 0, 1 for a failure, 2 for a wrong option, 130 after Ctrl-C.  Every failure prints one
+        line on standard error; with ``PIADM_TRACEBACK`` set in the environment it raises instead.
+    """
+    try:
+        import typer.main
+
+        app = build()
+    except ModuleNotFoundError as error:
+        if error.name is not None and error.name.partition(".")[0] in ("typer", "rich"):
+            return _fail(_MISSING.format(name=error.name.partition(".")[0]), FAILED)
+        raise
+    command = typer.main.get_command(app)
+    words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    try:
+        code = int(command.main(words, prog_name="piadm", standalone_mode=False) or 0)
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    except Exception as error:
+        if os.environ.get("PIADM_TRACEBACK"):
+            raise
+        return _fail(f"piadm: error: {_one_line(error)}", getattr(error, "exit_code", FAILED))
+    return _fail("piadm: interrupted", INTERRUPTED) if code == INTERRUPTED else code
+
+
+def _fail(line: str, code: int) -> int:
+    print(line, file=sys.stderr)
+    return code
+
+
+def _one_line(error: Exception) -> str:
+    """Return an error's message on one line, with its type where it has no message."""
+    # Typer's own errors carry their full text in format_message; which click raised them varies by version.
+    text = str(getattr(error, "format_message", error.__str__)())
+    return " ".join(text.split()) or type(error).__name__

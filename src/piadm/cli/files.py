@@ -1,0 +1,55 @@
+"""Output files: checked before the work starts, and written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+
+def check_writable(option: str, path: Path, suffix: str) -> None:
+    """Check that a file can be written later; nothing is left behind.
+
+    Args:
+        option: The option that named the file, for the message.
+        path: The file.
+        suffix: The ending that its name must have, such as ``.png``.
+
+    Raises:
+        ValueError: If the name has another ending, is a folder's, or lies in a folder that is missing or
+            cannot be written to.
+    """
+    if path.suffix.lower() != suffix:
+        raise ValueError(f"{option} must name a {suffix} file, got {str(path)!r}")
+    if path.is_dir():
+        raise ValueError(f"{option} must name a file, but {str(path)!r} is a folder")
+    if not path.parent.is_dir():
+        raise ValueError(f"{option} must lie in an existing folder, but {str(path.parent)!r} is none")
+    try:
+        # Permission bits alone mislead (root, read-only mounts, full disks), so a file is really opened.
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        folder = str(path.parent)
+        raise ValueError(f"{option}: no file can be written to {folder!r} ({error.strerror})") from error
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Write a file under a temporary name beside ``path`` and move it into place.
+
+    Args:
+        path: The file, replaced if it exists.
+        write: Called with the open temporary file.
+
+    Raises:
+        OSError: If the file cannot be written; ``path`` is then as it was.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as stream:
+            write(stream)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,46 @@
+"""Progress on standard error: bars on a terminal, nothing in a pipe."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Return a console on standard output or error that styles its text on a terminal only."""
+    terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    return Console(stderr=stderr, force_terminal=terminal, highlight=False, emoji=False)
+
+
+@contextmanager
+def bar(title: str) -> Iterator[Callable[[float, str], None]]:
+    """Show a bar while the block runs.
+
+    Args:
+        title: What is being done.
+
+    Yields:
+        A function ``update(fraction, note)``: how much is done, in [0, 1], and a few words.
+    """
+    screen = console(stderr=True)
+    columns = (
+        TextColumn(f"{title:<20}"),
+        BarColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as progress:
+        task = progress.add_task(title, total=1.0, note="")
+        yield lambda fraction, note: progress.update(task, completed=fraction, note=note)
+
+
+def fraction_converged(first: float, now: float, tol: float) -> float:
+    """Return how far an error has come from its first value to the tolerance, in [0, 1] on a log scale."""
+    if not (math.isfinite(first) and math.isfinite(now) and first > tol and now > 0):
+        return 0.0
+    return min(1.0, max(0.0, math.log(first / now) / math.log(first / tol)))

@@ -1,0 +1,234 @@
+"""``piadm sample``: the same samples twice, sequentially and in parallel, side by side."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from enum import Enum
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated
+
+import torch
+import typer
+
+import piadm
+from piadm._checks import finite_float, positive_int
+from piadm.cli import files, progress
+from piadm.cli.report import Report, RunFigures, Spread, Trace, rms_difference, warnings_of
+from piadm.solution import Status
+
+if TYPE_CHECKING:
+    from piadm.denoiser import Denoiser
+    from piadm.solution import RoundInfo, Solution
+
+# A paragraph each: the help screen joins the lines of a paragraph.
+EXAMPLES = """[bold]Examples[/bold]
+
+piadm sample                           16 garments, 1000 ODE steps, both ways
+
+piadm sample --tol 1e-3                to a smaller error
+
+piadm sample --method sde --steps 100  the SDE: noise in every step, more rounds
+
+piadm sample --num 4 --json out.json   4 garments; every figure as JSON
+
+piadm sample --no-reference            in parallel only: no true error
+"""
+_SHAPE = (1, 28, 28)
+_INTERRUPTED = 130
+
+
+class Method(str, Enum):
+    """The process that is solved from noise to data."""
+
+    SDE = "sde"
+    ODE = "ode"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of one run.
+
+    Raises:
+        ValueError: If an option is out of its range or an output file cannot be written.
+    """
+
+    method: str
+    steps: int
+    tol: float
+    num: int
+    seed: int
+    device: str
+    max_batch: int | None
+    threads: int | None
+    reference: bool
+    out: Path
+    json: Path | None
+
+    def __post_init__(self) -> None:
+        positive_int("--steps", self.steps)
+        finite_float("--tol", self.tol, low=0.0)
+        positive_int("--num", self.num)
+        positive_int("--seed", self.seed, minimum=0)
+        for name, value in (("--max-batch", self.max_batch), ("--threads", self.threads)):
+            if value is not None:
+                positive_int(name, value)
+        files.check_writable("--out", self.out, ".png")
+        if self.json is not None:
+            files.check_writable("--json", self.json, ".json")
+
+
+def sample(
+    method: Annotated[Method, typer.Option(help="Stochastic or deterministic sampler.")] = Method.ODE,
+    steps: Annotated[int, typer.Option(help="Steps of the sequential sampler that both runs solve.")] = 1000,
+    tol: Annotated[float, typer.Option(help="RMS error per pixel that ends a parallel sample.")] = 1e-2,
+    num: Annotated[int, typer.Option(help="Number of garments.")] = 16,
+    seed: Annotated[int, typer.Option(help="Seed of the noise, shared by both runs.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto: cuda if present.")] = "cpu",
+    max_batch: Annotated[int | None, typer.Option(help="Most rows handed to the network at once.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; torch's own choice by default.")] = None,
+    reference: Annotated[bool, typer.Option(help="Run the sequential sampler too.")] = True,
+    out: Annotated[Path, typer.Option(help="The picture (PNG).")] = Path("piadm-sample.png"),
+    json: Annotated[Path | None, typer.Option(help="Write every printed figure to this file.")] = None,
+) -> None:
+    """Sample garments from the shipped model, sequentially and in parallel, from the same noise.
+
+    Writes one picture with both sets of samples and the convergence per round, and prints what each run cost.
+    """
+    try:
+        settings = Settings(
+            method=method.value, steps=steps, tol=tol, num=num, seed=seed, device=_resolve_device(device),
+            max_batch=max_batch, threads=threads, reference=reference, out=out, json=json,
+        )  # fmt: skip
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    if run(settings):
+        raise typer.Exit(_INTERRUPTED)
+
+
+def run(settings: Settings) -> bool:
+    """Sample, then print and write what was found.
+
+    Returns:
+        Whether Ctrl-C cut the run short; what had been reached by then is printed and written all the same.
+
+    Raises:
+        ImportError: If matplotlib or diffusers is not installed.
+    """
+    figure = _import_figure()
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    denoiser = piadm.load("fashion", device=settings.device)
+    trace = Trace()
+    # In this order the picture has something to show when the long sequential run is interrupted.
+    parallel = _run_parallel(denoiser, settings, trace)
+    interrupted = _was_interrupted(parallel)
+    sequential = None
+    if settings.reference and not interrupted:
+        sequential = _run_sequential(denoiser, settings)
+        interrupted = _was_interrupted(sequential)
+        sequential = None if interrupted else sequential
+    report = _report(settings, trace, parallel, sequential)
+    drawing = figure.draw(report, parallel.sample, None if sequential is None else sequential.sample)
+    files.write_whole(settings.out, lambda stream: figure.save(drawing, stream))
+    if settings.json is not None:
+        files.write_whole(settings.json, report.write_json)
+    _print(settings, report)
+    return interrupted
+
+
+def _run_parallel(denoiser: Denoiser, settings: Settings, trace: Trace) -> Solution:
+    with _quiet(), progress.bar("parallel") as update:
+
+        def after_round(info: RoundInfo) -> None:
+            trace.record(info)
+            worst = [float(estimate.max()) for _, _, estimate in trace.rounds]
+            done = progress.fraction_converged(worst[0], worst[-1], settings.tol)
+            update(done, f"round {info.round}, error {worst[-1]:.1e}")
+
+        return piadm.sample(
+            denoiser, (settings.num, *_SHAPE), method=settings.method, steps=settings.steps, tol=settings.tol,
+            seed=settings.seed, max_batch=settings.max_batch, callback=after_round,
+        )  # fmt: skip
+
+
+def _run_sequential(denoiser: Denoiser, settings: Settings) -> Solution:
+    with _quiet(), progress.bar("sequential reference") as update:
+
+        def after_step(info: RoundInfo) -> None:
+            update(info.round / settings.steps, f"step {info.round} of {settings.steps}")
+
+        return piadm.sample_sequential(
+            denoiser, (settings.num, *_SHAPE), method=settings.method, steps=settings.steps,
+            seed=settings.seed, max_batch=settings.max_batch, callback=after_step,
+        )  # fmt: skip
+
+
+def _report(settings: Settings, trace: Trace, parallel: Solution, sequential: Solution | None) -> Report:
+    runs = {"parallel": RunFigures.of(parallel)}
+    target = None
+    if sequential is not None:
+        runs["sequential"], target = RunFigures.of(sequential), sequential.sample
+    paths = {"out": str(settings.out), "json": None if settings.json is None else str(settings.json)}
+    return Report(
+        settings=asdict(settings) | paths | {"threads": torch.get_num_threads()},
+        versions={"piadm": piadm.__version__, "torch": str(torch.__version__)},
+        parallel=runs["parallel"],
+        sequential=runs.get("sequential"),
+        error_estimate=Spread.of(parallel.error_estimate),
+        rms_difference=None if target is None else Spread.of(rms_difference(parallel.sample, target)),
+        convergence=trace.convergence(target),
+        warnings=warnings_of(runs),
+    )
+
+
+def _print(settings: Settings, report: Report) -> None:
+    screen, errors = progress.console(), progress.console(stderr=True)
+    screen.print(report.headline(), style="bold", soft_wrap=True)
+    screen.print(report.table())
+    screen.print(f"picture: {settings.out}", soft_wrap=True, markup=False)
+    for line in report.warnings:
+        errors.print(f"warning: {line}", style="yellow", soft_wrap=True, markup=False)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the library's warnings of failed samples off the screen: the report has a line for each."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="sample ", category=RuntimeWarning)
+        yield
+
+
+def _was_interrupted(solution: Solution) -> bool:
+    return Status.INTERRUPTED in solution.status
+
+
+def _resolve_device(name: str) -> str:
+    """Return the torch device that ``--device`` means.
+
+    Raises:
+        ValueError: If there is no such kind of device, or this machine has none.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(name).type
+    except RuntimeError as error:
+        raise ValueError(f"--device must be auto or a torch device such as cuda:0, got {name!r}") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: torch finds no CUDA device here; use cpu or auto")
+    return name
+
+
+def _import_figure() -> ModuleType:
+    """Import the drawing module first of all: an hour of sampling must not end in a missing package."""
+    try:
+        return import_module("piadm.cli.figure")
+    except ModuleNotFoundError as error:
+        if error.name is None or not error.name.startswith("matplotlib"):
+            raise
+        raise ImportError("the picture needs matplotlib: pip install 'piadm[plots]'") from error

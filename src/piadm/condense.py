@@ -1,0 +1,101 @@
+"""The condensed path: a linear recurrence over many steps as a few small matrices, once, in float64.
+
+With the network frozen to ``D = G x[0] + g + R`` the affine step (1) is a linear recurrence with small
+constant coefficients, whatever the data's dimension:
+
+    x_{j+1} = (a_j + b_j G_j e_0^T) x_j + b_j (g_j + (W R)_j) + c_j xi_j
+
+so the states at the nodes and at the end are
+
+    x = start x_0 + offset + P R + N xi                                                            (2)
+
+A round of a parallel sampler is one network call on the nodes and one product with ``P``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from piadm.integrators import AffineSteps
+from piadm.nodes import NodeSet
+
+
+@dataclass(frozen=True)
+class CondensedPath:
+    """Equation (2) for ``n`` nodes and the end of the path, float64 on the CPU.
+
+    Attributes:
+        times: schedule times of the nodes, shape ``(n,)``.
+        slopes: ``G`` at the nodes, shape ``(n,)``.
+        constants: ``g`` at the nodes, shape ``(n,)``.
+        start: initial state to outputs, shape ``(n + 1, s, s)``; output ``n`` is the end of the path.
+        offset: what the constants ``g`` add to the outputs, shape ``(n + 1, s)``.
+        response: ``P``, node residuals to outputs, shape ``(n + 1, s, n)``.
+        noise: ``N``, step noises to outputs, shape ``(n + 1, s, J, r)``.
+    """
+
+    times: Tensor
+    slopes: Tensor
+    constants: Tensor
+    start: Tensor
+    offset: Tensor
+    response: Tensor
+    noise: Tensor
+
+    @property
+    def count(self) -> int:
+        """Number of nodes ``n``."""
+        return len(self.times)
+
+    @property
+    def components(self) -> int:
+        """Number of state components ``s``."""
+        return self.start.shape[1]
+
+
+def condense(steps: AffineSteps, slopes: Tensor, nodes: NodeSet, constants: Tensor | None = None) -> CondensedPath:
+    """Condense a path: carry the matrices through the recurrence, one step at a time.
+
+    Every entry is a product of neighbouring factors, never a ratio of cumulative products, so growth and
+    decay over many orders of magnitude are both exact to rounding.
+
+    Args:
+        steps: coefficients of the ``J`` steps.
+        slopes: Jacobian guess ``G_j`` of every step, shape ``(J,)``.
+        nodes: where the network is called, and the interpolation ``W``.
+        constants: constant part ``g_j`` of the denoised estimate at every step, shape ``(J,)``; None: zero.
+    """
+    s, r, count, n = steps.components, steps.normals, steps.count, nodes.count
+    constants = torch.zeros_like(slopes) if constants is None else constants
+    a, b, c = steps.a.numpy().copy(), steps.b.numpy(), steps.c.numpy()
+    a[:, :, 0] += b * slopes.numpy()[:, None]
+    # The columns of one row: start (s), offset (1), node residuals (n), noises of all steps (J r).
+    model = np.concatenate([constants.numpy()[:, None], nodes.weights.numpy()], axis=1)
+    state = np.zeros((s, s + 1 + n + count * r))
+    state[:, :s] = np.eye(s)
+    outputs = np.empty((n + 1, *state.shape))
+    place = {index: i for i, index in enumerate(nodes.indices.tolist())}
+    for j in range(count):
+        if j in place:
+            outputs[place[j]] = state
+        state = a[j] @ state
+        state[:, s : s + 1 + n] += b[j][:, None] * model[j]
+        noise = s + 1 + n + j * r
+        state[:, noise : noise + r] += c[j]
+    outputs[n] = state
+
+    whole = torch.from_numpy(outputs)
+    start, offset, response, noises = torch.split(whole, [s, 1, n, count * r], dim=2)
+    return CondensedPath(
+        times=steps.times[nodes.indices],
+        slopes=slopes[nodes.indices],
+        constants=constants[nodes.indices],
+        start=start,
+        offset=offset.squeeze(2),
+        response=response,
+        noise=noises.reshape(n + 1, s, count, r),
+    )

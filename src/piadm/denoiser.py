@@ -1,0 +1,213 @@
+"""The denoiser: one adapter between a user's network and every sampler.
+
+Whatever a network predicts, the samplers see one function, the denoised estimate
+
+    x0_hat(x, t) = p(t) x + q(t) F(x, t),
+
+with two scalars per time that follow from ``x_t = alpha x_0 + sigma eps``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from piadm._checks import choice, finite_float
+from piadm.schedule import NoiseSchedule
+
+Network = Callable[..., Any]
+PREDICTIONS = ("epsilon", "score", "sample", "v", "velocity")
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """A network, the schedule it was trained on, and what it predicts.
+
+    Calling it gives ``x0_hat(x, t) = p(t) x + q(t) F(x, t)``:
+
+    ========== ====================================== ======================================
+    prediction the network F returns                  denoised estimate
+    ========== ====================================== ======================================
+    epsilon    the noise ``eps``                      ``(x - sigma F) / alpha``
+    score      ``grad log p_t(x)``                    ``(x + sigma^2 F) / alpha``
+    sample     ``x_0``                                ``F``
+    v          ``alpha eps - sigma x_0``              ``(alpha x - sigma F)/(alpha^2+sigma^2)``
+    velocity   ``dx/dt = alpha' x_0 + sigma' eps``    ``(sigma' x - sigma F)/(alpha sigma' - alpha' sigma)``
+    ========== ====================================== ======================================
+
+    Args:
+        network: callable ``network(x, t, **condition)`` with ``x`` of shape ``(R, *shape)`` and one schedule
+            time per row, ``t`` of shape ``(R,)`` (float32, or float64 for a float64 network).  It returns a
+            tensor of the shape of ``x``, a tuple that starts with it, or an object whose ``.sample`` it is.
+        schedule: the noise schedule of the network; its times are what the network is given.
+        prediction: one of "epsilon", "score", "sample", "v", "velocity".
+        data_mean: mean of the data over all coordinates, in the network's units.  Only the starting guess and
+            the Gaussian linearization use it: a wrong value costs rounds, never exactness.
+        data_variance: variance of the data about ``data_mean``, likewise.
+
+    Raises:
+        TypeError: if the network is not callable or the schedule is no ``NoiseSchedule``.
+        ValueError: if the prediction is unknown, or the mean or variance is not finite or not positive.
+
+    Reference: Salimans & Ho 2022 (arXiv 2202.00512, appendix D) for v; Lipman et al. 2023
+        (arXiv 2210.02747) for velocity.
+    """
+
+    network: Network
+    schedule: NoiseSchedule
+    prediction: str
+    data_mean: float = 0.0
+    data_variance: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not callable(self.network):
+            raise TypeError(
+                f"network must be callable as network(x, t, **condition), got {type(self.network).__name__}"
+            )
+        if not isinstance(self.schedule, NoiseSchedule):
+            raise TypeError(f"schedule must be a piadm.NoiseSchedule, got {type(self.schedule).__name__}")
+        choice("prediction", self.prediction, PREDICTIONS)
+        finite_float("data_mean", self.data_mean)
+        finite_float("data_variance", self.data_variance, low=0.0)
+
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The scalars ``(p, q)`` of ``x0_hat = p x + q F`` at times ``t``, float64, of the shape of ``t``."""
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        if self.prediction == "sample":
+            return torch.zeros_like(alpha), torch.ones_like(alpha)
+        if self.prediction == "epsilon":
+            return 1 / alpha, -sigma / alpha
+        if self.prediction == "score":
+            return 1 / alpha, sigma.square() / alpha
+        if self.prediction == "v":
+            total = alpha.square() + sigma.square()
+            return alpha / total, -sigma / total
+        alpha_dot, sigma_dot = schedule_slopes(self.schedule, t)
+        wronskian = alpha * sigma_dot - alpha_dot * sigma
+        return sigma_dot / wronskian, -sigma / wronskian
+
+    def __call__(self, x: Tensor, t: Tensor, **condition: Any) -> Tensor:  # noqa: ANN401 - the network's own
+        """Denoised estimate of rows ``x (R, *shape)`` at schedule times ``t (R,)``, in the dtype of ``x``.
+
+        Raises:
+            ValueError: if the network returns another shape than that of ``x``.
+        """
+        dtype, time_dtype = network_dtype(self.network, x.dtype), torch.promote_types(x.dtype, torch.float32)
+        output = unwrap(self.network(x.to(dtype), t.to(time_dtype), **condition))
+        if output.shape != x.shape:
+            raise ValueError(
+                f"network returned shape {tuple(output.shape)} for rows of shape {tuple(x.shape)}; "
+                "it must return the shape of its input (a learned variance must be split off first)"
+            )
+        p, q = (c.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1)) for c in self.coefficients(t.double()))
+        return torch.addcmul(p * x, q, output.to(x.dtype))
+
+    @property
+    def rows_per_call(self) -> int:
+        """Network rows per row handed in: two under classifier-free guidance, else one."""
+        return int(getattr(self.network, "rows_per_call", 1))
+
+
+def unwrap(output: Any) -> Tensor:  # noqa: ANN401 - anything a network may return
+    """The tensor in a network's output: itself, the first of a tuple, or its ``.sample``."""
+    if isinstance(output, (tuple, list)) and output:
+        output = output[0]
+    output = output if isinstance(output, Tensor) else getattr(output, "sample", output)
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            "network must return a tensor, a tuple that starts with one, or an object with .sample, "
+            f"got {type(output).__name__}"
+        )
+    return output
+
+
+def network_dtype(network: Network, default: torch.dtype) -> torch.dtype:
+    """Dtype of the network's first floating parameter; ``default`` where it has none."""
+    parameters = getattr(network, "parameters", None)
+    for parameter in parameters() if callable(parameters) else ():
+        if isinstance(parameter, Tensor) and parameter.is_floating_point():
+            return parameter.dtype
+    return default
+
+
+def network_device(network: Network) -> torch.device | None:
+    """Device of the network's first parameter; ``None`` where it has none."""
+    parameters = getattr(network, "parameters", None)
+    for parameter in parameters() if callable(parameters) else ():
+        if isinstance(parameter, Tensor):
+            return parameter.device
+    return None
+
+
+def schedule_slopes(schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, Tensor]:
+    """``(d alpha/dt, d sigma/dt)`` at ``t``, by differentiating the schedule itself.
+
+    Works under ``no_grad`` and ``inference_mode``, where samplers usually run.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        times = t.detach().double().clone().requires_grad_()
+        return _slope(schedule.alpha(times), times), _slope(schedule.sigma(times), times)
+
+
+def _slope(value: Tensor, times: Tensor) -> Tensor:
+    """Derivative of each entry of ``value`` with respect to its own time; zero for a constant."""
+    if not value.requires_grad:
+        return torch.zeros_like(times).detach()
+    return torch.autograd.grad(value.sum(), times)[0]
+
+
+class GuidedNetwork:
+    """Classifier-free guidance: ``F = F(null) + scale (F(condition) - F(null))``, in one doubled batch.
+
+    The guided output is affine in the two predictions, so it can be wrapped before the conversion to the
+    denoised estimate, whatever the network predicts.
+
+    Args:
+        network: the conditional network ``network(x, t, **condition)``.
+        scale: guidance scale; 1 is the conditional network, 0 the unconditional one.
+        null: the condition that stands for "none", one entry per condition that is given at the call.  A
+            tensor of leading dimension 1 is repeated for every row.
+
+    Raises:
+        TypeError: if the network is not callable or ``null`` is no mapping.
+        ValueError: if the scale is not finite; at the call, if ``null`` lacks an entry.
+
+    Reference: Ho & Salimans 2022 (arXiv 2207.12598, eq. 6).
+    """
+
+    rows_per_call = 2
+
+    def __init__(self, network: Network, scale: float, null: Mapping[str, Any]) -> None:
+        if not callable(network):
+            raise TypeError(f"network must be callable as network(x, t, **condition), got {type(network).__name__}")
+        if not isinstance(null, Mapping):
+            raise TypeError(f"null must be a mapping from condition names to values, got {type(null).__name__}")
+        self.network, self.scale, self.null = network, finite_float("scale", scale), dict(null)
+
+    def parameters(self) -> Any:  # noqa: ANN401 - an iterator, or nothing
+        """The wrapped network's parameters, so that dtype and device are found through the wrapper."""
+        inner = getattr(self.network, "parameters", None)
+        return inner() if callable(inner) else iter(())
+
+    def __call__(self, x: Tensor, t: Tensor, **condition: Any) -> Tensor:  # noqa: ANN401 - the network's own
+        """Guided prediction of rows ``x (R, *shape)`` at times ``t (R,)``."""
+        if missing := sorted(set(condition) - set(self.null)):
+            raise ValueError(f"null must have an entry for every condition, missing: {', '.join(missing)}")
+        both = {name: _stack(value, self.null[name], len(x)) for name, value in condition.items()}
+        output = unwrap(self.network(torch.cat([x, x]), torch.cat([t, t]), **both))
+        given, null = output.chunk(2)
+        return null + self.scale * (given - null)
+
+
+def _stack(given: Any, null: Any, rows: int) -> Any:  # noqa: ANN401 - any condition
+    """The condition of the doubled batch: given rows first, null rows second."""
+    if not isinstance(given, Tensor):
+        if given != null:
+            raise ValueError("condition entries that guidance varies must be tensors with one row per sample")
+        return given
+    null = torch.as_tensor(null, dtype=given.dtype, device=given.device)
+    return torch.cat([given, null.expand(rows, *given.shape[1:])])

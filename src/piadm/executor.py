@@ -1,0 +1,114 @@
+"""The executor: a flat batch of (sample, time) rows through the network, in micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from piadm.denoiser import Denoiser
+from piadm.solution import NetworkError
+
+#: Rows per network call on a CPU where the caller sets no ``max_batch``: large enough to fill the cores, small
+#: enough that activations stay in cache.  Accelerators take the whole round and halve when memory runs out.
+CPU_ROWS = 128
+
+
+class Executor:
+    """Evaluates denoised estimates of rows, each a (sample, time) pair.
+
+    Rows go to the network in micro-batches of at most ``max_batch``; when memory runs out the size is halved
+    and the micro-batch tried again.  Counts every row.
+
+    Args:
+        denoiser: the denoiser.
+        shape: ``(B, *sample_shape)``.
+        condition: tensors with one row per sample, handed to the network row by row; any other value goes to
+            every call as it is.
+        max_batch: most rows in one network call; None chooses by the device.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        shape: tuple[int, ...],
+        condition: Mapping[str, Any] | None = None,
+        max_batch: int | None = None,
+    ) -> None:
+        self.denoiser, self.shape, self.condition = denoiser, shape, dict(condition or {})
+        self.max_batch = max_batch
+        self.peak_batch = 0
+        self.evaluations = torch.zeros(shape[0], dtype=torch.int64)
+
+    def run(
+        self,
+        samples: Tensor,
+        times: Tensor,
+        fetch: Callable[[slice], Tensor],
+        store: Callable[[slice, Tensor], None],
+    ) -> None:
+        """Evaluate one round.
+
+        Args:
+            samples: sample number of every row, shape ``(R,)`` int64 on the state's device.
+            times: schedule time of every row, shape ``(R,)`` float64 on the state's device.
+            fetch: gives the states of a slice of the rows, shape ``(r, d)``.
+            store: takes the denoised estimates of that slice, shape ``(r, d)``.
+
+        Raises:
+            NetworkError: if the network fails, naming the times and samples of the rows it was given.
+        """
+        rows = len(samples)
+        if self.max_batch is None:
+            self.max_batch = CPU_ROWS if samples.device.type == "cpu" else rows
+        first = 0
+        while first < rows:
+            part = slice(first, min(rows, first + max(1, self.max_batch // self.denoiser.rows_per_call)))
+            estimate = self._call(fetch(part), samples[part], times[part])
+            if estimate is None:
+                continue
+            store(part, estimate)
+            first = part.stop
+
+    def count(self, samples: Tensor) -> None:
+        """Add one evaluation for every entry of ``samples`` (on the CPU)."""
+        counted = torch.bincount(samples, minlength=self.shape[0])
+        self.evaluations += counted * self.denoiser.rows_per_call
+
+    def _call(self, x: Tensor, samples: Tensor, times: Tensor) -> Tensor | None:
+        """Denoised estimates ``(r, d)`` of some rows, or None after lowering ``max_batch`` for want of memory."""
+        condition = {
+            name: value.index_select(0, samples) if isinstance(value, Tensor) else value
+            for name, value in self.condition.items()
+        }
+        size = len(samples) * self.denoiser.rows_per_call
+        try:
+            estimate = self.denoiser(x.reshape(-1, *self.shape[1:]), times, **condition)
+        except Exception as error:
+            if _out_of_memory(error) and len(samples) > 1:
+                self.max_batch = max(1, size // 2)
+                if x.is_cuda:
+                    torch.cuda.empty_cache()
+                return None
+            raise NetworkError(f"the network failed on {_name_rows(samples, times)}: {error}") from error
+        self.peak_batch = max(self.peak_batch, size)
+        return estimate.reshape(len(samples), -1)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether an exception is the allocator's, on any device."""
+    return (
+        isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError))
+        or "out of memory" in str(error).lower()
+        or ("can't allocate memory" in str(error).lower())
+    )
+
+
+def _name_rows(samples: Tensor, times: Tensor) -> str:
+    """The samples and times of some rows, for a message."""
+    numbers = sorted(set(samples.tolist()))
+    low, high = times.min().item(), times.max().item()
+    who = f"sample {numbers[0]}" if len(numbers) == 1 else f"samples {numbers[0]}..{numbers[-1]}"
+    return f"{who} at time {low:g}" if low == high else f"{who} at times {low:g}..{high:g}"

@@ -1,0 +1,46 @@
+"""The loop: turn after turn on one path, until a stopping rule has judged every sample."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from piadm.path import Movement, ParallelPath
+from piadm.stopping import StoppingRule, Verdict
+from piadm.tally import Tally
+
+
+def solve(tally: Tally, path: ParallelPath, rule: StoppingRule, limit: int) -> Tensor:
+    """Iterate a path; every sample leaves the batch as soon as it is judged.
+
+    Args:
+        tally: counts the rounds and holds the errors and the current end of every sample.
+        path: the path, its node states set to the starting guess.
+        rule: judges every sample after every round.
+        limit: number of rounds, of the whole run, after which to give up.
+
+    Returns:
+        The last ``Verdict`` of every sample of the path, shape ``(B,)`` int64; GO_ON where the limit cut it off.
+    """
+    samples, count = path.samples, path.path.count
+    verdict = torch.full_like(samples, Verdict.GO_ON)
+    tally.peak_states = max(tally.peak_states, count * len(samples))
+    while tally.rounds < limit and (going := verdict == Verdict.GO_ON).any():
+        movement = path.turn(tally.problem.executor, None if going.all() else going.expand(count, -1))
+        error, judged = rule.judge(movement)
+        verdict = torch.where(going, judged, verdict)
+        tally.error[samples[going]] = error[going]
+        tally.end[path.numbers] = path.end[:, 0]
+        for sample in (going & (judged == Verdict.NONFINITE)).nonzero().flatten().tolist():
+            tally.fail(int(samples[sample]), _where(movement, path, sample))
+        tally.residuals.append(tally.error.clone())
+        tally.round(samples[going], samples[going].repeat(count))
+    return verdict
+
+
+def _where(movement: Movement, path: ParallelPath, sample: int) -> str:
+    """Where a sample's values first stopped being finite."""
+    bad = (~movement.residual[:, sample].isfinite()).nonzero().flatten()
+    if len(bad) == 0:
+        return "the states overflowed although the network's values were finite"
+    return f"the network returned a value that is not finite at time {path.path.times[bad[0]]:g}"

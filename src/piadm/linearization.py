@@ -1,0 +1,102 @@
+"""Linearizations: the guess ``G_j`` of the denoiser's Jacobian that a parallel iteration solves with.
+
+The network is replaced, for one round, by ``D(x) = G x + R`` with the residual ``R = D(x_old) - G x_old``
+kept from its last evaluation.  The fixed point does not depend on G; the number of rounds does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from piadm._checks import choice, finite_float
+from piadm.denoiser import Denoiser
+from piadm.integrators import AffineSteps
+from piadm.schedule import NoiseSchedule
+
+
+class Linearization(Protocol):
+    """A scalar Jacobian guess per step."""
+
+    def slopes(self, schedule: NoiseSchedule, steps: AffineSteps) -> Tensor:
+        """``G_j`` for every step, float64 of shape ``(J,)``."""
+        ...
+
+
+@dataclass(frozen=True)
+class ScoreFrozen:
+    """``G = 1/alpha``: the score (equivalently the noise) is frozen, the paper's Picard iteration."""
+
+    def slopes(self, schedule: NoiseSchedule, steps: AffineSteps) -> Tensor:
+        """``1/alpha`` for every step.
+
+        Raises:
+            ValueError: if alpha is 0 at the first time.
+        """
+        alpha = schedule.alpha(steps.times)
+        if not alpha.all():
+            raise ValueError(
+                "linearization 'score' needs alpha > 0 on the whole grid, got alpha = 0 at time "
+                f"{steps.times[0].item():g}; use 'gaussian', 'data' or 'identity'"
+            )
+        return 1 / alpha
+
+
+@dataclass(frozen=True)
+class Identity:
+    """``a + b G = 1``: the state is carried unchanged, ParaDiGMS (Shih et al. 2023, arXiv 2305.16317)."""
+
+    def slopes(self, schedule: NoiseSchedule, steps: AffineSteps) -> Tensor:
+        """``(1 - a)/b`` for every step."""
+        return (1 - steps.a[:, 0, 0]) / steps.b[:, 0]
+
+
+@dataclass(frozen=True)
+class DataFrozen:
+    """``G = 0``: the denoised estimate is frozen."""
+
+    def slopes(self, schedule: NoiseSchedule, steps: AffineSteps) -> Tensor:
+        """Zero for every step."""
+        return steps.times.new_zeros(steps.count)
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """``G = alpha v/(alpha^2 v + sigma^2)``: the exact Jacobian for Gaussian data of variance ``v``.
+
+    Args:
+        variance: ``v``, in the squared units of the data; None takes the denoiser's ``data_variance``.
+    """
+
+    variance: float
+
+    def __post_init__(self) -> None:
+        finite_float("variance", self.variance, low=0.0)
+
+    def slopes(self, schedule: NoiseSchedule, steps: AffineSteps) -> Tensor:
+        """``alpha v/(alpha^2 v + sigma^2)`` for every step."""
+        alpha, sigma = schedule.alpha(steps.times), schedule.sigma(steps.times)
+        return alpha * self.variance / (alpha.square() * self.variance + sigma.square())
+
+
+NAMES = ("gaussian", "score", "identity", "data")
+
+
+def linearization(choice_: str | Linearization | None, denoiser: Denoiser) -> Linearization:
+    """The linearization of that name, or the object itself; ``None`` is "gaussian".
+
+    Raises:
+        TypeError, ValueError: if it is neither one of ``NAMES`` nor has a method ``slopes``.
+    """
+    if callable(getattr(choice_, "slopes", None)):
+        return choice_  # type: ignore[return-value]
+    name = choice("linearization", "gaussian" if choice_ is None else choice_, NAMES)
+    kinds: dict[object, Linearization] = {
+        "gaussian": Gaussian(denoiser.data_variance),
+        "score": ScoreFrozen(),
+        "identity": Identity(),
+        "data": DataFrozen(),
+    }
+    return kinds[name]

@@ -1,0 +1,167 @@
+"""What every sampler is given: the checked arguments, as one object."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from piadm._checks import positive_int
+from piadm.denoiser import Denoiser, network_device, network_dtype
+from piadm.executor import Executor
+from piadm.grid import TimeGrid
+from piadm.noise import GivenNoise, NoiseSource, Seed, SeededNoise, given_array, seed_keys
+from piadm.solution import RoundInfo
+
+Callback = Callable[[RoundInfo], Any]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call of a sampler, checked: nothing below this line can fail for bad input.
+
+    Attributes:
+        denoiser: the denoiser.
+        shape: ``(B, *sample_shape)``.
+        grid: all times, noise first.
+        start: state at the first time, shape ``(B, d)``, in the state's dtype and on its device.
+        noise: the standard normals.
+        executor: evaluates and counts network rows.
+    """
+
+    denoiser: Denoiser
+    shape: tuple[int, ...]
+    grid: TimeGrid
+    start: Tensor
+    noise: NoiseSource
+    executor: Executor
+
+    @property
+    def batch(self) -> int:
+        """Number of samples ``B``."""
+        return self.shape[0]
+
+
+def pose(
+    denoiser: Denoiser,
+    shape: tuple[int, ...],
+    grid: TimeGrid,
+    *,
+    seed: Seed,
+    initial: Tensor | None,
+    noise: Tensor | None,
+    noise_count: int,
+    condition: Mapping[str, Any] | None,
+    max_batch: int | None,
+    callback: Callback | None,
+) -> Problem:
+    """Check the arguments that all samplers share and lay out states and noise.
+
+    The arguments are those of ``piadm.sample``; ``noise_count`` is the number of standard normals per coordinate,
+    the leading size of ``noise``, and 0 where none is taken.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was received and what is accepted.
+    """
+    check_denoiser(denoiser)
+    shape = _shape(shape)
+    _check_times(denoiser, grid)
+    if max_batch is not None:
+        positive_int("max_batch", max_batch, minimum=denoiser.rows_per_call)
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback must be callable or None, got {type(callback).__name__}")
+    keys = seed_keys(seed, shape[0])
+    given = None if initial is None else given_array("initial", initial, shape)
+    if noise is not None and noise_count == 0:
+        raise ValueError("noise must be None for a deterministic sampler, got an array")
+    device, dtype = _place(denoiser, given, noise)
+    condition = _condition(condition, shape[0], device)
+    elements = torch.Size(shape[1:]).numel()
+    source: NoiseSource = SeededNoise(keys, elements, dtype, device)
+    if noise is not None:
+        source = GivenNoise(noise, source, (noise_count, *shape))  # type: ignore[arg-type]
+    if given is not None:
+        start = given.reshape(shape[0], -1).to(device, dtype)
+    else:
+        start = source.initial() * _prior_scale(denoiser, grid)
+    return Problem(denoiser, shape, grid, start, source, Executor(denoiser, shape, condition, max_batch))
+
+
+def check_denoiser(denoiser: object) -> Denoiser:
+    """The denoiser itself.
+
+    Raises:
+        TypeError: if it is none.
+    """
+    if not isinstance(denoiser, Denoiser):
+        raise TypeError(
+            f"denoiser must be a piadm.Denoiser, got {type(denoiser).__name__}; "
+            "wrap a network as piadm.Denoiser(network, schedule, prediction)"
+        )
+    return denoiser
+
+
+def check_grid(grid: object) -> TimeGrid:
+    """The grid itself.
+
+    Raises:
+        TypeError: if it is none.
+    """
+    if not isinstance(grid, TimeGrid):
+        raise TypeError(f"grid must be a piadm.TimeGrid or None, got {type(grid).__name__}")
+    return grid
+
+
+def _shape(shape: object) -> tuple[int, ...]:
+    if not isinstance(shape, (tuple, list, torch.Size)):
+        raise TypeError(f"shape must be a tuple (B, *sample_shape), got {shape!r} of type {type(shape).__name__}")
+    if len(shape) < 2:
+        raise ValueError(f"shape must be (B, *sample_shape) with at least two entries, got {tuple(shape)}")
+    return tuple(positive_int(f"shape[{i}]", size) for i, size in enumerate(shape))
+
+
+def _check_times(denoiser: Denoiser, grid: TimeGrid) -> None:
+    """Every step's coefficients must be finite before the network is called once."""
+    try:
+        p, q = denoiser.coefficients(grid.times[:-1])
+    except ValueError as error:
+        raise ValueError(f"grid must lie in the range of the denoiser's schedule: {error}") from error
+    bad = ~(p.isfinite() & q.isfinite())
+    if bad.any():
+        raise ValueError(
+            f"grid must avoid times where prediction {denoiser.prediction!r} says nothing of the data (alpha = 0), "
+            f"got time {grid.times[:-1][bad][0].item():g}; start a little later"
+        )
+
+
+def _prior_scale(denoiser: Denoiser, grid: TimeGrid) -> float:
+    """Standard deviation of the starting noise, ``sqrt(alpha^2 + sigma^2)``: 1 for variance-preserving kinds."""
+    first = grid.times[0]
+    return float(torch.hypot(denoiser.schedule.alpha(first), denoiser.schedule.sigma(first)))
+
+
+def _place(denoiser: Denoiser, initial: Tensor | None, noise: object) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of the state: the network's device, and float32 or the widest type in sight."""
+    given = [array for array in (initial, noise) if isinstance(array, Tensor)]
+    device = network_device(denoiser.network) or (given[0].device if given else torch.device("cpu"))
+    dtype = network_dtype(denoiser.network, torch.float32)
+    for array in given:
+        dtype = torch.promote_types(dtype, array.dtype) if array.is_floating_point() else dtype
+    return device, torch.promote_types(dtype, torch.float32)
+
+
+def _condition(condition: object, batch: int, device: torch.device) -> dict[str, Any]:
+    """Conditions by name; tensors have one row per sample and live with the state."""
+    if condition is None:
+        return {}
+    if not isinstance(condition, Mapping):
+        raise TypeError(f"condition must be a mapping from names to values, got {type(condition).__name__}")
+    for name, value in condition.items():
+        if isinstance(value, Tensor) and (value.ndim == 0 or len(value) != batch):
+            raise ValueError(
+                f"condition[{name!r}] must have one row per sample, ({batch}, ...), got shape {tuple(value.shape)}"
+            )
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in condition.items()}

@@ -1,0 +1,92 @@
+"""``sample``: the sequential sampler's result, parallel in time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from piadm._checks import positive_int
+from piadm.denoiser import Denoiser
+from piadm.engine import run, settle
+from piadm.grid import TimeGrid
+from piadm.integrators import Integrator
+from piadm.linearization import Linearization
+from piadm.noise import Seed
+from piadm.problem import Callback, pose
+from piadm.solution import Solution
+from piadm.tally import Tally
+
+
+def sample(
+    denoiser: Denoiser,
+    shape: tuple[int, ...],
+    *,
+    method: str | Integrator = "sde",
+    grid: TimeGrid | None = None,
+    steps: int = 1000,
+    tol: float = 1e-2,
+    seed: Seed = 0,
+    initial: Tensor | None = None,
+    noise: Tensor | None = None,
+    condition: Mapping[str, Any] | None = None,
+    nodes: str | int | None = None,
+    linearization: str | Linearization | None = None,
+    max_rounds: int | None = None,
+    max_batch: int | None = None,
+    callback: Callback | None = None,
+    progress: bool | None = None,
+    return_states: bool = False,
+    raise_on_failure: bool = False,
+) -> Solution:
+    """Sample in parallel over time: the result of ``sample_sequential`` within ``tol``, in few rounds.
+
+    Each round calls the network on all nodes of all unfinished samples at once and solves the recurrence
+
+        x_{j+1} = (a_j + b_j G_j) x_j + b_j R_j + c_j xi_j,      R = D(x_old) - G x_old at the nodes
+
+    exactly for the whole path.  Its fixed point is the sequential sampler's path.
+
+    Args:
+        denoiser: network, schedule and prediction.
+        shape: ``(B, *sample_shape)``.
+        method: "sde" (DDPM ancestral), "ode" (DDIM), "paper-sde", "paper-ode" (score-frozen), or an integrator.
+        grid: times from noise to data; None is ``TimeGrid.default(schedule, steps)``.
+        steps: number of steps ``J`` of the default grid.
+        tol: RMS error per coordinate of the final sample against ``sample_sequential``, > 0, judged per sample.
+        seed: one int, or one per sample (an int, or a pair (seed, sample)).
+        initial: state at the first time, ``(B, *sample_shape)``; None draws it.
+        noise: standard normals, ``(J, B, *sample_shape)``; None draws them.
+        condition: tensors with one row per sample, and any other values, as the network's keyword arguments.
+        nodes: where the network is called: "all" steps (the fixed point is then exactly the sequential
+            sampler's), a number of steps spread evenly in log-SNR (residuals interpolated linearly in between),
+            or None: few nodes first, doubled until the tolerance is resolved.
+        linearization: "gaussian" (None), "score", "identity", "data", or an object with ``slopes``.
+        max_rounds: most network rounds; None: as many as the path has steps.
+        max_batch: most rows in one network call; None chooses.
+        callback: called with a ``RoundInfo`` after each round; a true return value ends the run.
+        progress: show a progress bar.
+        return_states: keep the states at every step.
+        raise_on_failure: raise ``NotConvergedError`` unless every sample is CONVERGED.
+
+    Returns:
+        A ``Solution``, with a status and an error estimate per sample.
+
+    Raises:
+        TypeError, ValueError: for bad input, before any network call.
+        NetworkError: if the network raises or returns the wrong shape.
+
+    Reference: Chen et al. 2024 (arXiv 2405.15986) for the blocks' Picard iteration; Shih et al. 2023
+        (arXiv 2305.16317) for Picard iterations on DDPM and DDIM.
+    """
+    engine = settle(denoiser, method, grid, steps, tol, nodes, linearization)
+    limit = engine.steps.count if max_rounds is None else positive_int("max_rounds", max_rounds)
+    problem = pose(
+        denoiser, shape, engine.grid, seed=seed, initial=initial, noise=noise,
+        noise_count=engine.steps.count * engine.steps.normals, condition=condition, max_batch=max_batch,
+        callback=callback,
+    )  # fmt: skip
+    tally = Tally(problem, None, callback, progress)
+    states = run(engine, problem, tally, limit, return_states)
+    return tally.solution(states, raise_on_failure=raise_on_failure)

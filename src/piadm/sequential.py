@@ -1,0 +1,106 @@
+"""The sequential sampler: the definition of the right answer for every parallel one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from piadm.denoiser import Denoiser
+from piadm.grid import TimeGrid
+from piadm.integrators import Integrator, integrator
+from piadm.noise import Seed
+from piadm.path import NOISE_CHUNK
+from piadm.problem import Callback, check_denoiser, check_grid, pose
+from piadm.solution import Solution
+from piadm.tally import Tally
+
+
+@torch.no_grad()
+def sample_sequential(
+    denoiser: Denoiser,
+    shape: tuple[int, ...],
+    *,
+    method: str | Integrator = "sde",
+    grid: TimeGrid | None = None,
+    steps: int = 1000,
+    seed: Seed = 0,
+    initial: Tensor | None = None,
+    noise: Tensor | None = None,
+    condition: Mapping[str, Any] | None = None,
+    max_batch: int | None = None,
+    callback: Callback | None = None,
+    progress: bool | None = None,
+    return_states: bool = False,
+    raise_on_failure: bool = False,
+) -> Solution:
+    """Sample step by step: ``x_{j+1} = a_j x_j + b_j x0_hat(x_j, t_j) + c_j xi_j`` for ``j = 0 .. J-1``.
+
+    Args:
+        denoiser: network, schedule and prediction.
+        shape: ``(B, *sample_shape)``.
+        method: "sde" (DDPM ancestral), "ode" (DDIM), "paper-sde", "paper-ode" (score-frozen), or an integrator.
+        grid: times from noise to data; None is ``TimeGrid.default(schedule, steps)``.
+        steps: number of steps ``J`` of the default grid.
+        seed: one int, or one per sample (an int, or a pair (seed, sample)).
+        initial: state at the first time, ``(B, *sample_shape)``; None draws it.
+        noise: standard normals, ``(J, B, *sample_shape)``; None draws them.
+        condition: tensors with one row per sample, and any other values, as the network's keyword arguments.
+        max_batch: most rows in one network call; None chooses.
+        callback: called with a ``RoundInfo`` after each step; a true return value ends the run.
+        progress: show a progress bar.
+        return_states: keep every state.
+        raise_on_failure: raise ``NotConvergedError`` unless every sample is CONVERGED.
+
+    Returns:
+        A ``Solution``; its error estimate is 0, it being what errors are measured against.
+
+    Raises:
+        TypeError, ValueError: for bad input, before any network call.
+        NetworkError: if the network raises or returns the wrong shape.
+    """
+    schedule = check_denoiser(denoiser).schedule
+    grid = TimeGrid.default(schedule, steps) if grid is None else check_grid(grid)
+    coefficients = integrator(method).steps(schedule, grid)
+    problem = pose(
+        denoiser, shape, grid, seed=seed, initial=initial, noise=noise,
+        noise_count=coefficients.count * coefficients.normals, condition=condition, max_batch=max_batch,
+        callback=callback,
+    )  # fmt: skip
+    tally = Tally(problem, coefficients.count, callback, progress)
+    tally.error.zero_()
+    x, batch = problem.start.clone(), problem.batch
+    samples = torch.arange(batch)
+    rows, nodes = samples.to(x.device), coefficients.times.to(x.device)
+    a, b, c = coefficients.a[:, 0, 0].tolist(), coefficients.b[:, 0].tolist(), coefficients.c[:, 0].tolist()
+    states = [x] if return_states else []
+    estimate = torch.empty_like(x)
+    failed_at = torch.full((batch,), coefficients.count, device=x.device)
+    chunk = x[None]
+
+    def store(part: slice, value: Tensor) -> None:
+        estimate[part] = value
+
+    with tally.running():
+        for j in range(coefficients.count):
+            if c[j] and j % NOISE_CHUNK == 0:
+                chunk = problem.noise.path(j, min(j + NOISE_CHUNK, coefficients.count))
+            problem.executor.run(rows, nodes[j].expand(batch), lambda part, x=x: x[part], store)  # type: ignore[misc]
+            failed_at = torch.where(estimate.isfinite().all(1), failed_at, failed_at.clamp(max=j))
+            x = a[j] * x + b[j] * estimate
+            if c[j]:
+                x = x.add(chunk[j % NOISE_CHUNK], alpha=c[j][0])
+            if return_states:
+                states.append(x)
+            tally.end = x
+            tally.round(samples, samples, estimate)
+    tally.peak_states = batch
+    if tally.rounds == coefficients.count:
+        tally.finish()
+    for sample, step in enumerate(failed_at.tolist()):
+        if step < tally.rounds:
+            tally.fail(sample, f"the network returned a value that is not finite at time {coefficients.times[step]:g}")
+    kept = torch.stack(states).reshape(-1, *problem.shape) if return_states else None
+    return tally.solution(kept, raise_on_failure=raise_on_failure)

@@ -1,0 +1,104 @@
+"""What a sampler returns: the sample, a verdict per sample, and honest counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from torch import Tensor
+
+
+class Status(Enum):
+    """Verdict on one sample; the value is the message."""
+
+    CONVERGED = "the error estimate is within the tolerance, or the prescribed iterations are done"
+    MAX_ROUNDS = "the error estimate was still above the tolerance when the rounds were used up"
+    NONFINITE = "the network returned a value that is not finite"
+    INTERRUPTED = "stopped by the callback or from the keyboard before the sample was finished"
+
+
+class NetworkError(RuntimeError):
+    """The network raised an exception or returned something of the wrong shape or type."""
+
+
+class NotConvergedError(RuntimeError):
+    """Raised with ``raise_on_failure=True`` when a sample is not CONVERGED; ``.solution`` has the result so far."""
+
+    def __init__(self, message: str, solution: Solution) -> None:
+        super().__init__(message)
+        self.solution = solution
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What a sample has cost.
+
+    Attributes:
+        rounds: sequential batched network calls on the critical path, all of them.
+        evaluations: network rows evaluated, per sample (mean over the batch).
+        rounds_per_sample: rounds in which each sample took part, shape ``(B,)`` int64.
+        evaluations_per_sample: network rows of each sample, shape ``(B,)`` int64.
+        peak_batch: most rows handed to the network in one call, after micro-batching.
+        peak_states: most states (samples x nodes) held at once.
+        wall_time: seconds from the call to the return, everything included.
+        residuals: error estimate after each round, RMS per coordinate of the final sample, shape ``(rounds, B)``;
+            empty where the method makes no estimate.
+    """
+
+    rounds: int
+    evaluations: float
+    rounds_per_sample: Tensor
+    evaluations_per_sample: Tensor
+    peak_batch: int
+    peak_states: int
+    wall_time: float
+    residuals: Tensor
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The result of a sampler.
+
+    Attributes:
+        sample: the final state, shape ``(B, *shape)``.
+        status: one ``Status`` per sample.
+        error_estimate: estimated RMS error per coordinate of the final sample against the sequential sampler on
+            the same grid and noise, shape ``(B,)`` float64; 0 for the sequential sampler itself, NaN where the
+            method makes no estimate.
+        stats: rounds, evaluations, memory and time.
+        states: states along the path, shape ``(J + 1, B, *shape)``, noise first, where they were asked for.
+        failures: one line per sample that failed, naming its number and the time.
+    """
+
+    sample: Tensor
+    status: tuple[Status, ...]
+    error_estimate: Tensor
+    stats: Stats
+    states: Tensor | None = None
+    failures: tuple[str, ...] = ()
+
+    @property
+    def converged(self) -> bool:
+        """Whether every sample is CONVERGED."""
+        return all(status is Status.CONVERGED for status in self.status)
+
+
+@dataclass(frozen=True)
+class RoundInfo:
+    """What a callback sees after each round (of the sequential sampler: each step).
+
+    Attributes:
+        round: number of network rounds so far.
+        total: rounds that will be needed at most, or None where that is not known.
+        sample: current final sample (of the sequential sampler: current state), shape ``(B, *shape)``.
+        denoised: best guess of the clean sample so far, a preview, shape ``(B, *shape)``.
+        error_estimate: per sample, shape ``(B,)`` float64 on the CPU.
+        active_rows: network rows evaluated in this round.
+    """
+
+    round: int
+    total: int | None
+    sample: Tensor
+    denoised: Tensor
+    error_estimate: Tensor
+    active_rows: int

@@ -1,0 +1,102 @@
+"""Stopping rules: when a sample is finished, judged by what a round has moved.
+
+The tolerance is the RMS error per coordinate of the final sample against the sequential sampler on the same
+grid and noise, judged sample by sample.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from piadm.condense import CondensedPath
+from piadm.path import Movement
+
+
+class Verdict(IntEnum):
+    """What a stopping rule says of one sample after a round."""
+
+    GO_ON = 0
+    DONE = 1
+    REFINE = 2  # the iteration has settled, but the node set cannot resolve the tolerance
+    NONFINITE = 3
+
+
+class StoppingRule(Protocol):
+    """Judges every sample after every round of one path."""
+
+    def judge(self, movement: Movement) -> tuple[Tensor, Tensor]:
+        """Error estimate ``(B,)`` float64 and ``Verdict`` ``(B,)`` int64 of every sample."""
+        ...
+
+
+@dataclass
+class FixedIterations:
+    """The paper's rule: K rounds, no estimate.
+
+    Args:
+        iterations: number of rounds K.
+    """
+
+    iterations: int
+    done: int = field(default=0, init=False)
+
+    def judge(self, movement: Movement) -> tuple[Tensor, Tensor]:
+        """DONE for every sample after K rounds; the error estimate is NaN."""
+        self.done += 1
+        verdict = torch.full_like(movement.end, Verdict.DONE if self.done >= self.iterations else Verdict.GO_ON)
+        verdict[~movement.end.isfinite()] = Verdict.NONFINITE
+        return torch.full_like(movement.end, torch.nan), verdict.long()
+
+
+#: Contraction factors above this are not trusted: the remaining error is then taken as nine times the last move.
+SLOWEST = 0.9
+
+
+class CarriedResidual:
+    """Stop when the residual that is left, carried to the end of the path, is within the tolerance.
+
+    A round that moves the node residuals by ``r_i`` (RMS) moves the end by at most
+
+        m = sum_i |P_end,i| r_i
+
+    without any cancellation between nodes.  Rounds contract it, by ``rho`` in the last two; the rest of the
+    geometric series bounds the error that remains, ``e = m max(1, rho/(1 - rho))``.  To this comes the path's
+    own estimate of its interpolation error.  After as many rounds as nodes the iteration is exact, whatever
+    the estimate.
+
+    Args:
+        path: the condensed path.
+        tol: tolerance.
+        refinable: whether finer nodes can be had when interpolation is what limits the sample.
+        contraction: ``rho`` known from a coarser node set, shape ``(B,)``; None expects the slowest.
+    """
+
+    def __init__(self, path: CondensedPath, tol: float, *, refinable: bool, contraction: Tensor | None = None) -> None:
+        self.weights = path.response[-1, 0].abs()
+        self.nodes, self.tol, self.refinable, self.rounds = path.count, tol, refinable, 0
+        self.last: Tensor | None = None
+        self.contraction = contraction
+
+    def judge(self, movement: Movement) -> tuple[Tensor, Tensor]:
+        """The estimate of the class docstring, and its verdict."""
+        self.rounds += 1
+        move = self.weights @ movement.residual
+        if self.last is not None:
+            self.contraction = (move / self.last.clamp(min=torch.finfo(torch.float64).tiny)).clamp(0, SLOWEST)
+        rho = torch.full_like(move, SLOWEST) if self.contraction is None else self.contraction
+        self.last = move
+        iteration = torch.zeros_like(move) if self.rounds >= self.nodes else move * (rho / (1 - rho)).clamp(min=1)
+        interpolation = movement.interpolation
+        error = iteration + interpolation
+
+        verdict = torch.full_like(error, Verdict.GO_ON)
+        enough = 0.5 * interpolation if self.refinable else torch.full_like(error, 0.1 * self.tol)
+        verdict[(iteration <= enough) & (interpolation > 0.5 * self.tol)] = Verdict.REFINE
+        verdict[error <= self.tol] = Verdict.DONE
+        verdict[~(error.isfinite() & movement.end.isfinite())] = Verdict.NONFINITE
+        return error, verdict.long()

@@ -1,0 +1,126 @@
+"""Bookkeeping of one run: rounds, verdicts, callback, interruption, and the Solution at the end."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from piadm.problem import Callback, Problem
+from piadm.solution import NotConvergedError, RoundInfo, Solution, Stats, Status
+
+
+class Interrupted(Exception):  # noqa: N818 - a request, not an error
+    """The callback asked for the run to end."""
+
+
+@dataclass
+class Tally:
+    """Counts and verdicts of a run, filled in as it goes.
+
+    Args:
+        problem: what is being sampled.
+        total: rounds needed at most, where known.
+        callback: called after each round; a true return value ends the run.
+        progress: show a progress bar.
+
+    ``end`` is the current final state of the whole batch, ``(B, d)``; ``error`` and ``status`` are per sample.
+    """
+
+    problem: Problem
+    total: int | None = None
+    callback: Callback | None = None
+    progress: bool | None = None
+    rounds: int = 0
+    peak_states: int = 0
+    residuals: list[Tensor] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.began = time.perf_counter()
+        batch, self.end = self.problem.batch, self.problem.start.clone()
+        self.error = torch.full((batch,), torch.inf, dtype=torch.float64)
+        self.status = [Status.INTERRUPTED] * batch
+        self.rounds_per_sample = torch.zeros(batch, dtype=torch.int64)
+        self.bar = tqdm(total=self.total, unit="round", disable=not self.progress, leave=False)
+
+    def round(self, samples: Tensor, rows: Tensor, denoised: Tensor | None = None) -> None:
+        """Count one round and tell the callback.
+
+        Args:
+            samples: numbers of the samples that took part.
+            rows: sample number of every row evaluated, on the CPU.
+            denoised: best guess of the clean samples, ``(B, d)``; None is ``end``.
+
+        Raises:
+            Interrupted: if the callback returned a true value.
+        """
+        self.rounds += 1
+        self.rounds_per_sample[samples] += 1
+        self.problem.executor.count(rows)
+        self.bar.update()
+        if self.callback is None:
+            return
+        info = RoundInfo(
+            round=self.rounds,
+            total=self.total,
+            sample=self.end.clone().reshape(self.problem.shape),
+            denoised=(self.end if denoised is None else denoised).clone().reshape(self.problem.shape),
+            error_estimate=self.error.clone(),
+            active_rows=len(rows),
+        )
+        if self.callback(info):
+            raise Interrupted
+
+    def fail(self, sample: int, message: str) -> None:
+        """Give up a sample: the network returned values that are not finite."""
+        self.status[sample] = Status.NONFINITE
+        self.error[sample] = torch.inf
+        self.failures.append(f"sample {sample}: {message}")
+
+    def finish(self) -> None:
+        """Every sample that has not failed is CONVERGED."""
+        self.status = [s if s is Status.NONFINITE else Status.CONVERGED for s in self.status]
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Turn an interrupt, by keyboard or callback, into an early end with the state so far."""
+        try:
+            yield
+        except (KeyboardInterrupt, Interrupted):
+            pass
+        finally:
+            self.bar.close()
+
+    def solution(self, states: Tensor | None, *, raise_on_failure: bool) -> Solution:
+        """The result; warns of samples that failed.
+
+        Raises:
+            NotConvergedError: with ``raise_on_failure``, if a sample is not CONVERGED.
+        """
+        batch, counts = self.problem.batch, self.problem.executor.evaluations
+        stats = Stats(
+            rounds=self.rounds,
+            evaluations=int(counts.sum()) / batch,
+            rounds_per_sample=self.rounds_per_sample,
+            evaluations_per_sample=counts,
+            peak_batch=self.problem.executor.peak_batch,
+            peak_states=self.peak_states,
+            wall_time=time.perf_counter() - self.began,
+            residuals=torch.stack(self.residuals) if self.residuals else self.error.new_zeros(0, batch),
+        )
+        sample = self.end.reshape(self.problem.shape)
+        solution = Solution(sample, tuple(self.status), self.error, stats, states, tuple(self.failures))
+        if self.failures:
+            warnings.warn("; ".join(self.failures), RuntimeWarning, stacklevel=4)
+        if raise_on_failure and not solution.converged:
+            counted = {status.name: self.status.count(status) for status in Status if status in self.status}
+            said = ", ".join(f"{count} {name}" for name, count in counted.items())
+            raise NotConvergedError(f"not every sample converged: {said}", solution)
+        return solution
