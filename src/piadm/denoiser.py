@@ -104,7 +104,7 @@ class Denoiser:
                 "it must return the shape of its input (a learned variance must be split off first)"
             )
         p, q = (c.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1)) for c in self.coefficients(t.double()))
-        return torch.addcmul(p * x, q, output.to(x.dtype))
+        return (p * x).addcmul_(q, output.to(x.dtype))
 
     @property
     def rows_per_call(self) -> int:

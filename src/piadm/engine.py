@@ -8,22 +8,22 @@ import torch
 from torch import Tensor
 
 from piadm._checks import finite_float, positive_int
+from piadm.activity import SlidingWindow
 from piadm.condense import CondensedPath, condense
 from piadm.grid import TimeGrid
 from piadm.integrators import AffineSteps, Integrator, integrator
 from piadm.iteration import solve
-from piadm.linearization import Gaussian, linearization
+from piadm.linearization import Gaussian, Linearization, linearization
 from piadm.nodes import NodeSet, every_step, refine, spread, thin
 from piadm.path import Interpolation, ParallelPath
 from piadm.problem import Problem, check_denoiser, check_grid
 from piadm.solution import Status
-from piadm.stopping import CarriedResidual, Verdict
+from piadm.stopping import SETTLED_SHARE, CarriedResidual, Verdict
 from piadm.tally import Tally
 
 #: Nodes of the first, coarsest node set that the library chooses; grids of fewer than twice as many steps are
 #: solved with every step a node.
 FIRST_NODES = 33
-
 
 #: Estimated interpolation error per RMS of the probe, and per distance from the end on half the nodes.  Linear
 #: interpolation gains a factor of 4 per doubling where residuals are smooth (ODE) and of 2 where they are rough
@@ -44,6 +44,7 @@ class Engine:
         clock: log-SNR at the start of every step, on which residuals are interpolated.
         nodes: the first node set.
         refinable: whether finer node sets may follow.
+        window: rows per sample and round that are evaluated; None: all that have not settled.
         tol: tolerance.
     """
 
@@ -54,11 +55,20 @@ class Engine:
     clock: Tensor
     nodes: NodeSet
     refinable: bool
+    window: int | None
     tol: float
 
 
 def settle(
-    denoiser: object, method: str | Integrator, grid: object, steps: int, tol: object, nodes: object, guess: object
+    denoiser: object,
+    *,
+    method: str | Integrator,
+    grid: object,
+    steps: int,
+    tol: object,
+    nodes: object,
+    window: object,
+    guess: str | Linearization | None,
 ) -> Engine:
     """Check the arguments that are the engine's own and turn them into coefficients.
 
@@ -67,15 +77,24 @@ def settle(
     """
     checked = check_denoiser(denoiser)
     schedule = checked.schedule
+    tolerance = finite_float("tol", tol, low=0.0)
     times = TimeGrid.default(schedule, steps) if grid is None else check_grid(grid)
     scheme = integrator(method).steps(schedule, times)
-    slopes = linearization(guess, checked).slopes(schedule, scheme)  # type: ignore[arg-type]
+    slopes = linearization(guess, checked).slopes(schedule, scheme)
     jacobian = Gaussian(checked.data_variance).slopes(schedule, scheme)
-    constant = (1 - jacobian * schedule.alpha(scheme.times)) * checked.data_mean
     clock = schedule.log_snr(scheme.times)
     first, refinable = _first_nodes(nodes, clock)
-    tolerance = finite_float("tol", tol, low=0.0)
-    return Engine(times, scheme, slopes, (jacobian, constant), clock, first, refinable, tolerance)
+    return Engine(
+        grid=times,
+        steps=scheme,
+        slopes=slopes,
+        prior=(jacobian, (1 - jacobian * schedule.alpha(scheme.times)) * checked.data_mean),
+        clock=clock,
+        nodes=first,
+        refinable=refinable,
+        window=None if window is None else positive_int("window", window, minimum=2),
+        tol=tolerance,
+    )
 
 
 def _first_nodes(nodes: object, clock: Tensor) -> tuple[NodeSet, bool]:
@@ -98,9 +117,8 @@ def run(engine: Engine, problem: Problem, tally: Tally, limit: int, return_state
         while len(left):
             path = _path(engine, problem, nodes, left, coarse)
             refinable = engine.refinable and nodes.count < engine.steps.count
-            known = None if coarse is None or coarse.rule.contraction is None else coarse.rule.contraction[coarse.again]
-            rule = CarriedResidual(path.path, engine.tol, refinable=refinable, contraction=known)
-            verdict = solve(tally, path, rule, limit)
+            rows, rule = _rules(engine, path, refinable, coarse)
+            verdict = solve(tally, path, rows, rule, limit)
             if states is not None:
                 states[:, path.numbers] = _all_states(engine, problem, nodes, path)
             again = (verdict == Verdict.REFINE) & refinable & (tally.rounds < limit)
@@ -120,6 +138,20 @@ class _Coarse:
     path: ParallelPath
     rule: CarriedResidual
     again: Tensor
+
+
+def _rules(
+    engine: Engine, path: ParallelPath, refinable: bool, coarse: _Coarse | None
+) -> tuple[SlidingWindow, CarriedResidual]:
+    """Which rows are evaluated, and when a sample is finished."""
+    known = None if coarse is None or coarse.rule.contraction is None else coarse.rule.contraction[coarse.again]
+    count = path.path.count
+    # Rows that have settled may together leave this share of the tolerance.
+    threshold = SETTLED_SHARE * engine.tol / count / path.path.response[-1, 0].abs()
+    rows = SlidingWindow(engine.window or count, threshold)
+    # Where all unsettled rows are active one more state is exact in every round; a window moves on one round later.
+    exact_after = count if engine.window is None else 2 * count
+    return rows, CarriedResidual(path.path, engine.tol, refinable=refinable, exact_after=exact_after, contraction=known)
 
 
 def _path(engine: Engine, problem: Problem, nodes: NodeSet, samples: Tensor, coarse: _Coarse | None) -> ParallelPath:

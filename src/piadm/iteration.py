@@ -5,17 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from piadm.activity import ActiveRows
 from piadm.path import Movement, ParallelPath
 from piadm.stopping import StoppingRule, Verdict
 from piadm.tally import Tally
 
 
-def solve(tally: Tally, path: ParallelPath, rule: StoppingRule, limit: int) -> Tensor:
+def solve(tally: Tally, path: ParallelPath, rows: ActiveRows, rule: StoppingRule, limit: int) -> Tensor:
     """Iterate a path; every sample leaves the batch as soon as it is judged.
 
     Args:
         tally: counts the rounds and holds the errors and the current end of every sample.
         path: the path, its node states set to the starting guess.
+        rows: chooses the rows of every round.
         rule: judges every sample after every round.
         limit: number of rounds, of the whole run, after which to give up.
 
@@ -24,17 +26,20 @@ def solve(tally: Tally, path: ParallelPath, rule: StoppingRule, limit: int) -> T
     """
     samples, count = path.samples, path.path.count
     verdict = torch.full_like(samples, Verdict.GO_ON)
+    moves = torch.full((count, len(samples)), torch.inf, dtype=torch.float64)
     tally.peak_states = max(tally.peak_states, count * len(samples))
     while tally.rounds < limit and (going := verdict == Verdict.GO_ON).any():
-        movement = path.turn(tally.problem.executor, None if going.all() else going.expand(count, -1))
-        error, judged = rule.judge(movement)
+        active = rows.choose(moves) & going
+        movement = path.turn(tally.problem.executor, active)
+        moves = torch.where(active, movement.residual, moves)
+        error, judged = rule.judge(movement, moves)
         verdict = torch.where(going, judged, verdict)
         tally.error[samples[going]] = error[going]
         tally.end[path.numbers] = path.end[:, 0]
         for sample in (going & (judged == Verdict.NONFINITE)).nonzero().flatten().tolist():
             tally.fail(int(samples[sample]), _where(movement, path, sample))
         tally.residuals.append(tally.error.clone())
-        tally.round(samples[going], samples[going].repeat(count))
+        tally.round(samples[going], samples.expand(count, -1)[active])
     return verdict
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from piadm._checks import positive_int
+from piadm.activity import AllRows
 from piadm.condense import condense
 from piadm.corrector import Corrector
 from piadm.denoiser import Denoiser
@@ -196,7 +197,7 @@ def _picard(
     condensed = condense(steps, ScoreFrozen().slopes(problem.denoiser.schedule, steps), every_step(steps.count))
     path = ParallelPath(condensed, start, draw, torch.arange(problem.batch))
     path.nodes.copy_(start[:, 0].expand_as(path.nodes))
-    solve(tally, path, FixedIterations(iterations), limit=tally.rounds + iterations)
+    solve(tally, path, AllRows(), FixedIterations(iterations), limit=tally.rounds + iterations)
     return path
 
 

@@ -126,14 +126,14 @@ class ParallelPath:
         with full_precision():
             torch.addmm(self.free, self.response, self.residual, out=self.state)
 
-    def turn(self, executor: Executor, active: Tensor | None = None) -> Movement:
+    def turn(self, executor: Executor, active: Tensor) -> Movement:
         """One round: evaluate the active rows, solve, and report what has moved.
 
         Args:
             executor: evaluates the rows.
-            active: which rows to evaluate, shape ``(n, B)`` bool on the CPU; None is all of them.
+            active: which rows to evaluate, shape ``(n, B)`` bool on the CPU.
         """
-        rows = self._rows(active)
+        rows = active.flatten().nonzero().squeeze(1).to(self.device)
         node, sample = rows.div(self.batch, rounding_mode="floor"), rows.remainder(self.batch)
         states, free, residual = self.nodes, self._first_component(self.free), self.residual.view(-1, self.size)
         moved = torch.zeros(self.path.count * self.batch, dtype=self.dtype, device=self.device)
@@ -142,21 +142,18 @@ class ParallelPath:
             return states[node[part], sample[part]]
 
         def store(part: slice, estimate: Tensor) -> None:
+            # In place: on an accelerator a part is the whole round, and six copies of it must do.
             at, model = node[part], free[node[part], sample[part]]
-            fresh = estimate - self.constants[at, None] - self.reference_slopes[at, None] * model
-            fresh -= self.slopes[at, None] * (fetch(part) - model)
-            moved[rows[part]] = rms(fresh - residual[rows[part]])
+            fresh = estimate.sub_(self.constants[at, None]).addcmul_(self.reference_slopes[at, None], model, value=-1)
+            fresh.addcmul_(self.slopes[at, None], fetch(part).sub_(model), value=-1)
+            del model
+            moved[rows[part]] = (residual[rows[part]] - fresh).square_().mean(1).sqrt_()
             residual[rows[part]] = fresh
 
         executor.run(self.numbers[sample], self.times[node], fetch, store)
         before = self.end.clone()
         self.solve()
         return self._movement(moved, before)
-
-    def _rows(self, active: Tensor | None) -> Tensor:
-        if active is None:
-            return torch.arange(self.path.count * self.batch, device=self.device)
-        return active.flatten().nonzero().squeeze(1).to(self.device)
 
     def _movement(self, moved: Tensor, before: Tensor) -> Movement:
         end = self.end[:, 0]

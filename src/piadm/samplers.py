@@ -32,6 +32,7 @@ def sample(
     noise: Tensor | None = None,
     condition: Mapping[str, Any] | None = None,
     nodes: str | int | None = None,
+    window: int | None = None,
     linearization: str | Linearization | None = None,
     max_rounds: int | None = None,
     max_batch: int | None = None,
@@ -62,6 +63,8 @@ def sample(
         nodes: where the network is called: "all" steps (the fixed point is then exactly the sequential
             sampler's), a number of steps spread evenly in log-SNR (residuals interpolated linearly in between),
             or None: few nodes first, doubled until the tolerance is resolved.
+        window: rows per sample evaluated in a round, the first ones that have not settled, >= 2; None: all of
+            these.  A window saves evaluations and costs rounds.
         linearization: "gaussian" (None), "score", "identity", "data", or an object with ``slopes``.
         max_rounds: most network rounds; None: as many as the path has steps.
         max_batch: most rows in one network call; None chooses.
@@ -80,7 +83,9 @@ def sample(
     Reference: Chen et al. 2024 (arXiv 2405.15986) for the blocks' Picard iteration; Shih et al. 2023
         (arXiv 2305.16317) for Picard iterations on DDPM and DDIM.
     """
-    engine = settle(denoiser, method, grid, steps, tol, nodes, linearization)
+    engine = settle(
+        denoiser, method=method, grid=grid, steps=steps, tol=tol, nodes=nodes, window=window, guess=linearization
+    )
     limit = engine.steps.count if max_rounds is None else positive_int("max_rounds", max_rounds)
     problem = pose(
         denoiser, shape, engine.grid, seed=seed, initial=initial, noise=noise,

@@ -29,8 +29,13 @@ class Verdict(IntEnum):
 class StoppingRule(Protocol):
     """Judges every sample after every round of one path."""
 
-    def judge(self, movement: Movement) -> tuple[Tensor, Tensor]:
-        """Error estimate ``(B,)`` float64 and ``Verdict`` ``(B,)`` int64 of every sample."""
+    def judge(self, movement: Movement, moves: Tensor) -> tuple[Tensor, Tensor]:
+        """Error estimate ``(B,)`` float64 and ``Verdict`` ``(B,)`` int64 of every sample.
+
+        Args:
+            movement: what this round has changed.
+            moves: RMS move of every row's residual at its last evaluation, ``(n, B)`` float64; inf: never evaluated.
+        """
         ...
 
 
@@ -45,7 +50,7 @@ class FixedIterations:
     iterations: int
     done: int = field(default=0, init=False)
 
-    def judge(self, movement: Movement) -> tuple[Tensor, Tensor]:
+    def judge(self, movement: Movement, moves: Tensor) -> tuple[Tensor, Tensor]:
         """DONE for every sample after K rounds; the error estimate is NaN."""
         self.done += 1
         verdict = torch.full_like(movement.end, Verdict.DONE if self.done >= self.iterations else Verdict.GO_ON)
@@ -55,6 +60,9 @@ class FixedIterations:
 
 #: Contraction factors above this are not trusted: the remaining error is then taken as nine times the last move.
 SLOWEST = 0.9
+
+#: Share of the tolerance that rows which are no longer evaluated may leave together.
+SETTLED_SHARE = 0.1
 
 
 class CarriedResidual:
@@ -66,31 +74,42 @@ class CarriedResidual:
 
     without any cancellation between nodes.  Rounds contract it, by ``rho`` in the last two; the rest of the
     geometric series bounds the error that remains, ``e = m max(1, rho/(1 - rho))``.  To this comes the path's
-    own estimate of its interpolation error.  After as many rounds as nodes the iteration is exact, whatever
-    the estimate.
+    own estimate of its interpolation error.  No estimate is made before every row has been evaluated once.
 
     Args:
         path: the condensed path.
         tol: tolerance.
         refinable: whether finer nodes can be had when interpolation is what limits the sample.
+        exact_after: number of rounds after which the iteration is exact but for settled rows.
         contraction: ``rho`` known from a coarser node set, shape ``(B,)``; None expects the slowest.
     """
 
-    def __init__(self, path: CondensedPath, tol: float, *, refinable: bool, contraction: Tensor | None = None) -> None:
+    def __init__(
+        self, path: CondensedPath, tol: float, *, refinable: bool, exact_after: int, contraction: Tensor | None = None
+    ) -> None:
         self.weights = path.response[-1, 0].abs()
-        self.nodes, self.tol, self.refinable, self.rounds = path.count, tol, refinable, 0
+        self.tol, self.refinable, self.exact_after, self.rounds = tol, refinable, exact_after, 0
         self.last: Tensor | None = None
         self.contraction = contraction
 
-    def judge(self, movement: Movement) -> tuple[Tensor, Tensor]:
+    def _iteration_error(self, moves: Tensor) -> Tensor:
+        """``e`` of the class docstring; inf for samples with rows that were never evaluated."""
+        reached = moves.isfinite().all(0)
+        move = torch.where(reached, self.weights @ moves.nan_to_num(posinf=0.0), torch.inf)
+        rho = torch.full_like(move, SLOWEST) if self.contraction is None else self.contraction
+        if self.last is not None:
+            ratio = move / self.last.clamp(min=torch.finfo(torch.float64).tiny)
+            rho = torch.where(self.last.isfinite(), ratio.clamp(0, SLOWEST), rho)
+            self.contraction = rho
+        self.last = move
+        if self.rounds >= self.exact_after:
+            return torch.full_like(move, SETTLED_SHARE * self.tol)
+        return move * (rho / (1 - rho)).clamp(min=1)
+
+    def judge(self, movement: Movement, moves: Tensor) -> tuple[Tensor, Tensor]:
         """The estimate of the class docstring, and its verdict."""
         self.rounds += 1
-        move = self.weights @ movement.residual
-        if self.last is not None:
-            self.contraction = (move / self.last.clamp(min=torch.finfo(torch.float64).tiny)).clamp(0, SLOWEST)
-        rho = torch.full_like(move, SLOWEST) if self.contraction is None else self.contraction
-        self.last = move
-        iteration = torch.zeros_like(move) if self.rounds >= self.nodes else move * (rho / (1 - rho)).clamp(min=1)
+        iteration = self._iteration_error(moves)
         interpolation = movement.interpolation
         error = iteration + interpolation
 
@@ -98,5 +117,5 @@ class CarriedResidual:
         enough = 0.5 * interpolation if self.refinable else torch.full_like(error, 0.1 * self.tol)
         verdict[(iteration <= enough) & (interpolation > 0.5 * self.tol)] = Verdict.REFINE
         verdict[error <= self.tol] = Verdict.DONE
-        verdict[~(error.isfinite() & movement.end.isfinite())] = Verdict.NONFINITE
+        verdict[~movement.end.isfinite()] = Verdict.NONFINITE
         return error, verdict.long()
