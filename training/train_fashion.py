@@ -3,9 +3,10 @@
     python training/train_fashion.py --minutes 100 --run runs/fashion
 
 The time budget sets the learning-rate decay, so a longer run is a better network and nothing else
-changes.  A checkpoint is written every two minutes; the same command continues from it.  The last
-line of work exports the averaged weights in half precision to ``--export``; ``--export-only`` does
-just that with the checkpoint of an earlier or still running training.
+changes.  A checkpoint is written every two minutes; the same command continues from it.  A new run
+may ``--start`` from the weights of an earlier export.  The last line of work exports the averaged
+weights in half precision to ``--export``; ``--export-only`` does just that with the checkpoint of an
+earlier or still running training.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from diffusers import UNet2DModel
 from fashion_data import FOLDER, load_images, to_unit
 from run_files import write_whole
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 
 TIMESTEPS, BETA_START, BETA_END = 1000, 1e-4, 0.02
 BATCH, PEAK_RATE, WARMUP_ROWS, EMA_ROWS = 64, 1e-3, 20_000, 40_000
@@ -103,6 +104,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=FOLDER)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--peak-rate", type=float, default=PEAK_RATE)
+    parser.add_argument("--start", type=Path, help="folder of exported weights to begin from, optimiser fresh")
     parser.add_argument("--export-only", action="store_true", help="export the checkpoint, train nothing")
     args = parser.parse_args()
 
@@ -124,14 +127,20 @@ def main() -> None:
     for module in network.modules():
         if hasattr(module, "set_processor"):
             module.set_processor(AttnProcessor())
-    ema = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
-    optimizer = torch.optim.AdamW(network.parameters(), lr=PEAK_RATE, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
     rows, spent = 0, 0.0
+    if args.start is not None:
+        weights = load_file(args.start / "weights.safetensors")
+        network.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+        rows = json.loads((args.start / "config.json").read_text())["rows"]
+    first_row = rows
+    ema = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+    rate = args.peak_rate
+    optimizer = torch.optim.AdamW(network.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
         network.load_state_dict(saved["network"])
         optimizer.load_state_dict(saved["optimizer"])
-        ema, rows, spent = saved["ema"], saved["rows"], saved["spent"]
+        ema, rows, first_row, spent = saved["ema"], saved["rows"], saved["first_row"], saved["spent"]
     compiled = torch.compile(network)
     budget, start, last_save, mean_loss = args.minutes * 60, time.time() - spent, time.time(), None
 
@@ -140,7 +149,8 @@ def main() -> None:
         for chosen in order.split(BATCH):
             if len(chosen) < BATCH or (progress := (time.time() - start) / budget) >= 1:
                 break
-            rate = PEAK_RATE * min(1, (rows + BATCH) / WARMUP_ROWS) * 0.5 * (1 + math.cos(math.pi * progress))
+            warm = min(1, (rows - first_row + BATCH) / WARMUP_ROWS)
+            rate = args.peak_rate * warm * 0.5 * (1 + math.cos(math.pi * progress))
             for group in optimizer.param_groups:
                 group["lr"] = rate
             times, lam = draw_times(BATCH, table, generator)
@@ -157,7 +167,7 @@ def main() -> None:
             if time.time() - last_save > 120:
                 last_save = time.time()
                 state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema}
-                state |= {"rows": rows, "spent": time.time() - start}
+                state |= {"rows": rows, "first_row": first_row, "spent": time.time() - start}
                 write_whole(checkpoint, lambda part, state=state: torch.save(state, part))
                 print(f"{state['spent'] / 60:6.1f} min  {rows} rows  loss {mean_loss:.4f}", flush=True)
     export(ema, args.export, images, rows)

@@ -22,7 +22,7 @@ from piadm.condense import condense
 from piadm.corrector import Corrector
 from piadm.denoiser import Denoiser
 from piadm.grid import Blocks
-from piadm.integrators import AffineSteps, ScoreExponential
+from piadm.integrators import AffineSteps, ScoreExponential, variance_preserving
 from piadm.iteration import solve
 from piadm.linearization import ScoreFrozen
 from piadm.nodes import every_step
@@ -57,7 +57,8 @@ def piadm_sde(
         y_m <- e^{tau_m/2} y_0 + sum_{j<m} e^{(tau_m - tau_{j+1})/2} [2 (e^{eps_j/2} - 1) s(y_j, t_n + tau_j)
                + sqrt(e^{eps_j} - 1) xi_j]
 
-    starting from ``y_m = y_0``; the last node starts the next block.
+    starting from ``y_m = y_0``; the last node starts the next block.  A schedule of another scale runs through
+    the same iterates, ``x = sqrt(alpha^2 + sigma^2) y``.
 
     Args:
         denoiser: network, schedule and prediction; any schedule, the blocks' OU times are converted by log-SNR.
@@ -193,10 +194,11 @@ def _run(
 def _picard(
     problem: Problem, tally: Tally, steps: AffineSteps, start: Tensor, draw: Draw, iterations: int
 ) -> ParallelPath:
-    """K rounds on one block, all its nodes starting at the block's start ``(B, s, d)``."""
+    """K rounds on one block, all its nodes starting at the block's start ``(B, s, d)``, constant on the OU scale."""
     condensed = condense(steps, ScoreFrozen().slopes(problem.denoiser.schedule, steps), every_step(steps.count))
     path = ParallelPath(condensed, start, draw, torch.arange(problem.batch))
-    path.nodes.copy_(start[:, 0].expand_as(path.nodes))
+    scale = variance_preserving(problem.denoiser.schedule, steps.times)[2].to(start)
+    path.nodes.copy_(start[:, 0] * (scale / scale[0])[:, None, None])
     solve(tally, path, AllRows(), FixedIterations(iterations), limit=tally.rounds + iterations)
     return path
 
