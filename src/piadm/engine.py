@@ -147,11 +147,13 @@ def _rules(
     known = None if coarse is None or coarse.rule.contraction is None else coarse.rule.contraction[coarse.again]
     count = path.path.count
     # Rows that have settled may together leave this share of the tolerance.
-    threshold = SETTLED_SHARE * engine.tol / count / path.path.response[-1, 0].abs()
+    threshold = SETTLED_SHARE * engine.tol / count / path.influence
     rows = SlidingWindow(engine.window or count, threshold)
     # Where all unsettled rows are active one more state is exact in every round; a window moves on one round later.
     exact_after = count if engine.window is None else 2 * count
-    return rows, CarriedResidual(path.path, engine.tol, refinable=refinable, exact_after=exact_after, contraction=known)
+    return rows, CarriedResidual(
+        path.influence, engine.tol, refinable=refinable, exact_after=exact_after, contraction=known
+    )
 
 
 def _path(engine: Engine, problem: Problem, nodes: NodeSet, samples: Tensor, coarse: _Coarse | None) -> ParallelPath:
@@ -181,19 +183,19 @@ def _bare_path(
         lambda first, last: problem.noise.path(first, last)[:, numbers],
         samples,
         reference,
-        _interpolation(engine, nodes, condensed, coarse_end),
+        _interpolation(engine, nodes, reference, coarse_end),
     )
 
 
 def _interpolation(
-    engine: Engine, nodes: NodeSet, condensed: CondensedPath, coarse_end: Tensor | None
+    engine: Engine, nodes: NodeSet, reference: CondensedPath, coarse_end: Tensor | None
 ) -> Interpolation | None:
-    """How to estimate what interpolation leaves; None where every step is a node."""
+    """How to estimate what interpolation leaves, carried to the end by the reference; None: every step is a node."""
     if nodes.count == engine.steps.count:
         return None
     fewer = thin(nodes, engine.clock)
-    probe = condensed.response[-1, 0].clone()
-    probe[torch.isin(nodes.indices, fewer.indices)] -= condense(engine.steps, engine.slopes, fewer).response[-1, 0]
+    probe = reference.response[-1, 0].clone()
+    probe[torch.isin(nodes.indices, fewer.indices)] -= condense(engine.steps, engine.prior[0], fewer).response[-1, 0]
     probe_share, coarse_share = ROUGH_SHARES if engine.steps.normals else SMOOTH_SHARES
     return Interpolation(probe, probe_share, coarse_end, coarse_share)
 

@@ -63,7 +63,9 @@ class Interpolation:
 class ParallelPath:
     """The states of one path at its nodes and its end, for a batch of samples.
 
-    Three copies of the node states are kept: ``q``, ``x`` and ``R``.
+    Three copies of the node states are kept: ``q``, ``x`` and ``R``.  ``influence`` says how strongly each node's
+    residual acts on the end, the larger of what the iteration's linearization and the reference model say: a
+    linearization that freezes the denoised estimate sees no way from an early residual to the end.
 
     Args:
         path: the condensed path, with the linearization ``G`` of the iteration.
@@ -89,6 +91,7 @@ class ParallelPath:
         self.numbers, self.times = samples.to(self.device), path.times.to(self.device)
         self.slopes, self.response = self._matrix(path.slopes), self._matrix(path.response.flatten(0, 1))
         reference = path if reference is None else reference
+        self.influence = torch.maximum(path.response[-1, 0].abs(), reference.response[-1, 0].abs())
         self.reference_slopes, self.constants = self._matrix(reference.slopes), self._matrix(reference.constants)
         self.free = self._free(reference, start, draw)
         self.state = self.free.clone()

@@ -13,7 +13,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from piadm.condense import CondensedPath
 from piadm.path import Movement
 
 
@@ -70,14 +69,14 @@ class CarriedResidual:
 
     A round that moves the node residuals by ``r_i`` (RMS) moves the end by at most
 
-        m = sum_i |P_end,i| r_i
+        m = sum_i w_i r_i,    w the influence of the nodes on the end, about |P_end,i|
 
     without any cancellation between nodes.  Rounds contract it, by ``rho`` in the last two; the rest of the
     geometric series bounds the error that remains, ``e = m max(1, rho/(1 - rho))``.  To this comes the path's
     own estimate of its interpolation error.  No estimate is made before every row has been evaluated once.
 
     Args:
-        path: the condensed path.
+        influence: ``w``, shape ``(n,)`` float64.
         tol: tolerance.
         refinable: whether finer nodes can be had when interpolation is what limits the sample.
         exact_after: number of rounds after which the iteration is exact but for settled rows.
@@ -85,17 +84,17 @@ class CarriedResidual:
     """
 
     def __init__(
-        self, path: CondensedPath, tol: float, *, refinable: bool, exact_after: int, contraction: Tensor | None = None
+        self, influence: Tensor, tol: float, *, refinable: bool, exact_after: int, contraction: Tensor | None = None
     ) -> None:
-        self.weights = path.response[-1, 0].abs()
-        self.tol, self.refinable, self.exact_after, self.rounds = tol, refinable, exact_after, 0
+        self.influence, self.tol, self.refinable, self.exact_after = influence, tol, refinable, exact_after
+        self.rounds = 0
         self.last: Tensor | None = None
         self.contraction = contraction
 
     def _iteration_error(self, moves: Tensor) -> Tensor:
         """``e`` of the class docstring; inf for samples with rows that were never evaluated."""
         reached = moves.isfinite().all(0)
-        move = torch.where(reached, self.weights @ moves.nan_to_num(posinf=0.0), torch.inf)
+        move = torch.where(reached, self.influence @ moves.nan_to_num(posinf=0.0), torch.inf)
         rho = torch.full_like(move, SLOWEST) if self.contraction is None else self.contraction
         if self.last is not None:
             ratio = move / self.last.clamp(min=torch.finfo(torch.float64).tiny)
