@@ -36,7 +36,7 @@ def apart(a: Tensor, b: Tensor) -> float:
 def walk(
     scheduler: DDPMScheduler | DDIMScheduler, network: torch.nn.Module, x: Tensor, steps: int, **more: object
 ) -> Tensor:
-    """diffusers' own sampling loop."""
+    """The scheduler's own sampling loop."""
     scheduler.set_timesteps(steps)
     for t in scheduler.timesteps:
         x = scheduler.step(network(x, t).sample, t, x, **more).prev_sample
