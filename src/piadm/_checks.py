@@ -14,6 +14,25 @@ from torch import Tensor
 _T = TypeVar("_T")
 
 
+_WIDEST = 80  # characters of a value in a message
+
+
+def shown(value: object) -> str:
+    """Return a value for a message: its ``repr`` on one line, cut in the middle if long; an array's type and shape."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        return f"{value.dtype} {tuple(value.shape)}"
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # an int of thousands of digits has no repr
+        text = "a very long number"
+    return text if len(text) <= _WIDEST else f"{text[:50]} ... {text[-20:]}"
+
+
+def described(value: object) -> str:
+    """Return a value and its type for a message."""
+    return f"{shown(value)} of type {type(value).__name__}"
+
+
 def finite_float(
     name: str,
     value: object,
@@ -47,36 +66,41 @@ def finite_float(
         bounds.append(f"{'<' if high_open else '<='} {high:g}")
     accepted = " ".join(["a finite number", " and ".join(bounds)]).rstrip()
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be {accepted}, got {value!r} of type {type(value).__name__}")
-    number = float(value)
+        raise TypeError(f"{name} must be {accepted}, got {described(value)}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf  # an int beyond float64
     above = low is None or number > low or (number == low and not low_open)
     below = high is None or number < high or (number == high and not high_open)
     if not (math.isfinite(number) and above and below):
-        raise ValueError(f"{name} must be {accepted}, got {value!r}")
+        raise ValueError(f"{name} must be {accepted}, got {shown(value)}")
     return number
 
 
-def positive_int(name: str, value: object, minimum: int = 1) -> int:
+def positive_int(name: str, value: object, minimum: int = 1, maximum: int | None = None) -> int:
     """Return ``value`` as an int that is at least ``minimum``.
 
     Args:
         name: Argument name used in messages.
         value: An integer (Python or NumPy; not a bool).
         minimum: Smallest accepted value.
+        maximum: Largest accepted value, or None for no bound.
 
     Returns:
         The value as a Python int.
 
     Raises:
         TypeError: If ``value`` is not an integer.
-        ValueError: If it is below ``minimum``.
+        ValueError: If it is out of bounds.
     """
     if isinstance(value, bool) or not isinstance(value, Integral):
-        kind = type(value).__name__
-        raise TypeError(f"{name} must be an integer >= {minimum}, got {value!r} of type {kind}")
+        raise TypeError(f"{name} must be an integer >= {minimum}, got {described(value)}")
     number = int(value)
+    if maximum is not None and number > maximum:
+        raise ValueError(f"{name} must be an integer from {minimum} to {maximum}, got {shown(value)}")
     if number < minimum:
-        raise ValueError(f"{name} must be an integer >= {minimum}, got {value!r}")
+        raise ValueError(f"{name} must be an integer >= {minimum}, got {shown(value)}")
     return number
 
 
@@ -97,9 +121,9 @@ def choice(name: str, value: _T, accepted: Collection[_T]) -> _T:
     """
     listed = ", ".join(map(repr, accepted))
     if not isinstance(value, tuple({type(item) for item in accepted})):
-        raise TypeError(f"{name} must be one of {listed}, got {value!r} of type {type(value).__name__}")
+        raise TypeError(f"{name} must be one of {listed}, got {described(value)}")
     if value not in accepted:
-        raise ValueError(f"{name} must be one of {listed}, got {value!r}")
+        raise ValueError(f"{name} must be one of {listed}, got {shown(value)}")
     return value
 
 
@@ -121,15 +145,14 @@ def real_vector(name: str, value: object, minimum: int = 2) -> Tensor:
     accepted = f"a one-dimensional sequence of at least {minimum} finite real numbers"
     if isinstance(value, Tensor):
         real = not value.is_complex() and value.dtype != torch.bool
-        described = str(value.dtype)
     else:
         try:
             array = np.asarray(value)
         except ValueError as error:
-            raise ValueError(f"{name} must be {accepted}, got {value!r}") from error
-        real, described = array.dtype.kind in "iuf", type(value).__name__
+            raise ValueError(f"{name} must be {accepted}, got {shown(value)}") from error
+        real = array.dtype.kind in "iuf"
     if not real:
-        raise TypeError(f"{name} must be {accepted}, got {value!r} of type {described}")
+        raise TypeError(f"{name} must be {accepted}, got {described(value)}")
     if isinstance(value, Tensor):
         vector = value.detach().to("cpu", torch.float64, copy=True)
     else:
@@ -182,5 +205,5 @@ def instance(name: str, value: _T, kind: type) -> _T:
         TypeError: If it is not an instance.
     """
     if not isinstance(value, kind):
-        raise TypeError(f"{name} must be a {kind.__name__}, got {value!r} of type {type(value).__name__}")
+        raise TypeError(f"{name} must be a {kind.__name__}, got {described(value)}")
     return value

@@ -8,6 +8,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from ._checks import described, shown
+
 _SLACK = 1e-9  # how far rounding may carry ``time`` past an end of the range before it counts as an error
 
 
@@ -149,6 +151,8 @@ def _as_float64(name: str, value: float | Tensor) -> Tensor:
     if isinstance(value, Tensor) and not value.is_complex() and value.dtype != torch.bool:
         return value.to(torch.float64)
     if isinstance(value, Real) and not isinstance(value, bool):
-        return torch.tensor(float(value), dtype=torch.float64)
-    kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-    raise TypeError(f"{name} must be a real number or a tensor of real numbers, got {value!r} of type {kind}")
+        try:
+            return torch.tensor(float(value), dtype=torch.float64)
+        except OverflowError as error:
+            raise ValueError(f"{name} must be a number that float64 holds, got {shown(value)}") from error
+    raise TypeError(f"{name} must be a real number or a tensor of real numbers, got {described(value)}")

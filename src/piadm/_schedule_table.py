@@ -79,7 +79,7 @@ class DiscreteSchedule(NoiseSchedule):
 
         Reference: Ho et al. 2020 (arXiv 2006.11239), Sec. 4.
         """
-        count = positive_int("timesteps", timesteps, minimum=2)
+        count = positive_int("timesteps", timesteps, minimum=2, maximum=10**6)
         first = finite_float("beta_start", beta_start, low=0.0, high=1.0)
         last = finite_float("beta_end", beta_end, low=0.0, high=1.0)
         betas = torch.linspace(first, last, count, dtype=torch.float64)

@@ -17,6 +17,8 @@ from piadm._checks import finite_float, positive_int
 from piadm.integrators import AffineSteps, variance_preserving
 from piadm.schedule import NoiseSchedule
 
+_MOST = 1e8  # steps or blocks: beyond, an argument is a slip
+
 
 @dataclass(frozen=True)
 class Corrector:
@@ -45,6 +47,10 @@ class Corrector:
         for name in ("duration", "length", "step", "friction"):
             finite_float(name, getattr(self, name), low=0.0)
         positive_int("iterations", self.iterations)
+        for name in ("length", "step"):
+            if self.duration / getattr(self, name) > _MOST:
+                least = self.duration / _MOST
+                raise ValueError(f"{name} must be at least {least:g} for this duration, got {getattr(self, name)}")
 
     @property
     def blocks(self) -> int:

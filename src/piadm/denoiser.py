@@ -95,14 +95,18 @@ class Denoiser:
 
         Raises:
             ValueError: if the network returns another shape than that of ``x``.
+            TypeError: if it does not return real floating-point numbers.
         """
         dtype, time_dtype = network_dtype(self.network, x.dtype), torch.promote_types(x.dtype, torch.float32)
-        output = unwrap(self.network(x.to(dtype), t.to(time_dtype), **condition))
+        # A copy: the network may work in place on what it is given.
+        output = unwrap(self.network(x.to(dtype, copy=True), t.to(time_dtype), **condition))
         if output.shape != x.shape:
             raise ValueError(
                 f"network returned shape {tuple(output.shape)} for rows of shape {tuple(x.shape)}; "
                 "it must return the shape of its input (a learned variance must be split off first)"
             )
+        if not output.is_floating_point():
+            raise TypeError(f"network returned {output.dtype}; it must return floating-point numbers")
         p, q = (c.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1)) for c in self.coefficients(t.double()))
         return (p * x).addcmul_(q, output.to(x.dtype))
 

@@ -2,34 +2,54 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
-from piadm._checks import finite_float, positive_int
+from piadm._checks import described, finite_float, positive_int, shown
 from piadm.activity import SlidingWindow
 from piadm.condense import CondensedPath, condense
 from piadm.grid import TimeGrid
 from piadm.integrators import AffineSteps, Integrator, integrator
 from piadm.iteration import solve
-from piadm.linearization import Gaussian, Linearization, linearization
+from piadm.linearization import Gaussian, Linearization, check_slopes, linearization
 from piadm.nodes import NodeSet, every_step, refine, spread, thin
 from piadm.path import Interpolation, ParallelPath
 from piadm.problem import Problem, check_denoiser, check_grid
-from piadm.solution import Status
 from piadm.stopping import SETTLED_SHARE, CarriedResidual, Verdict
 from piadm.tally import Tally
 
-#: Nodes of the first, coarsest node set that the library chooses; grids of fewer than twice as many steps are
-#: solved with every step a node.
+#: Nodes of the first, coarsest node set that the library chooses for the ODE; grids of fewer than twice as many
+#: steps are solved with every step a node.
 FIRST_NODES = 33
 
-#: Estimated interpolation error per RMS of the probe, and per distance from the end on half the nodes.  Linear
-#: interpolation gains a factor of 4 per doubling where residuals are smooth (ODE) and of 2 where they are rough
-#: (SDE), so the distance is 3 and 1 times the error.  The probe, which leaves out how the network answers, was
-#: seen to understate it by 1.2 (ODE) and 2 times (SDE) on a trained image network.  Some margin on top.
-SMOOTH_SHARES, ROUGH_SHARES = (1.5, 0.5), (3.0, 1.0)
+
+@dataclass(frozen=True)
+class Probe:
+    """How to judge a node set by what leaving out half of its nodes does to the end of the path.
+
+    Attributes:
+        share: estimated interpolation error per RMS of that change, which leaves out how the network answers.
+        fewest: with fewer nodes the change means nothing, and the error counts as unknown.
+    """
+
+    share: float
+    fewest: int
+
+
+#: For the ODE, whose residuals are smooth between nodes, and for the SDE, whose residuals are rough.  Linear
+#: interpolation gains a factor of 4 (2) per doubling of the nodes, so the change is 3 times (once) the error of the
+#: finer set; the network's answer was seen to make the error up to 3.6 times (2 times) as large on a trained network.
+SMOOTH, ROUGH = Probe(1.5, 9), Probe(3.0, 24)
+
+#: Estimated error per distance from the end on half the nodes, once both sets are solved: a third, and some margin.
+COARSE_SHARE = 0.5
+
+#: Rounds on a finer node set before that distance, which starts at zero, is believed.
+FINER_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -44,6 +64,7 @@ class Engine:
         clock: log-SNR at the start of every step, on which residuals are interpolated.
         nodes: the first node set.
         refinable: whether finer node sets may follow.
+        probe: how a node set is judged.
         window: rows per sample and round that are evaluated; None: all that have not settled.
         tol: tolerance.
     """
@@ -55,8 +76,14 @@ class Engine:
     clock: Tensor
     nodes: NodeSet
     refinable: bool
+    probe: Probe
     window: int | None
     tol: float
+
+    @property
+    def turns_per_node(self) -> int:
+        """Rounds in which one more state is exact: one, or two where a window must move on before it is used."""
+        return 1 if self.window is None else 2
 
 
 def settle(
@@ -78,12 +105,12 @@ def settle(
     checked = check_denoiser(denoiser)
     schedule = checked.schedule
     tolerance = finite_float("tol", tol, low=0.0)
-    times = TimeGrid.default(schedule, steps) if grid is None else check_grid(grid)
+    times = TimeGrid.default(schedule, steps) if grid is None else check_grid(grid, schedule)
     scheme = integrator(method).steps(schedule, times)
-    slopes = linearization(guess, checked).slopes(schedule, scheme)
+    slopes = check_slopes(linearization(guess, checked).slopes(schedule, scheme), scheme.count)
     jacobian = Gaussian(checked.data_variance).slopes(schedule, scheme)
     clock = schedule.log_snr(scheme.times)
-    first, refinable = _first_nodes(nodes, clock)
+    first, refinable = _first_nodes(nodes, clock, noisy=scheme.normals > 0)
     return Engine(
         grid=times,
         steps=scheme,
@@ -92,27 +119,37 @@ def settle(
         clock=clock,
         nodes=first,
         refinable=refinable,
-        window=None if window is None else positive_int("window", window, minimum=2),
+        probe=ROUGH if scheme.normals else SMOOTH,
+        window=None if window is None else min(positive_int("window", window, minimum=2), scheme.count),
         tol=tolerance,
     )
 
 
-def _first_nodes(nodes: object, clock: Tensor) -> tuple[NodeSet, bool]:
+def _first_nodes(nodes: object, clock: Tensor, *, noisy: bool) -> tuple[NodeSet, bool]:
+    """The first node set and whether finer ones may follow.
+
+    Noise is left out of no node: what finer nodes add to a solved noisy path acts like new noise, which takes as
+    many rounds to settle as a path from scratch, so going from coarse to fine would cost more than it saves.
+    """
     count = len(clock)
     if isinstance(nodes, str) and nodes == "all":
         return every_step(count), False
     if nodes is None:
-        return (every_step(count), False) if count < 2 * FIRST_NODES else (spread(clock, FIRST_NODES), True)
-    if isinstance(nodes, str):
-        raise ValueError(f"nodes must be 'all', an integer >= 2 or None, got {nodes!r}")
-    return spread(clock, positive_int("nodes", nodes, minimum=2)), False
+        fine = noisy or count < 2 * FIRST_NODES
+        return (every_step(count), False) if fine else (spread(clock, FIRST_NODES), True)
+    accepted = "'all', an integer >= 2 or None"
+    if isinstance(nodes, bool) or not isinstance(nodes, (str, Integral)):
+        raise TypeError(f"nodes must be {accepted}, got {described(nodes)}")
+    if isinstance(nodes, str) or nodes < 2:
+        raise ValueError(f"nodes must be {accepted}, got {shown(nodes)}")
+    return spread(clock, int(nodes)), False
 
 
 @torch.no_grad()
 def run(engine: Engine, problem: Problem, tally: Tally, limit: int, return_states: bool) -> Tensor | None:
     """Solve on one node set after the other; a sample stays in the batch until it is judged."""
     nodes, left, coarse = engine.nodes, torch.arange(problem.batch), None
-    states = torch.empty(engine.steps.count + 1, *problem.start.shape).to(problem.start) if return_states else None
+    states = problem.start.new_empty(engine.steps.count + 1, *problem.start.shape) if return_states else None
     with tally.running():
         while len(left):
             path = _path(engine, problem, nodes, left, coarse)
@@ -121,10 +158,9 @@ def run(engine: Engine, problem: Problem, tally: Tally, limit: int, return_state
             verdict = solve(tally, path, rows, rule, limit)
             if states is not None:
                 states[:, path.numbers] = _all_states(engine, problem, nodes, path)
-            again = (verdict == Verdict.REFINE) & refinable & (tally.rounds < limit)
-            for sample, outcome in zip(left[~again].tolist(), verdict[~again].tolist(), strict=True):
-                if outcome != Verdict.NONFINITE:
-                    tally.status[sample] = Status.CONVERGED if outcome == Verdict.DONE else Status.MAX_ROUNDS
+            go_on = refinable and not tally.interrupted and tally.rounds < limit
+            again = (verdict == Verdict.REFINE) & go_on
+            tally.close(left[~again], verdict[~again] == Verdict.DONE)
             coarse, left = _Coarse(nodes, path, rule, again), left[again]
             nodes = refine(nodes, engine.clock)
     return None if states is None else states.reshape(-1, *problem.shape)
@@ -148,12 +184,15 @@ def _rules(
     count = path.path.count
     # Rows that have settled may together leave this share of the tolerance.
     threshold = SETTLED_SHARE * engine.tol / count / path.influence
-    rows = SlidingWindow(engine.window or count, threshold)
-    # Where all unsettled rows are active one more state is exact in every round; a window moves on one round later.
-    exact_after = count if engine.window is None else 2 * count
-    return rows, CarriedResidual(
-        path.influence, engine.tol, refinable=refinable, exact_after=exact_after, contraction=known
+    rule = CarriedResidual(
+        path.influence,
+        engine.tol,
+        refinable=refinable,
+        earliest=1 if coarse is None else FINER_ROUNDS,
+        exact_after=count * engine.turns_per_node,
+        contraction=known,
     )
+    return SlidingWindow(engine.window or count, threshold), rule
 
 
 def _path(engine: Engine, problem: Problem, nodes: NodeSet, samples: Tensor, coarse: _Coarse | None) -> ParallelPath:
@@ -196,8 +235,8 @@ def _interpolation(
     fewer = thin(nodes, engine.clock)
     probe = reference.response[-1, 0].clone()
     probe[torch.isin(nodes.indices, fewer.indices)] -= condense(engine.steps, engine.prior[0], fewer).response[-1, 0]
-    probe_share, coarse_share = ROUGH_SHARES if engine.steps.normals else SMOOTH_SHARES
-    return Interpolation(probe, probe_share, coarse_end, coarse_share)
+    share = engine.probe.share if nodes.count >= engine.probe.fewest else math.inf
+    return Interpolation(probe, share, coarse_end, COARSE_SHARE)
 
 
 def _all_states(engine: Engine, problem: Problem, nodes: NodeSet, path: ParallelPath) -> Tensor:

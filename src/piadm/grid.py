@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ._checks import decreasing_vector, finite_float, instance, positive_int
+from ._checks import decreasing_vector, finite_float, instance, positive_int, shown
 from .schedule import DiscreteSchedule, NoiseSchedule, OUSchedule, VESchedule
 
 _LOG_SNR_LIMIT = 13.0  # stands in for an infinite log-SNR: there sigma (or alpha) is about 1.5e-3
@@ -66,7 +66,7 @@ class TimeGrid:
             TypeError: If an argument has the wrong type.
             ValueError: If ``steps`` < 1, or the ends lie outside the schedule's range or in the wrong order.
         """
-        count, first, last = positive_int("steps", steps), *_ends(schedule, start, end)
+        count, first, last = positive_int("steps", steps, maximum=_MAX_STEPS), *_ends(schedule, start, end)
         return cls(torch.linspace(first, last, count + 1, dtype=torch.float64))
 
     @classmethod
@@ -92,7 +92,7 @@ class TimeGrid:
             TypeError: If an argument has the wrong type.
             ValueError: If ``steps`` < 1, or the ends lie outside the schedule's range or in the wrong order.
         """
-        count, first, last = positive_int("steps", steps), *_ends(schedule, start, end)
+        count, first, last = positive_int("steps", steps, maximum=_MAX_STEPS), *_ends(schedule, start, end)
         levels = torch.linspace(*_finite_levels(schedule, first, last), count + 1, dtype=torch.float64)
         times = schedule.time(levels)
         times[0], times[-1] = first, last
@@ -118,7 +118,7 @@ class TimeGrid:
         table = len(instance("schedule", schedule, DiscreteSchedule).alphas_cumprod)
         count = positive_int("steps", steps)
         if count > table:
-            raise ValueError(f"steps must be an integer from 1 to {table}, the table's length, got {steps}")
+            raise ValueError(f"steps must be an integer from 1 to {table}, the table's length, got {shown(steps)}")
         indices = torch.arange(count - 1, -1, -1, dtype=torch.float64) * (table // count)
         return cls(torch.cat([indices, indices.new_tensor([-1.0])]))
 
@@ -224,10 +224,10 @@ class Blocks:
         longest = finite_float("length", length, low=0.0)
         eps = finite_float("step", step, low=0.0)
         if (top - eta) / longest > _MAX_BLOCKS:
-            raise ValueError(f"length must be at least {(top - eta) / _MAX_BLOCKS:g} here, got {length!r}")
+            raise ValueError(f"length must be at least {(top - eta) / _MAX_BLOCKS:g} here, got {shown(length)}")
         fewest = (top - eta + math.log(top) - math.log(eta)) / _MAX_STEPS
         if eps < fewest:
-            raise ValueError(f"step must be at least {fewest:g} here, got {step!r}")
+            raise ValueError(f"step must be at least {fewest:g} here, got {shown(step)}")
         count = _ceil((top - eta) / longest)
         borders = torch.linspace(top, eta, count + 1, dtype=torch.float64).tolist()
         inner = _ceil((top - eta) / count / eps)

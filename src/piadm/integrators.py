@@ -169,6 +169,6 @@ def integrator(method: str | Integrator) -> Integrator:
     Raises:
         TypeError, ValueError: if it is neither one of ``METHODS`` nor has a method ``steps``.
     """
-    if callable(getattr(method, "steps", None)):
+    if not isinstance(method, type) and callable(getattr(method, "steps", None)):
         return method  # type: ignore[return-value]
     return METHODS[choice("method", method, tuple(METHODS))]  # type: ignore[index]

@@ -22,25 +22,36 @@ def solve(tally: Tally, path: ParallelPath, rows: ActiveRows, rule: StoppingRule
         limit: number of rounds, of the whole run, after which to give up.
 
     Returns:
-        The last ``Verdict`` of every sample of the path, shape ``(B,)`` int64; GO_ON where the limit cut it off.
+        The last ``Verdict`` of every sample of the path, shape ``(B,)`` int64; GO_ON where the limit or an interrupt
+        cut it off, NONFINITE for one that had failed before.
     """
     samples, count = path.samples, path.path.count
-    verdict = torch.full_like(samples, Verdict.GO_ON)
+    verdict = torch.where(tally.failed[samples], Verdict.NONFINITE, Verdict.GO_ON)
     moves = torch.full((count, len(samples)), torch.inf, dtype=torch.float64)
     tally.peak_states = max(tally.peak_states, count * len(samples))
-    while tally.rounds < limit and (going := verdict == Verdict.GO_ON).any():
-        active = rows.choose(moves) & going
-        movement = path.turn(tally.problem.executor, active)
-        moves = torch.where(active, movement.residual, moves)
-        error, judged = rule.judge(movement, moves)
-        verdict = torch.where(going, judged, verdict)
-        tally.error[samples[going]] = error[going]
-        tally.end[path.numbers] = path.end[:, 0]
-        for sample in (going & (judged == Verdict.NONFINITE)).nonzero().flatten().tolist():
-            tally.fail(int(samples[sample]), _where(movement, path, sample))
-        tally.residuals.append(tally.error.clone())
-        tally.round(samples[going], samples.expand(count, -1)[active])
+    with tally.stoppable():
+        while tally.rounds < limit and (going := verdict == Verdict.GO_ON).any():
+            active = rows.choose(moves) & going
+            movement = path.turn(tally.problem.executor, active)
+            moves = torch.where(active, movement.residual, moves)
+            error, judged = rule.judge(movement, moves)
+            verdict = torch.where(going, judged, verdict)
+            _record(tally, path, movement, error, going, verdict)
+            if not active.any():
+                break  # nothing left to evaluate: the rule has judged all there is
+            tally.round(samples[active.any(0)], samples.expand(count, -1)[active])
     return verdict
+
+
+def _record(
+    tally: Tally, path: ParallelPath, movement: Movement, error: Tensor, going: Tensor, verdict: Tensor
+) -> None:
+    """Hand the errors, the ends and the failures of a round to the tally."""
+    tally.error[path.samples[going]] = error[going]
+    tally.end[path.numbers] = path.end[:, 0]
+    for sample in (going & (verdict == Verdict.NONFINITE)).nonzero().flatten().tolist():
+        tally.fail(int(path.samples[sample]), _where(movement, path, sample))
+    tally.residuals.append(tally.error.clone())
 
 
 def _where(movement: Movement, path: ParallelPath, sample: int) -> str:

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from piadm._checks import choice, finite_float
+from piadm._checks import choice, finite_float, shown
 from piadm.denoiser import Denoiser
 from piadm.integrators import AffineSteps
 from piadm.schedule import NoiseSchedule
@@ -81,6 +81,21 @@ class Gaussian:
         return alpha * self.variance / (alpha.square() * self.variance + sigma.square())
 
 
+def check_slopes(slopes: object, count: int) -> Tensor:
+    """Slopes as float64.
+
+    Raises:
+        TypeError, ValueError: if they are no finite tensor of shape ``(count,)``.
+    """
+    if not isinstance(slopes, Tensor):
+        raise TypeError(f"linearization must give slopes as a tensor of shape ({count},), got {shown(slopes)}")
+    if slopes.shape != (count,):
+        raise ValueError(f"linearization must give slopes of shape ({count},), got {tuple(slopes.shape)}")
+    if bad := count - int(slopes.isfinite().sum()):
+        raise ValueError(f"linearization must give finite slopes, got {bad} that are not")
+    return slopes.double()
+
+
 NAMES = ("gaussian", "score", "identity", "data")
 
 
@@ -90,7 +105,7 @@ def linearization(choice_: str | Linearization | None, denoiser: Denoiser) -> Li
     Raises:
         TypeError, ValueError: if it is neither one of ``NAMES`` nor has a method ``slopes``.
     """
-    if callable(getattr(choice_, "slopes", None)):
+    if not isinstance(choice_, type) and callable(getattr(choice_, "slopes", None)):
         return choice_  # type: ignore[return-value]
     name = choice("linearization", "gaussian" if choice_ is None else choice_, NAMES)
     kinds: dict[object, Linearization] = {

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from piadm._checks import positive_int
+from piadm._checks import described, positive_int, shown
 
 Seed = int | Sequence[int | tuple[int, int]]
 
+_NUMPY_FLOATS = (np.float16, np.float32, np.float64)
 _WORD = 0xFFFFFFFF
 _ROUNDS = 10
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -145,7 +146,7 @@ def seed_keys(seed: Seed, batch: int) -> Tensor:
         entries = [(entries, sample) for sample in range(batch)]
     if not isinstance(entries, Sequence) or isinstance(entries, (str, bytes)):
         accepted = "an int or a sequence of ints or (seed, sample) pairs"
-        raise TypeError(f"seed must be {accepted}, got {seed!r} of type {type(seed).__name__}")
+        raise TypeError(f"seed must be {accepted}, got {described(seed)}")
     if len(entries) != batch:
         raise ValueError(f"seed must have one entry per sample: got {len(entries)} for {batch} samples")
     return torch.tensor([_pair(entry) for entry in entries], dtype=torch.int64)
@@ -240,14 +241,17 @@ def given_array(name: str, value: object, shape: Sequence[int]) -> Tensor:
         TypeError: If ``value`` is no tensor or array, or not of a real floating-point type.
         ValueError: If it has another shape or an entry that is not finite.
     """
-    array = torch.as_tensor(value) if isinstance(value, (Tensor, np.ndarray)) else None
+    usable = value
+    if isinstance(value, np.ndarray):
+        usable = torch.from_numpy(np.ascontiguousarray(value)) if value.dtype in _NUMPY_FLOATS else None
+    array = usable if isinstance(usable, Tensor) and usable.layout == torch.strided and not usable.is_meta else None
     if array is None or not array.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor or array, got {_kind(value)}")
     if tuple(array.shape) != tuple(shape):
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(array.shape)}")
     if bad := array.numel() - int(array.isfinite().sum()):
         raise ValueError(f"{name} must be finite, got {bad} entries that are NaN or infinite")
-    return array
+    return array.detach()
 
 
 def _chunks(*sizes: int) -> product[tuple[slice, ...]]:
@@ -272,7 +276,7 @@ def _kind(value: object) -> str:
     """Describe a value in a message: an array by dtype and shape."""
     if isinstance(value, (Tensor, np.ndarray)):
         return f"{value.dtype} {tuple(value.shape)}"
-    return f"{value!r} of type {type(value).__name__}"
+    return described(value)
 
 
 def _steps(steps: Sequence[int] | Tensor) -> Tensor:
@@ -290,7 +294,7 @@ def _word(name: str, value: object, bits: int = 32) -> int:
     """Check an unsigned integer of the given width."""
     number = positive_int(name, value, 0)
     if number >> bits:
-        raise ValueError(f"{name} must be an integer in [0, 2^{bits}), got {number}")
+        raise ValueError(f"{name} must be an integer in [0, 2^{bits}), got {shown(number)}")
     return number
 
 
@@ -298,6 +302,6 @@ def _pair(entry: object) -> tuple[int, int]:
     """Read one entry of ``seed`` as (seed in two's complement, sample number)."""
     pair = entry if isinstance(entry, (tuple, list)) else (entry, 0)
     if len(pair) != 2:
-        raise ValueError(f"seed entries must be an int or a pair (seed, sample), got {entry!r}")
+        raise ValueError(f"seed entries must be an int or a pair (seed, sample), got {shown(entry)}")
     seed, sample = _word("seed", pair[0], 64), _word("sample number in seed", pair[1])
     return seed - (1 << 64) if seed >> 63 else seed, sample

@@ -73,7 +73,7 @@ def piadm_sde(
         max_batch: most rows in one network call; None chooses.
         callback: called with a ``RoundInfo`` after each round; a true return value ends the run.
         progress: show a progress bar.
-        return_states: keep the states at every step.
+        return_states: keep the states at every step (of an interrupted run: of the blocks that were finished).
         raise_on_failure: raise ``NotConvergedError`` unless every sample is CONVERGED.
 
     Returns:
@@ -130,7 +130,7 @@ def piadm_ode(
         max_batch: most rows in one network call; None chooses.
         callback: called with a ``RoundInfo`` after each round; a true return value ends the run.
         progress: show a progress bar.
-        return_states: keep the predictor's states at every step.
+        return_states: keep the predictor's states at every step (of an interrupted run: of the finished blocks).
         raise_on_failure: raise ``NotConvergedError`` unless every sample is CONVERGED.
 
     Returns:
@@ -148,6 +148,11 @@ def piadm_ode(
         noise_count=blocks.count * corrector.normals if corrector else 0, condition=condition,
         max_batch=max_batch, callback=callback,
     )  # fmt: skip
+    if corrector is not None and not bool(denoiser.schedule.sigma(problem.grid.times[-1]) > 0):
+        raise ValueError(
+            "blocks must end before clean data (sigma = 0) for a corrector, got a last time of "
+            f"{problem.grid.times[-1].item():g}"
+        )
     per_block = iterations + (corrector.blocks * corrector.iterations if corrector else 0)
     tally = Tally(problem, blocks.count * per_block, callback, progress)
     return _run(problem, tally, steps, blocks, iterations, corrector, return_states, raise_on_failure)
@@ -180,13 +185,15 @@ def _run(
         for n, size in enumerate(blocks.sizes):
             part = steps.part(first, first + size)
             path = _picard(problem, tally, part, x, _shifted(problem.noise.path, first), iterations)
+            if tally.interrupted:
+                break
             x = path.end.clone()
             if return_states:
                 kept += [path.nodes[1:].clone(), x[None, :, 0]]
             if corrector is not None:
                 x = _correct(problem, tally, corrector, n, problem.grid.times[first + size].item(), x)
             first += size
-        tally.finish()
+    tally.finish()
     states = torch.cat(kept).reshape(-1, *problem.shape) if return_states else None
     return tally.solution(states, raise_on_failure=raise_on_failure)
 

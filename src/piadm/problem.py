@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from piadm._checks import positive_int
+from piadm._checks import described, positive_int, shown
 from piadm.denoiser import Denoiser, network_device, network_dtype
 from piadm.executor import Executor
 from piadm.grid import TimeGrid
 from piadm.noise import GivenNoise, NoiseSource, Seed, SeededNoise, given_array, seed_keys
+from piadm.schedule import NoiseSchedule
 from piadm.solution import RoundInfo
 
 Callback = Callable[[RoundInfo], Any]
@@ -76,13 +77,15 @@ def pose(
     keys = seed_keys(seed, shape[0])
     given = None if initial is None else given_array("initial", initial, shape)
     if noise is not None and noise_count == 0:
-        raise ValueError("noise must be None for a deterministic sampler, got an array")
-    device, dtype = _place(denoiser, given, noise)
+        raise ValueError("noise must be None where no noise is drawn (no corrector), got an array")
+    drawn = None if noise is None else given_array("noise", noise, (noise_count, *shape))
+    device, dtype = _place(denoiser, given, drawn)
     condition = _condition(condition, shape[0], device)
     elements = torch.Size(shape[1:]).numel()
-    source: NoiseSource = SeededNoise(keys, elements, dtype, device)
-    if noise is not None:
-        source = GivenNoise(noise, source, (noise_count, *shape))  # type: ignore[arg-type]
+    seeded = SeededNoise(keys, elements, dtype, device)
+    source: NoiseSource = seeded
+    if drawn is not None:
+        source = GivenNoise(drawn, seeded, (noise_count, *shape))
     if given is not None:
         start = given.reshape(shape[0], -1).to(device, dtype)
     else:
@@ -104,20 +107,28 @@ def check_denoiser(denoiser: object) -> Denoiser:
     return denoiser
 
 
-def check_grid(grid: object) -> TimeGrid:
+def check_grid(grid: object, schedule: NoiseSchedule) -> TimeGrid:
     """The grid itself.
 
     Raises:
         TypeError: if it is none.
+        ValueError: if it leaves the schedule's range.
     """
     if not isinstance(grid, TimeGrid):
         raise TypeError(f"grid must be a piadm.TimeGrid or None, got {type(grid).__name__}")
+    low, high = schedule.t_range
+    first, last = grid.times[0].item(), grid.times[-1].item()
+    if first > high or last < low:
+        raise ValueError(
+            f"grid must lie in [{low:g}, {high:g}], the range of the denoiser's schedule"
+            f", got times {first:g} to {last:g}"
+        )
     return grid
 
 
 def _shape(shape: object) -> tuple[int, ...]:
     if not isinstance(shape, (tuple, list, torch.Size)):
-        raise TypeError(f"shape must be a tuple (B, *sample_shape), got {shape!r} of type {type(shape).__name__}")
+        raise TypeError(f"shape must be a tuple (B, *sample_shape), got {described(shape)}")
     if len(shape) < 2:
         raise ValueError(f"shape must be (B, *sample_shape) with at least two entries, got {tuple(shape)}")
     return tuple(positive_int(f"shape[{i}]", size) for i, size in enumerate(shape))
@@ -143,13 +154,13 @@ def _prior_scale(denoiser: Denoiser, grid: TimeGrid) -> float:
     return float(torch.hypot(denoiser.schedule.alpha(first), denoiser.schedule.sigma(first)))
 
 
-def _place(denoiser: Denoiser, initial: Tensor | None, noise: object) -> tuple[torch.device, torch.dtype]:
+def _place(denoiser: Denoiser, initial: Tensor | None, noise: Tensor | None) -> tuple[torch.device, torch.dtype]:
     """Device and dtype of the state: the network's device, and float32 or the widest type in sight."""
-    given = [array for array in (initial, noise) if isinstance(array, Tensor)]
+    given = [array for array in (initial, noise) if array is not None]
     device = network_device(denoiser.network) or (given[0].device if given else torch.device("cpu"))
     dtype = network_dtype(denoiser.network, torch.float32)
     for array in given:
-        dtype = torch.promote_types(dtype, array.dtype) if array.is_floating_point() else dtype
+        dtype = torch.promote_types(dtype, array.dtype)
     return device, torch.promote_types(dtype, torch.float32)
 
 
@@ -160,6 +171,8 @@ def _condition(condition: object, batch: int, device: torch.device) -> dict[str,
     if not isinstance(condition, Mapping):
         raise TypeError(f"condition must be a mapping from names to values, got {type(condition).__name__}")
     for name, value in condition.items():
+        if not isinstance(name, str) or name in ("x", "t"):
+            raise ValueError(f"condition must have strings other than 'x' and 't' as names, got {shown(name)}")
         if isinstance(value, Tensor) and (value.ndim == 0 or len(value) != batch):
             raise ValueError(
                 f"condition[{name!r}] must have one row per sample, ({batch}, ...), got shape {tuple(value.shape)}"

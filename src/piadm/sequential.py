@@ -46,12 +46,12 @@ def sample_sequential(
         steps: number of steps ``J`` of the default grid.
         seed: one int, or one per sample (an int, or a pair (seed, sample)).
         initial: state at the first time, ``(B, *sample_shape)``; None draws it.
-        noise: standard normals, ``(J, B, *sample_shape)``; None draws them.
+        noise: standard normals, ``(J, B, *sample_shape)``; None draws them.  The ODE methods do not read them.
         condition: tensors with one row per sample, and any other values, as the network's keyword arguments.
         max_batch: most rows in one network call; None chooses.
         callback: called with a ``RoundInfo`` after each step; a true return value ends the run.
         progress: show a progress bar.
-        return_states: keep every state.
+        return_states: keep every state (of an interrupted run: those that were reached).
         raise_on_failure: raise ``NotConvergedError`` unless every sample is CONVERGED.
 
     Returns:
@@ -62,11 +62,11 @@ def sample_sequential(
         NetworkError: if the network raises or returns the wrong shape.
     """
     schedule = check_denoiser(denoiser).schedule
-    grid = TimeGrid.default(schedule, steps) if grid is None else check_grid(grid)
+    grid = TimeGrid.default(schedule, steps) if grid is None else check_grid(grid, schedule)
     coefficients = integrator(method).steps(schedule, grid)
     problem = pose(
         denoiser, shape, grid, seed=seed, initial=initial, noise=noise,
-        noise_count=coefficients.count * coefficients.normals, condition=condition, max_batch=max_batch,
+        noise_count=coefficients.count * max(1, coefficients.normals), condition=condition, max_batch=max_batch,
         callback=callback,
     )  # fmt: skip
     tally = Tally(problem, coefficients.count, callback, progress)
@@ -97,8 +97,7 @@ def sample_sequential(
             tally.end = x
             tally.round(samples, samples, estimate)
     tally.peak_states = batch
-    if tally.rounds == coefficients.count:
-        tally.finish()
+    tally.finish()
     for sample, step in enumerate(failed_at.tolist()):
         if step < tally.rounds:
             tally.fail(sample, f"the network returned a value that is not finite at time {coefficients.times[step]:g}")

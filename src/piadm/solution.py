@@ -66,7 +66,8 @@ class Solution:
             the same grid and noise, shape ``(B,)`` float64; 0 for the sequential sampler itself, NaN where the
             method makes no estimate.
         stats: rounds, evaluations, memory and time.
-        states: states along the path, shape ``(J + 1, B, *shape)``, noise first, where they were asked for.
+        states: states along the path, shape ``(J + 1, B, *shape)``, noise first, where they were asked for; fewer
+            where a sequential or block-by-block run was interrupted.
         failures: one line per sample that failed, naming its number and the time.
     """
 

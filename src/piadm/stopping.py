@@ -72,49 +72,61 @@ class CarriedResidual:
         m = sum_i w_i r_i,    w the influence of the nodes on the end, about |P_end,i|
 
     without any cancellation between nodes.  Rounds contract it, by ``rho`` in the last two; the rest of the
-    geometric series bounds the error that remains, ``e = m max(1, rho/(1 - rho))``.  To this comes the path's
-    own estimate of its interpolation error.  No estimate is made before every row has been evaluated once.
+    geometric series bounds the error that remains, ``e = m max(1, rho/(1 - rho))``.  To this come the path's
+    own estimates of its interpolation and rounding errors.  No estimate is made before every row has been
+    evaluated once.
 
     Args:
         influence: ``w``, shape ``(n,)`` float64.
         tol: tolerance.
         refinable: whether finer nodes can be had when interpolation is what limits the sample.
+        earliest: round before which no sample is judged that still moves.
         exact_after: number of rounds after which the iteration is exact but for settled rows.
         contraction: ``rho`` known from a coarser node set, shape ``(B,)``; None expects the slowest.
     """
 
     def __init__(
-        self, influence: Tensor, tol: float, *, refinable: bool, exact_after: int, contraction: Tensor | None = None
+        self,
+        influence: Tensor,
+        tol: float,
+        *,
+        refinable: bool,
+        earliest: int,
+        exact_after: int,
+        contraction: Tensor | None = None,
     ) -> None:
         self.influence, self.tol, self.refinable, self.exact_after = influence, tol, refinable, exact_after
-        self.rounds = 0
+        self.earliest, self.rounds = earliest, 0
         self.last: Tensor | None = None
         self.contraction = contraction
 
-    def _iteration_error(self, moves: Tensor) -> Tensor:
+    def _iteration_error(self, moves: Tensor, exact: Tensor) -> Tensor:
         """``e`` of the class docstring; inf for samples with rows that were never evaluated."""
         reached = moves.isfinite().all(0)
         move = torch.where(reached, self.influence @ moves.nan_to_num(posinf=0.0), torch.inf)
         rho = torch.full_like(move, SLOWEST) if self.contraction is None else self.contraction
         if self.last is not None:
             ratio = move / self.last.clamp(min=torch.finfo(torch.float64).tiny)
-            rho = torch.where(self.last.isfinite(), ratio.clamp(0, SLOWEST), rho)
+            # A sample that is judged already stands still; what it had contracted by is kept.
+            rho = torch.where(self.last.isfinite() & (move != self.last), ratio.clamp(0, SLOWEST), rho)
             self.contraction = rho
         self.last = move
-        if self.rounds >= self.exact_after:
-            return torch.full_like(move, SETTLED_SHARE * self.tol)
-        return move * (rho / (1 - rho)).clamp(min=1)
+        error = move * (rho / (1 - rho)).clamp(min=1)
+        return torch.full_like(error, SETTLED_SHARE * self.tol).where(exact, error)
 
     def judge(self, movement: Movement, moves: Tensor) -> tuple[Tensor, Tensor]:
         """The estimate of the class docstring, and its verdict."""
         self.rounds += 1
-        iteration = self._iteration_error(moves)
+        # Where nothing has moved, nothing was left to evaluate.
+        still = (movement.residual == 0).all(0)
+        iteration = self._iteration_error(moves, still | (self.rounds >= self.exact_after))
         interpolation = movement.interpolation
-        error = iteration + interpolation
+        error = iteration + interpolation + movement.rounding
 
         verdict = torch.full_like(error, Verdict.GO_ON)
-        enough = 0.5 * interpolation if self.refinable else torch.full_like(error, 0.1 * self.tol)
-        verdict[(iteration <= enough) & (interpolation > 0.5 * self.tol)] = Verdict.REFINE
-        verdict[error <= self.tol] = Verdict.DONE
+        ripe = still | (self.rounds >= self.earliest)
+        enough = 0.5 * interpolation if self.refinable else torch.full_like(error, SETTLED_SHARE * self.tol)
+        verdict[ripe & (iteration <= enough) & (interpolation > 0.5 * self.tol)] = Verdict.REFINE
+        verdict[ripe & (error <= self.tol)] = Verdict.DONE
         verdict[~movement.end.isfinite()] = Verdict.NONFINITE
         return error, verdict.long()

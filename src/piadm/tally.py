@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -48,6 +49,7 @@ class Tally:
         self.error = torch.full((batch,), torch.inf, dtype=torch.float64)
         self.status = [Status.INTERRUPTED] * batch
         self.rounds_per_sample = torch.zeros(batch, dtype=torch.int64)
+        self.interrupted = False
         self.bar = tqdm(total=self.total, unit="round", disable=not self.progress, leave=False)
 
     def round(self, samples: Tensor, rows: Tensor, denoised: Tensor | None = None) -> None:
@@ -79,22 +81,44 @@ class Tally:
             raise Interrupted
 
     def fail(self, sample: int, message: str) -> None:
-        """Give up a sample: the network returned values that are not finite."""
+        """Give up a sample, once: the network returned values that are not finite."""
+        if self.status[sample] is Status.NONFINITE:
+            return
         self.status[sample] = Status.NONFINITE
         self.error[sample] = torch.inf
         self.failures.append(f"sample {sample}: {message}")
 
+    @property
+    def failed(self) -> Tensor:
+        """Which samples have been given up, shape ``(B,)`` bool."""
+        return torch.tensor([status is Status.NONFINITE for status in self.status])
+
+    def close(self, samples: Tensor, done: Tensor) -> None:
+        """Give samples their final status: CONVERGED where ``done``, else what has kept them from it."""
+        unfinished = Status.INTERRUPTED if self.interrupted else Status.MAX_ROUNDS
+        for sample, finished in zip(samples.tolist(), done.tolist(), strict=True):
+            if self.status[sample] is not Status.NONFINITE:
+                self.status[sample] = Status.CONVERGED if finished else unfinished
+
     def finish(self) -> None:
-        """Every sample that has not failed is CONVERGED."""
-        self.status = [s if s is Status.NONFINITE else Status.CONVERGED for s in self.status]
+        """Close every sample of a run of a known number of rounds: CONVERGED if it had them all."""
+        samples = torch.arange(self.problem.batch)
+        self.close(samples, torch.full_like(samples, self.rounds == self.total, dtype=torch.bool))
 
     @contextmanager
-    def running(self) -> Iterator[None]:
+    def stoppable(self) -> Iterator[None]:
         """Turn an interrupt, by keyboard or callback, into an early end with the state so far."""
         try:
             yield
         except (KeyboardInterrupt, Interrupted):
-            pass
+            self.interrupted = True
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """The whole run: ``stoppable``, and the progress bar goes when it is over."""
+        try:
+            with self.stoppable():
+                yield
         finally:
             self.bar.close()
 
@@ -118,9 +142,17 @@ class Tally:
         sample = self.end.reshape(self.problem.shape)
         solution = Solution(sample, tuple(self.status), self.error, stats, states, tuple(self.failures))
         if self.failures:
-            warnings.warn("; ".join(self.failures), RuntimeWarning, stacklevel=4)
+            warnings.warn("; ".join(self.failures), RuntimeWarning, stacklevel=_caller_level())
         if raise_on_failure and not solution.converged:
             counted = {status.name: self.status.count(status) for status in Status if status in self.status}
             said = ", ".join(f"{count} {name}" for name, count in counted.items())
             raise NotConvergedError(f"not every sample converged: {said}", solution)
         return solution
+
+
+def _caller_level() -> int:
+    """The ``stacklevel`` of the line outside this package, and torch's decorators, that called it."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("piadm", "torch"):
+        level, frame = level + 1, frame.f_back
+    return level

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from piadm._checks import instance
+from piadm._checks import instance, shown
 from piadm.denoiser import Denoiser
 from piadm.schedule import NoiseSchedule
 
@@ -223,12 +223,16 @@ def MixtureDenoiser(  # noqa: N802 - reads as the class of denoiser it makes
 def _real_tensor(name: str, value: object) -> Tensor:
     """Return a number, array or tensor as a finite float64 tensor of its own."""
     if not isinstance(value, Tensor):
-        array = np.asarray(value)  # keeps the digits of Python numbers, where torch would make them float32
+        try:
+            array = np.asarray(value)
+        except ValueError as error:
+            raise ValueError(f"{name} must be a number or a tensor of real numbers, got {shown(value)}") from error
+        # keeps the digits of Python numbers, where torch would make them float32
         tensor = torch.from_numpy(array) if array.dtype.kind in "biuf" else None
     else:
         tensor = value.detach()
     if tensor is None or tensor.is_complex() or tensor.dtype == torch.bool:
-        described = f"dtype {tensor.dtype}" if tensor is not None else repr(value)
+        described = f"dtype {tensor.dtype}" if tensor is not None else shown(value)
         raise TypeError(f"{name} must be a number or a tensor of real numbers, got {described}")
     if not bool(tensor.isfinite().all()):
         raise ValueError(f"{name} must be finite, got {_brief(tensor)}")

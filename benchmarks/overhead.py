@@ -1,0 +1,156 @@
+"""What everything but the network costs: time per round, time to set up, and memory in copies of the node states.
+
+    python benchmarks/overhead.py [--repeats 5] [--memory 1000 32 3072] [--threads 2] [--json overhead.json]
+
+Time.  The network is free and never settles, so that every round evaluates all rows, samples x nodes.  What ten more
+rounds add to a run of one, over ten, is what a round costs apart from the network; the rest of the run of one is the
+set-up: coefficients, condensed path and noise.  With nodes=None the network returns its input and a run goes on to a
+tolerance of 1e-2, so its rounds differ: their mean is shown, and the set-up of finer node sets is part of it.  Its
+first node set, and so its set-up, is that of nodes=33.
+
+A round should take at most 30 ms, or at most 3 % of the time that the shipped U-Net takes for the same rows (timed
+here, in batches of 128); "within" says which of the two holds.
+
+Memory.  A fresh process samples with a free network, and the growth of its peak resident memory over what it held
+before is divided by the size of the node states, n x B x d x 4 bytes; one micro-batch of network input and output is
+in it, and so are the small path matrices.  It should be at most 6 copies.
+"""
+
+from __future__ import annotations
+
+import statistics
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from _common import Row, options, print_table, seconds, write_json
+from torch import Tensor
+
+import piadm
+
+BATCH, SIZE, MICRO = 16, 784, 128  # samples, coordinates, and network rows per call
+EXTRA = 10  # rounds between the short and the long run
+MOST_SECONDS, MOST_SHARE, MOST_COPIES = 0.03, 0.03, 6.0
+TINY, USUAL = 1e-30, 1e-2  # a tolerance that nothing meets, and one that is met
+CASES: list[tuple[int, int | str | None]] = [(1000, "all"), (1000, 33), (1000, None), (100, 33)]
+
+
+@dataclass
+class Restless:
+    """A network for free whose every output differs from the last one for the same row, so that no row settles."""
+
+    rows_per_round: int
+    seen: int = 0
+    outputs: Tensor = field(default_factory=lambda: torch.linspace(-1.0, 1.0, 2 * MICRO * SIZE).view(2, MICRO, SIZE))
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        output = self.outputs[self.seen // self.rows_per_round % 2, : len(x)]
+        self.seen += len(x)
+        return output
+
+
+def itself(x: Tensor, t: Tensor) -> Tensor:
+    """The other network for free."""
+    return x
+
+
+def timed(method: str, steps: int, nodes: int | str | None, rounds: int | None) -> tuple[float, piadm.Stats]:
+    """Wall time and counts of a run of so many rounds; None goes on to the tolerance."""
+    rows = BATCH * (steps if isinstance(nodes, str) else nodes or 0)
+    denoiser = piadm.Denoiser(Restless(rows) if rows else itself, piadm.VPSchedule(), "sample")
+    shape, tol = (BATCH, SIZE), TINY if rows else USUAL
+    taken, solution = seconds(
+        lambda: piadm.sample(
+            denoiser, shape, method=method, steps=steps, nodes=nodes, tol=tol, max_rounds=rounds, max_batch=MICRO
+        )
+    )
+    stats = solution.stats
+    if rows and (stats.rounds != rounds or stats.evaluations * BATCH != rounds * rows):
+        raise RuntimeError(f"{rounds} rounds of {rows} rows were wanted, got {stats.rounds}, not all of them whole")
+    return taken, stats
+
+
+def time_case(method: str, steps: int, nodes: int | str | None, repeats: int, unet: float) -> Row:
+    """The figures of one case; short and long runs take turns, so that a busy moment hits both."""
+    per_round, set_up = [], []
+    for _ in range(repeats):
+        short, one = timed(method, steps, nodes, 1)
+        long, many = timed(method, steps, nodes, None if nodes is None else 1 + EXTRA)
+        per_round.append((long - short) / (many.rounds - 1))
+        set_up.append(short - per_round[-1])
+    rows = BATCH * (many.evaluations - one.evaluations) / (many.rounds - 1)
+    took = statistics.median(per_round)
+    share = took / (unet * rows)
+    held = [name for name, good in (("30 ms", took <= MOST_SECONDS), ("3 %", share <= MOST_SHARE)) if good]
+    return {
+        "steps": steps,
+        "nodes": str(nodes),
+        "method": method,
+        "rows": round(rows),
+        "round, ms": 1e3 * took,
+        "% of U-Net": 100 * share,
+        "within": " and ".join(held) or "NEITHER",
+        "set-up, ms": None if nodes is None else 1e3 * statistics.median(set_up),
+    }
+
+
+@torch.no_grad()
+def unet_seconds_per_row(calls: int = 5) -> float:
+    """Median time of the shipped U-Net per row, in batches of 128."""
+    network = piadm.load("fashion").network
+    x, t = torch.randn(MICRO, 1, 28, 28), torch.linspace(0.0, 999.0, MICRO)
+    network(x, t)
+    return statistics.median(seconds(lambda: network(x, t))[0] for _ in range(calls)) / len(x)
+
+
+def resident(entry: str) -> int:
+    """Bytes of resident memory of this process: ``VmRSS`` now, ``VmHWM`` at most so far."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(entry))
+
+
+def peak_copies(method: str, steps: int, batch: int, size: int, threads: int) -> float:
+    """Peak memory of two rounds on every step, in copies of the node states; run in a fresh process."""
+    torch.set_num_threads(threads)
+    denoiser = piadm.Denoiser(itself, piadm.VPSchedule(), "sample")
+    piadm.sample(denoiser, (1, 4), method=method, steps=4, nodes="all")  # loads what is loaded late
+    before = resident("VmRSS")
+    piadm.sample(denoiser, (batch, size), method=method, steps=steps, nodes="all", tol=TINY, max_rounds=2)
+    return (resident("VmHWM") - before) / (4 * steps * batch * size)
+
+
+def memory_case(method: str, steps: int, batch: int, size: int, threads: int) -> Row:
+    """The figures of one case."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+        copies = fresh.submit(peak_copies, method, steps, batch, size, threads).result()
+    row: Row = {"n x B x d": f"{steps} x {batch} x {size}", "method": method, "MB a copy": 4e-6 * steps * batch * size}
+    return row | {"copies": copies, "at most 6": copies <= MOST_COPIES}
+
+
+def main() -> None:
+    parser = options(__doc__)
+    parser.add_argument("--repeats", type=int, default=5, help="pairs of runs per case (default %(default)s)")
+    parser.add_argument(
+        "--memory", type=int, nargs=3, default=[1000, 32, 3072], metavar=("N", "B", "D"), help="nodes, batch, dimension"
+    )
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+
+    unet = unet_seconds_per_row()
+    print(f"shipped U-Net: {1e3 * unet:.3g} ms per row\n")
+    times = [time_case(m, steps, nodes, given.repeats, unet) for steps, nodes in CASES for m in ("sde", "ode")]
+    print_table(times)
+    memory = []
+    if Path("/proc/self/status").exists():
+        memory = [memory_case(method, *given.memory, given.threads) for method in ("sde", "ode")]
+        print()
+        print_table(memory)
+    else:
+        print("\nmemory is measured on Linux only")
+    write_json(given.json, given, unet=[{"ms per row": 1e3 * unet}], time=times, memory=memory)
+
+
+if __name__ == "__main__":
+    main()
