@@ -27,26 +27,17 @@ from piadm.tally import Tally
 FIRST_NODES = 33
 
 
-@dataclass(frozen=True)
-class Probe:
-    """How to judge a node set by what leaving out half of its nodes does to the end of the path.
+#: Estimated interpolation error per RMS of the probe, the change of the end when half the nodes are left out.  For
+#: smooth residuals (ODE) the change is 3 times the error, for rough ones (SDE) once, but it leaves out how the network
+#: answers, which on a trained network made errors of up to 3 times the change.
+PROBE_SHARE = 4.0
 
-    Attributes:
-        share: estimated interpolation error per RMS of that change, which leaves out how the network answers.
-        fewest: with fewer nodes the change means nothing, and the error counts as unknown.
-    """
+#: With fewer nodes the probe means nothing and the error counts as unknown: for the ODE, and for the SDE.
+FEWEST_SMOOTH, FEWEST_ROUGH = 9, 24
 
-    share: float
-    fewest: int
-
-
-#: For the ODE, whose residuals are smooth between nodes, and for the SDE, whose residuals are rough.  Linear
-#: interpolation gains a factor of 4 (2) per doubling of the nodes, so the change is 3 times (once) the error of the
-#: finer set; the network's answer was seen to make the error up to 3.6 times (2 times) as large on a trained network.
-SMOOTH, ROUGH = Probe(1.5, 9), Probe(3.0, 24)
-
-#: Estimated error per distance from the end on half the nodes, once both sets are solved: a third, and some margin.
-COARSE_SHARE = 0.5
+#: Estimated error per distance from the end on half the nodes, where both sets are solved: all of the distance, as
+#: if each doubling only halved the error.
+COARSE_SHARE = 1.0
 
 #: Rounds on a finer node set before that distance, which starts at zero, is believed.
 FINER_ROUNDS = 3
@@ -64,7 +55,7 @@ class Engine:
         clock: log-SNR at the start of every step, on which residuals are interpolated.
         nodes: the first node set.
         refinable: whether finer node sets may follow.
-        probe: how a node set is judged.
+        fewest: fewer nodes than these cannot be judged.
         window: rows per sample and round that are evaluated; None: all that have not settled.
         tol: tolerance.
     """
@@ -76,7 +67,7 @@ class Engine:
     clock: Tensor
     nodes: NodeSet
     refinable: bool
-    probe: Probe
+    fewest: int
     window: int | None
     tol: float
 
@@ -119,7 +110,7 @@ def settle(
         clock=clock,
         nodes=first,
         refinable=refinable,
-        probe=ROUGH if scheme.normals else SMOOTH,
+        fewest=FEWEST_ROUGH if scheme.normals else FEWEST_SMOOTH,
         window=None if window is None else min(positive_int("window", window, minimum=2), scheme.count),
         tol=tolerance,
     )
@@ -235,7 +226,7 @@ def _interpolation(
     fewer = thin(nodes, engine.clock)
     probe = reference.response[-1, 0].clone()
     probe[torch.isin(nodes.indices, fewer.indices)] -= condense(engine.steps, engine.prior[0], fewer).response[-1, 0]
-    share = engine.probe.share if nodes.count >= engine.probe.fewest else math.inf
+    share = PROBE_SHARE if nodes.count >= engine.fewest else math.inf
     return Interpolation(probe, share, coarse_end, COARSE_SHARE)
 
 
