@@ -119,7 +119,7 @@ def settle(
 def _first_nodes(nodes: object, clock: Tensor, *, noisy: bool) -> tuple[NodeSet, bool]:
     """The first node set and whether finer ones may follow.
 
-    Noise is left out of no node: what finer nodes add to a solved noisy path acts like new noise, which takes as
+    With noise every step is a node: what finer nodes add to a solved noisy path acts like new noise, which takes as
     many rounds to settle as a path from scratch, so going from coarse to fine would cost more than it saves.
     """
     count = len(clock)

@@ -39,6 +39,7 @@ def solve(tally: Tally, path: ParallelPath, rows: ActiveRows, rule: StoppingRule
             _record(tally, path, movement, error, going, verdict)
             if not active.any():
                 break  # nothing left to evaluate: the rule has judged all there is
+            tally.residuals.append(tally.error.clone())
             tally.round(samples[active.any(0)], samples.expand(count, -1)[active])
     return verdict
 
@@ -51,7 +52,6 @@ def _record(
     tally.end[path.numbers] = path.end[:, 0]
     for sample in (going & (verdict == Verdict.NONFINITE)).nonzero().flatten().tolist():
         tally.fail(int(path.samples[sample]), _where(movement, path, sample))
-    tally.residuals.append(tally.error.clone())
 
 
 def _where(movement: Movement, path: ParallelPath, sample: int) -> str:
