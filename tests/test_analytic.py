@@ -107,14 +107,9 @@ def test_forms_of_one_covariance_agree(schedule: NoiseSchedule) -> None:
     diagonal = GaussianNetwork(schedule, mean, variances)(x, t)
     assert relative(GaussianNetwork(schedule, mean, variances.flatten().diag())(x, t), diagonal) < EXACT
     scalar = GaussianNetwork(schedule, mean, 0.3)(x, t)
-    assert (
-        relative(GaussianNetwork(schedule, mean, torch.full((2, 3), 0.3, dtype=torch.float64))(x, t), scalar)
-        < EXACT
-    )
+    assert relative(GaussianNetwork(schedule, mean, torch.full((2, 3), 0.3, dtype=torch.float64))(x, t), scalar) < EXACT
     rotation = torch.linalg.qr(normal(6, 6, seed=5)).Q
-    turned = GaussianNetwork(
-        schedule, rotation @ mean.flatten(), rotation @ variances.flatten().diag() @ rotation.T
-    )
+    turned = GaussianNetwork(schedule, rotation @ mean.flatten(), rotation @ variances.flatten().diag() @ rotation.T)
     assert relative(turned(x.flatten(1) @ rotation.T, t), diagonal.flatten(1) @ rotation.T) < EXACT
 
 
@@ -191,10 +186,7 @@ def test_flow_takes_one_time_or_one_per_row_and_carries_the_law() -> None:
     rows = network.flow(x, torch.full((6,), 5.0), torch.full((6,), 0.5))
     assert torch.equal(network.flow(x, 5.0, 0.5), rows)
     # Monotone, it carries the quantiles of N(alpha m, alpha^2 lam + sigma^2) at t to those at s.
-    ends = [
-        Normal(0.5 * OU.alpha(t), (0.2 * OU.alpha(t).square() + OU.sigma(t).square()).sqrt())
-        for t in (5.0, 0.5)
-    ]
+    ends = [Normal(0.5 * OU.alpha(t), (0.2 * OU.alpha(t).square() + OU.sigma(t).square()).sqrt()) for t in (5.0, 0.5)]
     levels = torch.linspace(0.01, 0.99, 9, dtype=torch.float64)[:, None]
     assert relative(network.flow(ends[0].icdf(levels), 5.0, 0.5), ends[1].icdf(levels)) < EXACT
 

@@ -158,9 +158,7 @@ def test_on_a_terminal_both_runs_show_progress(
     assert "sequential reference" in shown
 
 
-def test_picture_is_a_whole_png_and_no_temporary_file_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_picture_is_a_whole_png_and_no_temporary_file_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     serve(monkeypatch)
     assert run(tmp_path) == 0
     with Image.open(tmp_path / "out.png") as picture:

@@ -31,9 +31,7 @@ horizons, stops = st.floats(0.5, 15.0), st.floats(-4.0, -0.5).map(lambda x: 10.0
 lengths, steps_ = st.floats(0.2, 20.0), st.floats(-2.0, 0.5).map(lambda x: 10.0**x)
 
 
-@pytest.mark.parametrize(
-    "times", [[3, 1, 0], (3.0, 1.0, 0.0), np.float32([3, 1, 0]), torch.tensor([3, 1, 0])]
-)
+@pytest.mark.parametrize("times", [[3, 1, 0], (3.0, 1.0, 0.0), np.float32([3, 1, 0]), torch.tensor([3, 1, 0])])
 def test_any_decreasing_vector_becomes_a_float64_copy(times: object) -> None:
     grid = TimeGrid(times)  # type: ignore[arg-type]
     assert grid.times.dtype == torch.float64 and grid.times.tolist() == [3.0, 1.0, 0.0] and grid.steps == 2
@@ -89,9 +87,7 @@ def test_default_grid_follows_the_custom_of_the_schedule() -> None:
 
 
 @given(horizon=horizons, stop=stops, length=lengths, step=steps_)
-def test_paper_blocks_tile_the_horizon_in_equal_parts(
-    horizon: float, stop: float, length: float, step: float
-) -> None:
+def test_paper_blocks_tile_the_horizon_in_equal_parts(horizon: float, stop: float, length: float, step: float) -> None:
     blocks = Blocks.paper(horizon, stop, length, step)
     assert blocks.times[0][0] == horizon and blocks.times[-1][-1] == stop
     assert all(torch.equal(a[-1], b[0]) for a, b in zip(blocks.times[:-1], blocks.times[1:], strict=True))
@@ -105,9 +101,7 @@ def test_paper_blocks_tile_the_horizon_in_equal_parts(
 
 
 @given(horizon=horizons, stop=stops, length=lengths, step=steps_)
-def test_paper_steps_are_as_long_as_their_bound_allows(
-    horizon: float, stop: float, length: float, step: float
-) -> None:
+def test_paper_steps_are_as_long_as_their_bound_allows(horizon: float, stop: float, length: float, step: float) -> None:
     *early, last = Blocks.paper(horizon, stop, length, step).times
     for block in early:
         steps = -block.diff()

@@ -23,9 +23,7 @@ from piadm.noise import GivenNoise, SeededNoise, Stream, given_array, normals, p
 Z_LIMIT = float(stats.norm.isf(5e-10))
 
 
-def draw(
-    seed: int = 0, sample: int = 0, stream: int = Stream.PATH, step: int = 0, count: int = 1 << 17
-) -> Tensor:
+def draw(seed: int = 0, sample: int = 0, stream: int = Stream.PATH, step: int = 0, count: int = 1 << 17) -> Tensor:
     return normals(seed_keys([(seed, sample)], 1), stream, [step], count, dtype=torch.float64).flatten()
 
 
@@ -53,9 +51,7 @@ def test_normals_are_box_muller_of_the_philox_words_of_their_counter() -> None:
     words = philox4x32(counter, [torch.tensor(5), torch.tensor(7)])
     u1, u2 = ((int(word) + 0.5) / 2**32 for word in words[2:])
     expected = math.sqrt(-2 * math.log(u1)) * math.cos(2 * math.pi * u2)
-    value = normals(seed_keys([(seed, sample)], 1), stream, [step], element + 1, dtype=torch.float64)[
-        0, 0, -1
-    ]
+    value = normals(seed_keys([(seed, sample)], 1), stream, [step], element + 1, dtype=torch.float64)[0, 0, -1]
     assert float(value) == pytest.approx(expected, rel=1e-14)  # a few roundings of float64
 
 
@@ -64,9 +60,7 @@ def test_a_sample_alone_is_bit_equal_to_itself_in_a_batch(dtype: torch.dtype) ->
     batch = normals(seed_keys(5, 8), Stream.PATH, range(20), 37, dtype=dtype)
     alone = [normals(seed_keys([(5, b)], 1), Stream.PATH, range(20), 37, dtype=dtype) for b in range(8)]
     assert torch.equal(batch, torch.cat(alone, 1))
-    assert torch.equal(
-        batch[:, [6, 2]], normals(seed_keys([(5, 6), (5, 2)], 2), 0, range(20), 37, dtype=dtype)
-    )
+    assert torch.equal(batch[:, [6, 2]], normals(seed_keys([(5, 6), (5, 2)], 2), 0, range(20), 37, dtype=dtype))
 
 
 @settings(max_examples=30, deadline=None)
@@ -90,9 +84,7 @@ def test_working_in_pieces_changes_nothing(monkeypatch: pytest.MonkeyPatch, limi
 def test_more_elements_extend_a_row() -> None:
     longest = normals(seed_keys(3, 2), 0, range(4), 803, dtype=torch.float64)
     for count in (1, 2, 3, 4, 5, 33, 401, 802):
-        assert torch.equal(
-            longest[..., :count], normals(seed_keys(3, 2), 0, range(4), count, dtype=torch.float64)
-        )
+        assert torch.equal(longest[..., :count], normals(seed_keys(3, 2), 0, range(4), count, dtype=torch.float64))
 
 
 def test_float32_is_the_rounding_of_float64_and_no_steps_are_an_empty_tensor() -> None:
@@ -174,10 +166,7 @@ def test_given_noise_serves_the_callers_path_and_the_fallbacks_rest(
     fallback = SeededNoise(seed_keys(0, 2), 6, torch.float32)
     values = torch.arange(120, dtype=torch.float64).reshape(10, 2, 3, 2)  # exact in half precision too
     source = GivenNoise(convert(values), fallback, values.shape)
-    assert (
-        torch.equal(source.path(3, 7), values[3:7].flatten(2).float())
-        and source.path(3, 7).dtype == torch.float32
-    )
+    assert torch.equal(source.path(3, 7), values[3:7].flatten(2).float()) and source.path(3, 7).dtype == torch.float32
     assert torch.equal(source.initial(), fallback.initial())
     assert torch.equal(source.corrector(1, 0, 3), fallback.corrector(1, 0, 3))
 

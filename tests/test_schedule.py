@@ -114,9 +114,7 @@ EXACT = {
     "cosine": exact_cosine(0.008),
     "cosine-no-offset": exact_cosine(0.0),
     "ve": Exact(VESchedule(), lambda t: mp.mpf(1), lambda t: t, lambda x: mp.exp(-x / 2), HALF_LINE, LEVELS),
-    "flow": Exact(
-        FlowSchedule(), lambda t: 1 - t, lambda t: t, lambda x: 1 / (1 + mp.exp(x / 2)), UNIT, LEVELS
-    ),
+    "flow": Exact(FlowSchedule(), lambda t: 1 - t, lambda t: t, lambda x: 1 / (1 + mp.exp(x / 2)), UNIT, LEVELS),
 }
 TABLE = DiscreteSchedule.ddpm()
 each = pytest.mark.parametrize("exact", EXACT.values(), ids=EXACT.keys())

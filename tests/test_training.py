@@ -17,6 +17,7 @@ from piadm.models import load_folder
 
 pytest.importorskip("diffusers")
 SCRIPTS = Path(__file__).parents[1] / "training"
+FINE_ATTENTION = ("down_blocks.1.attentions", "up_blocks.1.attentions")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,6 +49,29 @@ def test_trained_noise_levels_belong_to_their_times(training: ModuleType) -> Non
     assert times.max() <= 999
     # Both are float32: a rounded time moves log-SNR by its slope, at most 1.4 per step near t = 0.
     torch.testing.assert_close(2 * lam.double(), schedule.log_snr(times), rtol=2e-7, atol=1e-4)
+
+
+def test_new_attention_layers_start_as_the_identity(training: ModuleType) -> None:
+    """Weights of a network without attention at 14 x 14 give that network's output, with idle attention added."""
+    full = piadm.load("fashion").network.state_dict()
+    weights = {n: w.half() for n, w in full.items() if not n.startswith(FINE_ATTENTION)}
+    assert len(weights) < len(full)
+    down, up = list(training.NETWORK["down_block_types"]), list(training.NETWORK["up_block_types"])
+    down[1], up[1] = "DownBlock2D", "UpBlock2D"
+    plain = training.UNet2DModel(**training.NETWORK | {"down_block_types": down, "up_block_types": up})
+    plain.load_state_dict({n: w.float() for n, w in weights.items()})
+    grown = training.UNet2DModel(**training.NETWORK)
+    training.load_start(grown, weights)
+    x, t = torch.randn(3, 1, 28, 28, generator=torch.Generator().manual_seed(0)), torch.tensor([1.0, 300.0, 990.0])
+    with torch.no_grad():
+        torch.testing.assert_close(grown(x, t).sample, plain(x, t).sample, rtol=0, atol=1e-5)
+
+
+def test_starting_weights_of_another_network_are_refused(training: ModuleType) -> None:
+    weights = piadm.load("fashion").network.state_dict()
+    del weights["conv_in.weight"]
+    with pytest.raises(ValueError, match=r"--start .*conv_in\.weight"):
+        training.load_start(training.UNet2DModel(**training.NETWORK), weights)
 
 
 def test_exported_weights_come_back_rounded_to_half(training: ModuleType, tmp_path: Path) -> None:
@@ -93,9 +117,7 @@ def test_a_set_has_no_distance_to_itself(quality: ModuleType) -> None:
     assert quality.frechet_distance(moments, moments) == pytest.approx(0, abs=1e-6)
 
 
-def test_samples_are_made_once_and_do_not_depend_on_an_interruption(
-    quality: ModuleType, tmp_path: Path
-) -> None:
+def test_samples_are_made_once_and_do_not_depend_on_an_interruption(quality: ModuleType, tmp_path: Path) -> None:
     calls = []
 
     def network(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

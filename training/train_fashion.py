@@ -31,8 +31,8 @@ NETWORK = {
     "out_channels": 1,
     "block_out_channels": [32, 64, 96],
     "layers_per_block": 1,
-    "down_block_types": ["DownBlock2D", "DownBlock2D", "AttnDownBlock2D"],
-    "up_block_types": ["AttnUpBlock2D", "UpBlock2D", "UpBlock2D"],
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
     "norm_num_groups": 8,
     "attention_head_dim": 32,
 }
@@ -46,14 +46,14 @@ def half_log_snr_table() -> torch.Tensor:
 
 
 def draw_times(rows: int, table: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Continuous times and their half log-SNR: half of them uniform in time, half around ln(alpha/sigma) = 1.
+    """Continuous times and their half log-SNR: half of them uniform in time, half around ln(alpha/sigma) = 0.
 
     Uniform times (the DDPM choice) cover the long noisy end; the normal half spends the effort
     where garments take their shape and texture.  Both are stratified over the batch.
     """
     u = (torch.arange(rows, dtype=torch.float64) + torch.rand(rows, generator=generator, dtype=torch.float64)) / rows
     time_uniform = u[::2] * (TIMESTEPS - 1)
-    wanted = torch.erfinv((2 * u[1::2] - 1).clamp(-0.999999, 0.999999)) * math.sqrt(2) * 1.3 + 1.0
+    wanted = torch.erfinv((2 * u[1::2] - 1).clamp(-0.999999, 0.999999)) * math.sqrt(2) * 1.5
     index = torch.searchsorted(-table, -wanted).clamp(1, TIMESTEPS - 1)
     high, low = table[index - 1], table[index]
     time_normal = (index - 1) + ((high - wanted) / (high - low)).clamp(0, 1)
@@ -78,6 +78,17 @@ def moments(images: torch.Tensor) -> dict[str, float]:
     mean = images.mean(dtype=torch.float64).item()
     variance = images.square().mean(dtype=torch.float64).item() - mean**2
     return {"mean": round(mean, 6), "variance": round(variance, 6)}
+
+
+def load_start(network: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Begin from ``weights``; attention layers that they lack begin as the identity (output projection zero)."""
+    missing, unexpected = network.load_state_dict({n: w.float() for n, w in weights.items()}, strict=False)
+    strangers = [name for name in missing if ".attentions." not in name] + unexpected
+    if strangers:
+        raise ValueError(f"--start must hold this network's layers, attention apart; these differ: {strangers[:5]}")
+    for name, parameter in network.named_parameters():
+        if name in missing and ".to_out." in name:
+            torch.nn.init.zeros_(parameter)
 
 
 def export(weights: dict[str, torch.Tensor], folder: Path, images: torch.Tensor, rows: int) -> None:
@@ -129,8 +140,7 @@ def main() -> None:
             module.set_processor(AttnProcessor())
     rows, spent = 0, 0.0
     if args.start is not None:
-        weights = load_file(args.start / "weights.safetensors")
-        network.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+        load_start(network, load_file(args.start / "weights.safetensors"))
         rows = json.loads((args.start / "config.json").read_text())["rows"]
     first_row = rows
     ema = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}

@@ -26,7 +26,6 @@ from piadm.tally import Tally
 #: steps are solved with every step a node.
 FIRST_NODES = 33
 
-
 #: Estimated interpolation error per RMS of the probe, the change of the end when half the nodes are left out.  For
 #: smooth residuals (ODE) the change is 3 times the error, for rough ones (SDE) once, but it leaves out how the network
 #: answers, which on a trained network made errors of up to 3 times the change.
