@@ -54,12 +54,12 @@ def test_trained_noise_levels_belong_to_their_times(training: ModuleType) -> Non
 def test_new_attention_layers_start_as_the_identity(training: ModuleType) -> None:
     """Weights of a network without attention at 14 x 14 give that network's output, with idle attention added."""
     full = piadm.load("fashion").network.state_dict()
-    weights = {n: w.half() for n, w in full.items() if not n.startswith(FINE_ATTENTION)}
+    weights = {n: w for n, w in full.items() if not n.startswith(FINE_ATTENTION)}
     assert len(weights) < len(full)
     down, up = list(training.NETWORK["down_block_types"]), list(training.NETWORK["up_block_types"])
     down[1], up[1] = "DownBlock2D", "UpBlock2D"
     plain = training.UNet2DModel(**training.NETWORK | {"down_block_types": down, "up_block_types": up})
-    plain.load_state_dict({n: w.float() for n, w in weights.items()})
+    plain.load_state_dict(weights)
     grown = training.UNet2DModel(**training.NETWORK)
     training.load_start(grown, weights)
     x, t = torch.randn(3, 1, 28, 28, generator=torch.Generator().manual_seed(0)), torch.tensor([1.0, 300.0, 990.0])
