@@ -7,6 +7,11 @@ changes.  A checkpoint is written every two minutes; the same command continues 
 may ``--start`` from the weights of an earlier export.  The last line of work exports the averaged
 weights in half precision to ``--export``; ``--export-only`` does just that with the checkpoint of an
 earlier or still running training.
+
+    python training/train_fashion.py --minutes 75 --run runs/distilled --start GOOD --good GOOD --bad BAD
+
+distils autoguidance: the network learns to predict in one call what a good network says, pushed away from
+what a bad one says.
 """
 
 from __future__ import annotations
@@ -23,8 +28,10 @@ from fashion_data import FOLDER, load_images, to_unit
 from run_files import write_whole
 from safetensors.torch import load_file, save
 
+from piadm.models.shipped import load_folder
+
 TIMESTEPS, BETA_START, BETA_END = 1000, 1e-4, 0.02
-BATCH, PEAK_RATE, WARMUP_ROWS, EMA_ROWS = 64, 1e-3, 20_000, 40_000
+BATCH, PEAK_RATE, WARMUP_ROWS, EMA_ROWS, GUIDANCE = 64, 1e-3, 20_000, 40_000, 1.0
 NETWORK = {
     "sample_size": 28,
     "in_channels": 1,
@@ -63,14 +70,44 @@ def draw_times(rows: int, table: torch.Tensor, generator: torch.Generator) -> tu
     return times.float(), half_log_snr.float()
 
 
-def loss_of(network: torch.nn.Module, images: torch.Tensor, times: torch.Tensor, lam: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of v = alpha eps - sigma x0 (Salimans & Ho 2022, arXiv 2202.00512, appendix D)."""
+class Autoguidance:
+    """The prediction of a good network, pushed away from that of a bad one: ``good + weight (good - bad)``.
+
+    What the bad network does worse than the good one, the good one does worse than a perfect one; the push
+    leads on in that direction.  Reference: Karras et al. 2024 (arXiv 2406.02507, eq. 3 with w = 1 + weight).
+    """
+
+    def __init__(self, good: Path, bad: Path, weight: float) -> None:
+        self.good, self.bad = (torch.compile(load_folder(folder).network) for folder in (good, bad))
+        self.weight = weight
+
+    @torch.no_grad()
+    def __call__(self, x: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+        """Guided v, float32 of the shape of ``x``."""
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            good, bad = self.good(x, times).sample.float(), self.bad(x, times).sample.float()
+        return torch.lerp(bad, good, 1 + self.weight)
+
+
+def loss_of(
+    network: torch.nn.Module,
+    images: torch.Tensor,
+    times: torch.Tensor,
+    lam: torch.Tensor,
+    teacher: Autoguidance | None = None,
+) -> torch.Tensor:
+    """Mean squared error of v = alpha eps - sigma x0 (Salimans & Ho 2022, arXiv 2202.00512, appendix D).
+
+    With a ``teacher`` its prediction takes the place of that v, as in Meng et al. 2023 (arXiv 2210.03142, eq. 2).
+    """
     alpha = torch.sigmoid(2 * lam).sqrt().view(-1, 1, 1, 1)
     sigma = torch.sigmoid(-2 * lam).sqrt().view(-1, 1, 1, 1)
     eps = torch.randn_like(images)
+    x = alpha * images + sigma * eps
+    target = alpha * eps - sigma * images if teacher is None else teacher(x, times)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        v = network(alpha * images + sigma * eps, times).sample
-    return (v.float() - (alpha * eps - sigma * images)).square().mean()
+        v = network(x, times).sample
+    return (v.float() - target).square().mean()
 
 
 def moments(images: torch.Tensor) -> dict[str, float]:
@@ -117,8 +154,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--peak-rate", type=float, default=PEAK_RATE)
     parser.add_argument("--start", type=Path, help="folder of exported weights to begin from, optimiser fresh")
+    parser.add_argument("--good", type=Path, help="distil: folder of the good network")
+    parser.add_argument("--bad", type=Path, help="distil: folder of a network with the same faults, but worse")
+    parser.add_argument("--guidance", type=float, default=GUIDANCE, help="distil: weight of the push")
     parser.add_argument("--export-only", action="store_true", help="export the checkpoint, train nothing")
     args = parser.parse_args()
+    if (args.good is None) != (args.bad is None):
+        parser.error("--good and --bad belong together")
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
@@ -152,6 +194,7 @@ def main() -> None:
         optimizer.load_state_dict(saved["optimizer"])
         ema, rows, first_row, spent = saved["ema"], saved["rows"], saved["first_row"], saved["spent"]
     compiled = torch.compile(network)
+    teacher = None if args.good is None else Autoguidance(args.good, args.bad, args.guidance)
     budget, start, last_save, mean_loss = args.minutes * 60, time.time() - spent, time.time(), None
 
     while (progress := (time.time() - start) / budget) < 1:
@@ -164,7 +207,7 @@ def main() -> None:
             for group in optimizer.param_groups:
                 group["lr"] = rate
             times, lam = draw_times(BATCH, table, generator)
-            loss = loss_of(compiled, images[chosen], times, lam)
+            loss = loss_of(compiled, images[chosen], times, lam, teacher)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
