@@ -74,6 +74,23 @@ def test_starting_weights_of_another_network_are_refused(training: ModuleType) -
         training.load_start(training.UNet2DModel(**training.NETWORK), weights)
 
 
+def test_autoguidance_leads_on_from_the_bad_network_through_the_good_one(
+    training: ModuleType, tmp_path: Path
+) -> None:
+    images = torch.randn(2, 1, 28, 28)
+    networks = {}
+    for name in ("good", "bad"):
+        network = training.UNet2DModel(**training.NETWORK)
+        training.export(network.state_dict(), tmp_path / name, images, 0)
+        networks[name] = load_folder(tmp_path / name).network
+    x, t = torch.randn(2, 1, 28, 28), torch.tensor([300.0, 700.0])
+    good, bad = (networks[name](x, t).sample for name in ("good", "bad"))
+    guided = training.Autoguidance(tmp_path / "good", tmp_path / "bad", 0.5, compiled=False)(x, t)
+    # bfloat16 keeps 8 bits, and the two predictions enter with weights 1.5 and -0.5.
+    torch.testing.assert_close(guided, good + 0.5 * (good - bad), rtol=0, atol=2 * 2**-6 * float(good.abs().max()))
+    assert float((guided - good).abs().max()) > 4 * 2**-6 * float(good.abs().max())
+
+
 def test_exported_weights_come_back_rounded_to_half(training: ModuleType, tmp_path: Path) -> None:
     network = piadm.load("fashion").network
     generator = torch.Generator().manual_seed(0)

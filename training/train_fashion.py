@@ -77,8 +77,9 @@ class Autoguidance:
     leads on in that direction.  Reference: Karras et al. 2024 (arXiv 2406.02507, eq. 3 with w = 1 + weight).
     """
 
-    def __init__(self, good: Path, bad: Path, weight: float) -> None:
-        self.good, self.bad = (torch.compile(load_folder(folder).network) for folder in (good, bad))
+    def __init__(self, good: Path, bad: Path, weight: float, *, compiled: bool = True) -> None:
+        networks = [load_folder(folder).network for folder in (good, bad)]
+        self.good, self.bad = map(torch.compile, networks) if compiled else networks
         self.weight = weight
 
     @torch.no_grad()
