@@ -23,7 +23,7 @@ def build() -> typer.Typer:
     """
     import typer
 
-    from piadm.cli import sample
+    from piadm.cli import compare, sample
 
     app = typer.Typer(
         name="piadm",
@@ -32,9 +32,10 @@ def build() -> typer.Typer:
         pretty_exceptions_enable=False,
         rich_markup_mode="rich",
     )
-    # With a callback the subcommand keeps its name even while it is the only one.
+    # With a callback a subcommand keeps its name even where it is the only one.
     app.callback()(lambda: None)
     app.command("sample", epilog=sample.EXAMPLES)(sample.sample)
+    app.command("compare", epilog=compare.EXAMPLES)(compare.compare)
     return app
 
 

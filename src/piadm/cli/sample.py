@@ -18,6 +18,7 @@ import typer
 import piadm
 from piadm._checks import finite_float, positive_int
 from piadm.cli import files, progress
+from piadm.cli.device import resolve_device
 from piadm.cli.report import Report, RunFigures, Spread, Trace, rms_difference, warnings_of
 from piadm.solution import Status
 
@@ -101,7 +102,7 @@ def sample(
     """
     try:
         settings = Settings(
-            method=method.value, steps=steps, tol=tol, num=num, seed=seed, device=_resolve_device(device),
+            method=method.value, steps=steps, tol=tol, num=num, seed=seed, device=resolve_device(device),
             max_batch=max_batch, threads=threads, reference=reference, out=out, json=json,
         )  # fmt: skip
     except ValueError as error:
@@ -205,23 +206,6 @@ def _quiet() -> Iterator[None]:
 
 def _was_interrupted(solution: Solution) -> bool:
     return Status.INTERRUPTED in solution.status
-
-
-def _resolve_device(name: str) -> str:
-    """Return the torch device that ``--device`` means.
-
-    Raises:
-        ValueError: If there is no such kind of device, or this machine has none.
-    """
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(name).type
-    except RuntimeError as error:
-        raise ValueError(f"--device must be auto or a torch device such as cuda:0, got {name!r}") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: torch finds no CUDA device here; use cpu or auto")
-    return name
 
 
 def _import_figure() -> ModuleType:

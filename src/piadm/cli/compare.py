@@ -1,0 +1,231 @@
+"""``piadm compare``: this library beside its rivals, on one model, from the same noise."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated
+
+import torch
+import typer
+
+import piadm
+from piadm._checks import finite_float, positive_int
+from piadm.cli import files, progress
+from piadm.cli.compare_model import ModelName
+from piadm.cli.compare_report import Report
+from piadm.cli.device import resolve_device
+from piadm.cli.sample import Method
+from piadm.denoiser import network_device
+from piadm.rivals import NAMES, Course, Result, Rival, chosen, prepare, study
+from piadm.solution import RoundInfo
+
+# A paragraph each: the help screen joins the lines of a paragraph.
+EXAMPLES = f"""[bold]Examples[/bold]
+
+piadm compare --model mixture               a closed-form model: a quick look
+
+piadm compare --method sde --errors 3e-2    the shipped model, the SDE, another error
+
+piadm compare --errors 1e-2,3e-3 --json c.json   two errors; every figure as JSON
+
+piadm compare --only sample,paradigms,dpm-solver   three of them
+
+piadm compare --model my_package.models:denoiser --shape 3,32,32   your own model
+
+[bold]Names for --only[/bold]
+
+{", ".join(NAMES)}
+"""
+_INTERRUPTED = 130
+_WIDE = 150  # columns of the tables where there is no terminal to fit
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of one run.
+
+    Raises:
+        ValueError: If an option is out of its range or an output file cannot be written.
+    """
+
+    model: ModelName
+    method: str
+    steps: int
+    errors: tuple[float, ...]
+    num: int
+    seed: int
+    max_batch: int | None
+    threads: int | None
+    only: tuple[str, ...] | None
+    out: Path
+    json: Path | None
+
+    def __post_init__(self) -> None:
+        positive_int("--steps", self.steps, minimum=2)
+        positive_int("--num", self.num)
+        positive_int("--seed", self.seed, minimum=0)
+        for error in self.errors:
+            finite_float("--errors", error, low=0.0)
+        for name, value in (("--max-batch", self.max_batch), ("--threads", self.threads)):
+            if value is not None:
+                positive_int(name, value)
+        unknown = [name for name in self.only or () if name not in NAMES]
+        if unknown or self.only == ():
+            raise ValueError(f"--only must be names among {', '.join(NAMES)}, got {next(iter(unknown), '')!r}")
+        files.check_writable("--out", self.out, ".png")
+        if self.json is not None:
+            files.check_writable("--json", self.json, ".json")
+
+
+def compare(
+    model: Annotated[str, typer.Option(help="fashion, mixture, or module:attribute of a Denoiser.")] = "fashion",
+    shape: Annotated[str | None, typer.Option(help="One sample of your own model, such as 3,32,32.")] = None,
+    method: Annotated[Method, typer.Option(help="Stochastic or deterministic sampler.")] = Method.ODE,
+    steps: Annotated[int, typer.Option(help="Steps of the sequential sampler, the right answer.")] = 1000,
+    errors: Annotated[str, typer.Option(help="RMS errors per coordinate to tune for, with commas.")] = "1e-2",
+    num: Annotated[int, typer.Option(help="Number of samples.")] = 4,
+    seed: Annotated[int, typer.Option(help="Seed of the noise, shared by all.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... or auto; default: the model's.")] = None,
+    max_batch: Annotated[int | None, typer.Option(help="Most rows handed to the network at once.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; torch's own choice by default.")] = None,
+    only: Annotated[str | None, typer.Option(help="Names of rivals, with commas; all by default.")] = None,
+    out: Annotated[Path, typer.Option(help="The figure (PNG).")] = Path("piadm-compare.png"),
+    json: Annotated[Path | None, typer.Option(help="Write every figure to this file.")] = None,
+) -> None:
+    """Compare samplers: how many network calls in a row, and how much work, an error takes.
+
+    Every rival starts from the same state and noise, and is tried with settings of its own until all samples are
+    within the error of the sequential sampler's.  All network calls count, and all of the time.
+    """
+    try:
+        place = None if device is None else resolve_device(device)
+        settings = Settings(
+            model=ModelName(model, shape, place), method=method.value, steps=steps,
+            errors=_numbers(errors), num=num, seed=seed, max_batch=max_batch, threads=threads,
+            only=None if only is None else _words(only), out=out, json=json,
+        )  # fmt: skip
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    if run(settings):
+        raise typer.Exit(_INTERRUPTED)
+
+
+def run(settings: Settings) -> bool:
+    """Compare, then print and write what was found.
+
+    Returns:
+        Whether Ctrl-C cut the run short; the rivals that were through by then are printed and written all the same.
+
+    Raises:
+        ImportError: If matplotlib or diffusers is not installed.
+        KeyboardInterrupt: If Ctrl-C came before there was anything to show.
+        ValueError: If the model cannot be loaded or sampled, or none of the rivals can run it.
+    """
+    figure = _import_figure()
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    rivals = chosen(settings.only)
+    course = _prepare(settings)
+    results = _study(settings, course, rivals)
+    interrupted = len(results) < len(rivals)
+    if not results:
+        raise KeyboardInterrupt
+    if not interrupted and not any(result.runs for result in results):
+        raise ValueError("none of the chosen rivals can run: " + "; ".join(_reason(result) for result in results))
+    report = _report(settings, course, results)
+    drawing = figure.draw(report)
+    files.write_whole(settings.out, lambda stream: figure.save(drawing, stream))
+    if settings.json is not None:
+        files.write_whole(settings.json, report.write_json)
+    _print(settings, report)
+    return interrupted
+
+
+def _prepare(settings: Settings) -> Course:
+    with progress.bar("sequential reference") as update, warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # failed samples are an error of their own here
+
+        def after_step(info: RoundInfo) -> None:
+            update(info.round / settings.steps, f"step {info.round} of {settings.steps}")
+
+        return prepare(
+            settings.model.load(), (settings.num, *settings.model.sample_shape()), method=settings.method,
+            steps=settings.steps, seed=settings.seed, max_batch=settings.max_batch, callback=after_step,
+        )  # fmt: skip
+
+
+def _study(settings: Settings, course: Course, rivals: tuple[Rival, ...]) -> tuple[Result, ...]:
+    with progress.bar("rivals") as update, warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+
+        def before_run(number: int, setting: str) -> None:
+            update(number / len(rivals), f"{rivals[number].title(settings.method)}: {setting}")
+
+        return study(course, rivals, settings.errors, before_run)
+
+
+def _report(settings: Settings, course: Course, results: tuple[Result, ...]) -> Report:
+    device = network_device(course.denoiser.network) or course.start.device
+    written = {
+        "model": settings.model.name,
+        "shape": list(settings.model.sample_shape()),
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "out": str(settings.out),
+        "json": None if settings.json is None else str(settings.json),
+    }
+    return Report(
+        settings=asdict(settings) | written,
+        versions={"piadm": piadm.__version__, "torch": str(torch.__version__)} | _diffusers_version(),
+        targets=settings.errors,
+        results=results,
+    )
+
+
+def _print(settings: Settings, report: Report) -> None:
+    screen = progress.console()
+    if not screen.is_terminal:
+        screen.width = _WIDE
+    screen.print(report.headline(), style="bold", soft_wrap=True)
+    for target in report.targets:
+        screen.print(report.table(target))
+    screen.print(f"figure: {settings.out}", soft_wrap=True, markup=False)
+
+
+def _reason(result: Result) -> str:
+    return f"{result.rival.name}: {result.reason}"
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.replace(",", " ").split())
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        numbers = tuple(float(word) for word in _words(text))
+    except ValueError:
+        numbers = ()
+    if not numbers:
+        raise ValueError(f"--errors must be numbers with commas, such as 1e-2,3e-3, got {text!r}")
+    return tuple(sorted(set(numbers), reverse=True))
+
+
+def _diffusers_version() -> dict[str, str]:
+    try:
+        return {"diffusers": str(import_module("diffusers").__version__)}
+    except ImportError:
+        return {}
+
+
+def _import_figure() -> ModuleType:
+    """Import the drawing module first of all: an hour of sampling must not end in a missing package."""
+    try:
+        return import_module("piadm.cli.compare_figure")
+    except ModuleNotFoundError as error:
+        if error.name is None or not error.name.startswith("matplotlib"):
+            raise
+        raise ImportError("the figure needs matplotlib: pip install 'piadm[plots]'") from error

@@ -1,0 +1,105 @@
+"""The model of ``piadm compare``: a shipped one, a closed-form mixture, or an object of the user's."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from importlib import import_module
+from operator import attrgetter
+
+import torch
+from torch import nn
+
+import piadm
+from piadm.denoiser import Denoiser
+from piadm.models import MixtureDenoiser
+from piadm.schedule import DiscreteSchedule
+
+FASHION, MIXTURE = "fashion", "mixture"
+_FASHION_SHAPE = (1, 28, 28)
+_MIXTURE_SHAPE, _COMPONENTS, _SPREAD, _VARIANCE = (1, 8, 8), 10, 0.5, 0.01
+
+
+@dataclass(frozen=True)
+class ModelName:
+    """What ``--model``, ``--shape`` and ``--device`` say.
+
+    Raises:
+        ValueError: If the three do not fit together.
+    """
+
+    name: str
+    shape: str | None
+    device: str | None
+
+    def __post_init__(self) -> None:
+        own = self.name not in (FASHION, MIXTURE)
+        module, _, attribute = self.name.partition(":")
+        if own and not (module and attribute):
+            raise ValueError(f"--model must be {FASHION}, {MIXTURE} or module:attribute, got {self.name!r}")
+        if own and self.shape is None:
+            raise ValueError(f"--shape must say what one sample of {self.name!r} looks like, such as 3,32,32")
+        if not own and self.shape is not None:
+            raise ValueError(f"--shape is for a model of your own; {self.name!r} has one")
+        if self.name == MIXTURE and self.device not in (None, "cpu"):
+            raise ValueError(f"--device must be cpu for the {MIXTURE}, got {self.device!r}")
+        self.sample_shape()
+
+    def sample_shape(self) -> tuple[int, ...]:
+        """The shape of one sample.
+
+        Raises:
+            ValueError: If ``--shape`` is not a list of positive integers.
+        """
+        if self.shape is None:
+            return _FASHION_SHAPE if self.name == FASHION else _MIXTURE_SHAPE
+        try:
+            sizes = tuple(int(size) for size in self.shape.split(","))
+        except ValueError:
+            sizes = ()
+        if not sizes or min(sizes) < 1:
+            raise ValueError(f"--shape must be positive integers with commas, such as 3,32,32, got {self.shape!r}")
+        return sizes
+
+    def load(self) -> Denoiser:
+        """The denoiser, on the device that was asked for.
+
+        Raises:
+            ValueError: If there is no such object, or it is no denoiser.
+            ImportError: If the shipped model lacks diffusers.
+        """
+        if self.name == FASHION:
+            return piadm.load(FASHION, device=self.device or "cpu")
+        if self.name == MIXTURE:
+            return mixture()
+        denoiser = _denoiser(self.name)
+        if self.device is not None and isinstance(denoiser.network, nn.Module):
+            denoiser.network.to(self.device)
+        return denoiser
+
+
+def mixture() -> Denoiser:
+    """Ten narrow Gaussians in 64 dimensions, on the table of DDPM: exact, and free of cost."""
+    generator = torch.Generator().manual_seed(0)
+    means = _SPREAD * torch.randn(_COMPONENTS, *_MIXTURE_SHAPE, generator=generator)
+    return MixtureDenoiser(DiscreteSchedule.ddpm(), means, _VARIANCE)
+
+
+def _denoiser(name: str) -> Denoiser:
+    """The denoiser that ``module:attribute`` is, or that it returns when called without arguments."""
+    module, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as python -m would: the module may lie here, not in site-packages
+    try:
+        found = attrgetter(attribute)(import_module(module))
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"--model {name!r} was not found: {error}") from error
+    if not isinstance(found, Denoiser) and callable(found):
+        found = found()
+    if not isinstance(found, Denoiser):
+        raise ValueError(
+            f"--model {name!r} must be a piadm.Denoiser, or a function without arguments that returns one, "
+            f"got {type(found).__name__}"
+        )
+    return found

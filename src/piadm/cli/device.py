@@ -1,0 +1,22 @@
+"""What ``--device`` means."""
+
+from __future__ import annotations
+
+import torch
+
+
+def resolve_device(name: str) -> str:
+    """Return the torch device that ``--device`` means.
+
+    Raises:
+        ValueError: If there is no such kind of device, or this machine has none.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(name).type
+    except RuntimeError as error:
+        raise ValueError(f"--device must be auto or a torch device such as cuda:0, got {name!r}") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: torch finds no CUDA device here; use cpu or auto")
+    return name

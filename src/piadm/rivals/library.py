@@ -1,0 +1,36 @@
+"""This library's own samplers among the rivals: the sequential one, and ``piadm.sample``."""
+
+from __future__ import annotations
+
+import piadm
+from piadm.rivals.course import Course
+from piadm.rivals.drive import Budget, Outcome
+from piadm.rivals.rival import Ladder, Rival, Setting
+
+#: Tolerances that ``piadm.sample`` is tried with.
+_TOLERANCES = tuple(10.0 ** (-1 - k / 4) for k in range(17))
+
+
+def _sequential(course: Course) -> list[Ladder]:
+    return [[Setting(f"{course.count} steps", lambda course, budget: Outcome.of(course.truth))]]
+
+
+def _sample(course: Course) -> list[Ladder]:
+    """A ladder of tolerances with the library's own choice of nodes, and one per number of nodes."""
+
+    def rung(nodes: str | int | None, tolerance: float) -> Setting:
+        def run(course: Course, budget: Budget) -> Outcome:
+            solution = piadm.sample(
+                course.denoiser, course.shape, method=course.method, grid=course.grid, tol=tolerance,
+                seed=course.seed, nodes=nodes, max_batch=course.max_batch, max_rounds=course.count,
+            )  # fmt: skip
+            return Outcome.of(solution)
+
+        return Setting(f"tol {tolerance:.1e}" + (f", nodes {nodes}" if nodes else ""), run)
+
+    counts = [count for count in (32, 64, 128) if count < course.count]
+    return [[rung(nodes, tolerance) for tolerance in _TOLERANCES] for nodes in (None, "all", *counts)]
+
+
+SEQUENTIAL = Rival("sequential", lambda method: "sequential", _sequential, "what the others are measured against")
+SAMPLE = Rival("sample", lambda method: "piadm.sample", _sample, "this library")
