@@ -10,13 +10,15 @@ from torch import Tensor
 
 
 class ActiveRows(Protocol):
-    """Chooses the rows of a round from how much each row's residual moved when it was last evaluated."""
+    """Chooses the rows of a round from what evaluating them is expected to tell."""
 
-    def choose(self, moves: Tensor) -> Tensor:
+    def choose(self, expected: Tensor, rounds: int) -> Tensor:
         """Rows to evaluate.
 
         Args:
-            moves: RMS move of every row's residual at its last evaluation, ``(n, B)`` float64; inf: never evaluated.
+            rounds: number of rounds that the path has had.
+            expected: RMS surprise that an evaluation of each row would bring, ``(n, B)`` float64 (``Outlook``);
+                inf: never evaluated.
 
         Returns:
             ``(n, B)`` bool.
@@ -28,31 +30,82 @@ class ActiveRows(Protocol):
 class AllRows:
     """Every row, every round: the paper's rule on its blocks."""
 
-    def choose(self, moves: Tensor) -> Tensor:
+    def choose(self, expected: Tensor, rounds: int) -> Tensor:
         """True everywhere."""
-        return torch.ones_like(moves, dtype=torch.bool)
+        return torch.ones_like(expected, dtype=torch.bool)
+
+
+#: Rounds (of the whole path's rows) after which rows settle at half the threshold, then at a quarter, and so on.  A sample that takes so long is
+#: about to end on one or the other side of a border, where the smallest errors grow.
+PATIENCE = 8
 
 
 @dataclass(frozen=True)
 class SlidingWindow:
-    """The first ``size`` rows of every sample that have not settled.
+    """Rows whose evaluation matters, among the first ``size`` of every sample from its front on.
 
-    As wide as the path it only leaves out what has settled; narrower, it saves evaluations and costs rounds.  Every
-    sample has its own front, so that an easy one never waits for a hard one.
+    A row whose state has hardly moved since its last evaluation would tell nothing new: it has settled, until those
+    before it move it again.  The front is the first row that has not.  As wide as the path the window only leaves out
+    settled rows; narrower, it saves evaluations and costs rounds.  Every sample has its own front, so that an easy one
+    never waits for a hard one.
 
     Attributes:
         size: rows per sample and round.
-        threshold: a row has settled when it last moved by no more than this, ``(n,)`` float64.
+        threshold: a row has settled when its expected surprise is no more than this, ``(n,)`` float64; less after
+            ``PATIENCE`` rounds of as many rows as the path has.
 
-    Reference: Shih et al. 2023 (arXiv 2305.16317), section 3.2.
+    Reference: Shih et al. 2023 (arXiv 2305.16317), section 3.2, for the window.
     """
 
     size: int
     threshold: Tensor
 
-    def choose(self, moves: Tensor) -> Tensor:
-        """Rows ``front .. front + size - 1``, the front being the first row that has not settled."""
-        settled = moves <= self.threshold[:, None]
+    def choose(self, expected: Tensor, rounds: int) -> Tensor:
+        """Rows that have not settled among ``front .. front + size - 1``."""
+        late = max(0, rounds * self.size // len(expected) - PATIENCE)
+        settled = expected <= self.threshold[:, None] * 2.0**-late
         front = settled.long().cumprod(0).sum(0)
-        row = torch.arange(len(moves))[:, None]
-        return (row >= front) & (row < front + self.size)
+        row = torch.arange(len(expected))[:, None]
+        return ~settled & (row < front + self.size)
+
+
+class Outlook:
+    """What an evaluation of every row would tell: the surprise to be expected of it.
+
+    The surprise is the RMS difference of a denoised estimate from what the linear model made of it.  It grows with
+    the distance that the state has drifted from where it was last evaluated:
+
+        expected = rate * drift,    rate = surprise / drift at the row's last evaluation, or the assumed one if larger
+
+    A network is not linear: a small surprise far from a border between two outcomes says little of the next.
+
+    Args:
+        rate: what is assumed at least, shape ``(n,)`` float64.
+        batch: number of samples ``B``.
+
+    Attributes:
+        expected: shape ``(n, B)`` float64 on the CPU; inf for rows that were never evaluated.
+        rate: shape ``(n, B)`` likewise.
+        known: which rows have been evaluated, shape ``(n, B)`` bool.
+    """
+
+    def __init__(self, rate: Tensor, batch: int) -> None:
+        self.assumed = rate[:, None]
+        self.rate = rate[:, None].repeat(1, batch)
+        self.known = torch.zeros(self.rate.shape, dtype=torch.bool)
+        self.expected = torch.full_like(self.rate, torch.inf)
+
+    def learn(self, active: Tensor, surprise: Tensor, stride: Tensor) -> None:
+        """Take in a round: which rows were evaluated, their surprise, and how far they had drifted, ``(n, B)``."""
+        again = active & self.known & (stride > 0)
+        rate = (surprise / stride.where(again, torch.ones_like(stride))).maximum(self.assumed)
+        self.rate = torch.where(again, rate, self.rate)
+        self.known |= active
+
+    def look(self, drift: Tensor) -> None:
+        """Expect what the distances ``(n, B)`` from the last evaluations say."""
+        self.expected = torch.where(self.known, self.rate * drift, torch.inf)
+
+    def inherit(self, old: Tensor, coarse: Outlook, keep: Tensor) -> None:
+        """Take over what is known of the rows of a coarser node set: ``old`` of the nodes, ``keep`` of its samples."""
+        self.rate[old], self.known[old] = coarse.rate[:, keep], coarse.known[:, keep]

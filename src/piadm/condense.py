@@ -66,7 +66,7 @@ def condense(steps: AffineSteps, slopes: Tensor, nodes: NodeSet, constants: Tens
     Args:
         steps: coefficients of the ``J`` steps.
         slopes: Jacobian guess ``G_j`` of every step, shape ``(J,)``.
-        nodes: where the network is called, and the interpolation ``W``.
+        nodes: where the network is called, what it reads, and the interpolation ``W``.
         constants: constant part ``g_j`` of the denoised estimate at every step, shape ``(J,)``; None: zero.
     """
     s, r, count, n = steps.components, steps.normals, steps.count, nodes.count
@@ -77,11 +77,11 @@ def condense(steps: AffineSteps, slopes: Tensor, nodes: NodeSet, constants: Tens
     model = np.concatenate([constants.numpy()[:, None], nodes.weights.numpy()], axis=1)
     state = np.zeros((s, s + 1 + n + count * r))
     state[:, :s] = np.eye(s)
-    outputs = np.empty((n + 1, *state.shape))
-    place = {index: i for i, index in enumerate(nodes.indices.tolist())}
+    outputs = np.zeros((n + 1, *state.shape))
+    read = nodes.reading_matrix().numpy()
     for j in range(count):
-        if j in place:
-            outputs[place[j]] = state
+        for i in read[:, j].nonzero()[0]:
+            outputs[i] += read[i, j] * state
         state = a[j] @ state
         state[:, s : s + 1 + n] += b[j][:, None] * model[j]
         noise = s + 1 + n + j * r

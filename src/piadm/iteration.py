@@ -27,14 +27,13 @@ def solve(tally: Tally, path: ParallelPath, rows: ActiveRows, rule: StoppingRule
     """
     samples, count = path.samples, path.path.count
     verdict = torch.where(tally.failed[samples], Verdict.NONFINITE, Verdict.GO_ON)
-    moves = torch.full((count, len(samples)), torch.inf, dtype=torch.float64)
     tally.peak_states = max(tally.peak_states, count * len(samples))
+    before = tally.rounds
     with tally.stoppable():
         while tally.rounds < limit and (going := verdict == Verdict.GO_ON).any():
-            active = rows.choose(moves) & going
+            active = rows.choose(path.outlook.expected, tally.rounds - before) & going
             movement = path.turn(tally.problem.executor, active)
-            moves = torch.where(active, movement.residual, moves)
-            error, judged = rule.judge(movement, moves)
+            error, judged = rule.judge(movement, path.outlook.expected)
             verdict = torch.where(going, judged, verdict)
             _record(tally, path, movement, error, going, verdict)
             if not active.any():
@@ -56,7 +55,7 @@ def _record(
 
 def _where(movement: Movement, path: ParallelPath, sample: int) -> str:
     """Where a sample's values first stopped being finite."""
-    bad = (~movement.residual[:, sample].isfinite()).nonzero().flatten()
+    bad = (~movement.surprise[:, sample].isfinite()).nonzero().flatten()
     if len(bad) == 0:
         return "the states overflowed although the network's values were finite"
     return f"the network returned a value that is not finite at time {path.path.times[bad[0]]:g}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from piadm._checks import choice, finite_float, shown
@@ -81,6 +82,34 @@ class Gaussian:
         return alpha * self.variance / (alpha.square() * self.variance + sigma.square())
 
 
+@dataclass(frozen=True)
+class Secant:
+    """``Gaussian`` first; from a node's second evaluation on, the slope that its last two show, for every sample:
+
+        G = <dx, dD> / <dx, dx>,   kept within [0, 1/alpha]
+
+    dx and dD being what has changed in the state and in the denoised estimate.  The bounds are those of a posterior
+    whose noised density is log-concave; below 1/alpha a wrong slope cannot make the recurrence grow.  It costs no
+    network call.
+
+    Args:
+        variance: ``v`` of ``Gaussian``.
+
+    Reference: Barzilai & Borwein 1988 (IMA J. Numer. Anal. 8, 141-148) for the scalar secant.
+    """
+
+    variance: float
+
+    def slopes(self, schedule: NoiseSchedule, steps: AffineSteps) -> Tensor:
+        """The slopes of ``Gaussian``."""
+        return Gaussian(self.variance).slopes(schedule, steps)
+
+    def bounds(self, schedule: NoiseSchedule, steps: AffineSteps) -> tuple[Tensor, Tensor]:
+        """Least and largest slope of every step, each ``(J,)``."""
+        top = 1 / schedule.alpha(steps.times)
+        return torch.zeros_like(top), top
+
+
 def check_slopes(slopes: object, count: int) -> Tensor:
     """Slopes as float64.
 
@@ -96,19 +125,20 @@ def check_slopes(slopes: object, count: int) -> Tensor:
     return slopes.double()
 
 
-NAMES = ("gaussian", "score", "identity", "data")
+NAMES = ("secant", "gaussian", "score", "identity", "data")
 
 
 def linearization(choice_: str | Linearization | None, denoiser: Denoiser) -> Linearization:
-    """The linearization of that name, or the object itself; ``None`` is "gaussian".
+    """The linearization of that name, or the object itself; ``None`` is "secant".
 
     Raises:
         TypeError, ValueError: if it is neither one of ``NAMES`` nor has a method ``slopes``.
     """
     if not isinstance(choice_, type) and callable(getattr(choice_, "slopes", None)):
         return choice_  # type: ignore[return-value]
-    name = choice("linearization", "gaussian" if choice_ is None else choice_, NAMES)
+    name = choice("linearization", "secant" if choice_ is None else choice_, NAMES)
     kinds: dict[object, Linearization] = {
+        "secant": Secant(denoiser.data_variance),
         "gaussian": Gaussian(denoiser.data_variance),
         "score": ScoreFrozen(),
         "identity": Identity(),

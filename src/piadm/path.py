@@ -4,7 +4,9 @@ A reference model ``D_ref(x) = G_ref x + g_ref`` has the path ``q = start x_0 + 
 calls.  Everything is kept relative to it, so that large cancelling terms never meet in single precision.  A
 turn is one network call on the active nodes and one product with the condensed path:
 
-    R <- D(x) - D_ref(q) - G (x - q)   on the active rows,        x <- q + P R
+    R <- D(x) - D_ref(q) - G (x - q)   on the active rows,        x <- q + P R(x)
+
+with ``R(x)`` what the last evaluations say of the residual at ``x`` (``LocalModel``): constant, or a line.
 """
 
 from __future__ import annotations
@@ -17,8 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from piadm.activity import Outlook
 from piadm.condense import CondensedPath
 from piadm.executor import Executor
+from piadm.local_model import Learning, LocalModel
 
 #: Gives standard normals ``first .. last - 1`` of a path, shape ``(last - first, B, d)``.
 Draw = Callable[[int, int], Tensor]
@@ -35,14 +39,15 @@ class Movement:
     """What one round changed, on the CPU: the only host synchronisation of the round.
 
     Attributes:
-        residual: RMS change of the residual of every row, shape ``(n, B)`` float64; 0 where not evaluated.
+        surprise: RMS difference of every row's residual from what its local model had said, shape ``(n, B)``
+            float64; 0 where not evaluated.
         end: RMS change of the end of the path, shape ``(B,)`` float64.
         interpolation: estimated RMS error at the end of the path that interpolation between the nodes leaves,
             shape ``(B,)`` float64.
         rounding: what rounding of the states may leave at the end of the path, shape ``(B,)`` float64.
     """
 
-    residual: Tensor
+    surprise: Tensor
     end: Tensor
     interpolation: Tensor
     rounding: Tensor
@@ -53,25 +58,23 @@ class Interpolation:
     """How the error that interpolation between the nodes leaves at the end of the path is estimated.
 
     Attributes:
-        probe: change of the end's row of ``P`` when half the nodes are left out, shape ``(n,)``.
-        probe_share: estimated error per RMS of the probe; inf: too few nodes, the error is unknown.
-        coarse_end: end of the path on a node set of half as many nodes, shape ``(B, d)``, where that was solved;
-            it then takes the place of the probe, for it has also seen what the network made of the difference.
-        coarse_share: estimated error per RMS distance from it.
+        probe: change of the end's row of ``P`` with a poorer interpolation, times the estimated error per RMS of that
+            change, shape ``(n,)``; None: not asked.
+        coarse_end: end of the path on a node set of half as many nodes, shape ``(B, d)``, where that was solved; it
+            then takes the place of the probe, for it has also seen what the network made of the difference.  The
+            error is taken to be all of the distance, as if each doubling only halved it.
+        unknown: there are too few nodes to tell; the error is then infinite.
     """
 
-    probe: Tensor
-    probe_share: float
-    coarse_end: Tensor | None
-    coarse_share: float
+    probe: Tensor | None
+    coarse_end: Tensor | None = None
+    unknown: bool = False
 
 
 class ParallelPath:
     """The states of one path at its nodes and its end, for a batch of samples.
 
-    Three copies of the node states are kept: ``q``, ``x`` and ``R``.  ``influence`` says how strongly each node's
-    residual acts on the end, the larger of what the iteration's linearization and the reference model say: a
-    linearization that freezes the denoised estimate sees no way from an early residual to the end.
+    Three copies of the node states are kept: ``q``, ``x`` and ``R``; a fourth where a local model is.
 
     Args:
         path: the condensed path, with the linearization ``G`` of the iteration.
@@ -80,6 +83,8 @@ class ParallelPath:
         samples: number of each sample in the whole batch, shape ``(B,)`` int64 on the CPU.
         reference: the condensed path of the reference model on the same nodes; None: ``path`` itself.
         interpolation: how its error is estimated; None: every step is a node.
+        learning: what the local model may learn at the nodes; None: residuals are constants and there is no
+            outlook, as a fixed number of rounds needs none.
     """
 
     def __init__(
@@ -90,6 +95,7 @@ class ParallelPath:
         samples: Tensor,
         reference: CondensedPath | None = None,
         interpolation: Interpolation | None = None,
+        learning: Learning | None = None,
     ) -> None:
         self.samples, self.interpolation = samples, interpolation
         self.path, self.batch, self.size = path, start.shape[0], start.shape[2]
@@ -97,11 +103,12 @@ class ParallelPath:
         self.numbers, self.times = samples.to(self.device), path.times.to(self.device)
         self.slopes, self.response = self._matrix(path.slopes), self._matrix(path.response.flatten(0, 1))
         reference = path if reference is None else reference
-        self.influence = torch.maximum(path.response[-1, 0].abs(), reference.response[-1, 0].abs())
         self.reference_slopes, self.constants = self._matrix(reference.slopes), self._matrix(reference.constants)
         self.free = self._free(reference, start, draw)
         self.state = self.free.clone()
         self.residual = torch.zeros(path.count, self.batch * self.size, dtype=self.dtype, device=self.device)
+        self.local = None if learning is None else LocalModel(learning, path.slopes, self.nodes)
+        self.outlook = Outlook(torch.ones_like(path.slopes) if learning is None else learning.rate, self.batch)
 
     def _matrix(self, matrix: Tensor) -> Tensor:
         return matrix.to(self.device, self.dtype)
@@ -130,10 +137,49 @@ class ParallelPath:
     def _first_component(self, states: Tensor) -> Tensor:
         return states.view(-1, self.path.components, self.batch, self.size)[:-1, 0]
 
+    @property
+    def found(self) -> Tensor:
+        """``R(x)``, the residuals that the states follow from, shape ``(n, B d)``."""
+        if self.local is None:
+            return self.residual
+        return self.local.residual(self.residual.view(-1, self.size), self.rows).view_as(self.residual)
+
+    @property
+    def rows(self) -> Tensor:
+        """The node states as rows, a view of shape ``(n B, d)``; of paths with one state component."""
+        return self.state[:-1].view(-1, self.size)
+
     def solve(self) -> None:
-        """The linear recurrence: ``x <- q + P R``."""
+        """The recurrence: ``x <- q + P R(x)``."""
         with full_precision():
+            if self.local is None or not self.local.learns:
+                torch.addmm(self.free, self.response, self.residual, out=self.state)
+                return
+            self.state[:-1] = self.local.implicit(self.free, self.response, self.residual)
+            torch.addmm(self.free, self.response, self.found, out=self.state)
+
+    def take_over(self, coarse: ParallelPath, keep: Tensor, old: Tensor, weights: Tensor) -> None:
+        """Start from what a coarser node set of the same path has found.
+
+        Args:
+            coarse: the path on those nodes.
+            keep: which of its samples go on, shape ``(B',)`` bool on the device.
+            old: which nodes are the coarse ones, shape ``(n,)`` bool on the CPU.
+            weights: interpolation from them to all nodes, shape ``(n, n')``.
+        """
+        assert self.local is not None and coarse.local is not None
+        found = coarse.found.view(coarse.path.count, len(keep), -1)[:, keep]
+        with full_precision():
+            self.residual.copy_(self._matrix(weights) @ found.flatten(1))
             torch.addmm(self.free, self.response, self.residual, out=self.state)
+            slopes = self._matrix(weights) @ coarse.local.excess.view(coarse.path.count, len(keep))[:, keep]
+        places = old.to(self.device)
+        # The path at the coarse residuals as they were evaluated: the local models add what has moved since.
+        raw = coarse.residual.view(coarse.path.count, len(keep), -1)[:, keep]
+        self.residual.view(len(old), self.batch, -1)[places] = raw
+        self.local.inherit(places.nonzero().squeeze(1), coarse.local, keep, slopes, self.nodes)
+        self.outlook.inherit(old, coarse.outlook, keep.cpu())
+        self.outlook.look(self.local.drift(self.rows).view(len(old), self.batch).cpu().double())
 
     def turn(self, executor: Executor, active: Tensor) -> Movement:
         """One round: evaluate the active rows, solve, and report what has moved.
@@ -145,7 +191,7 @@ class ParallelPath:
         rows = active.flatten().nonzero().squeeze(1).to(self.device)
         node, sample = rows.div(self.batch, rounding_mode="floor"), rows.remainder(self.batch)
         states, free, residual = self.nodes, self._first_component(self.free), self.residual.view(-1, self.size)
-        moved = torch.zeros(self.path.count * self.batch, dtype=self.dtype, device=self.device)
+        heard = torch.zeros(2, self.path.count * self.batch, dtype=self.dtype, device=self.device)
 
         def fetch(part: slice) -> Tensor:
             return states[node[part], sample[part]]
@@ -156,32 +202,41 @@ class ParallelPath:
             fresh = estimate.sub_(self.constants[at, None]).addcmul_(self.reference_slopes[at, None], model, value=-1)
             fresh.addcmul_(self.slopes[at, None], fetch(part).sub_(model), value=-1)
             del model
-            moved[rows[part]] = (residual[rows[part]] - fresh).square_().mean(1).sqrt_()
+            if self.local is None:
+                heard[0, rows[part]] = (residual[rows[part]] - fresh).square_().mean(1).sqrt_()
+            else:
+                heard[0, rows[part]], heard[1, rows[part]] = self.local.observe(
+                    rows[part], fetch(part), residual[rows[part]], fresh
+                )
             residual[rows[part]] = fresh
 
         executor.run(self.numbers[sample], self.times[node], fetch, store)
         before = self.end.clone()
         self.solve()
-        return self._movement(moved, before)
+        return self._movement(active, heard, before)
 
-    def _movement(self, moved: Tensor, before: Tensor) -> Movement:
+    def _movement(self, active: Tensor, heard: Tensor, before: Tensor) -> Movement:
         end = self.end[:, 0]
         rounding = ROUNDINGS * torch.finfo(self.dtype).eps * rms(end)
-        host = torch.cat([moved, rms(end - before[:, 0]), self._interpolation(end), rounding]).cpu().double()
-        table, *of_samples = torch.split(host, [len(moved), *[self.batch] * 3])
-        return Movement(table.view(self.path.count, self.batch), *of_samples)
+        drift = heard[1] if self.local is None else self.local.drift(self.rows)
+        of_rows = torch.stack([*heard, drift]).flatten()
+        host = torch.cat([of_rows, rms(end - before[:, 0]), self._interpolation(end), rounding]).cpu().double()
+        table, *of_samples = torch.split(host, [len(of_rows), *[self.batch] * 3])
+        surprise, stride, distance = table.view(3, self.path.count, self.batch)
+        self.outlook.learn(active, surprise, stride)
+        self.outlook.look(distance)
+        return Movement(surprise, *of_samples)
 
     def _interpolation(self, end: Tensor) -> Tensor:
         how = self.interpolation
-        if how is None:
-            return end.new_zeros(self.batch)
-        if math.isinf(how.probe_share):
-            return end.new_full((self.batch,), math.inf)
-        if how.coarse_end is not None:
-            return how.coarse_share * rms(end - how.coarse_end)
-        with full_precision():
-            probe = self._matrix(how.probe[None]) @ self.residual
-        return how.probe_share * rms(probe.view(self.batch, self.size))
+        error = end.new_full((self.batch,), math.inf if how is not None and how.unknown else 0.0)
+        if how is not None and how.probe is not None:
+            with full_precision():
+                probe = self._matrix(how.probe[None]) @ self.residual
+            error = error.maximum(rms(probe.view(self.batch, self.size)))
+        if how is not None and how.coarse_end is not None:
+            error = error.maximum(rms(end - how.coarse_end))
+        return error
 
 
 def rms(rows: Tensor) -> Tensor:

@@ -28,12 +28,12 @@ class Verdict(IntEnum):
 class StoppingRule(Protocol):
     """Judges every sample after every round of one path."""
 
-    def judge(self, movement: Movement, moves: Tensor) -> tuple[Tensor, Tensor]:
+    def judge(self, movement: Movement, expected: Tensor) -> tuple[Tensor, Tensor]:
         """Error estimate ``(B,)`` float64 and ``Verdict`` ``(B,)`` int64 of every sample.
 
         Args:
             movement: what this round has changed.
-            moves: RMS move of every row's residual at its last evaluation, ``(n, B)`` float64; inf: never evaluated.
+            expected: surprise that evaluating each row would bring, ``(n, B)`` float64; inf: never evaluated.
         """
         ...
 
@@ -49,7 +49,7 @@ class FixedIterations:
     iterations: int
     done: int = field(default=0, init=False)
 
-    def judge(self, movement: Movement, moves: Tensor) -> tuple[Tensor, Tensor]:
+    def judge(self, movement: Movement, expected: Tensor) -> tuple[Tensor, Tensor]:
         """DONE for every sample after K rounds; the error estimate is NaN."""
         self.done += 1
         verdict = torch.full_like(movement.end, Verdict.DONE if self.done >= self.iterations else Verdict.GO_ON)
@@ -57,27 +57,33 @@ class FixedIterations:
         return torch.full_like(movement.end, torch.nan), verdict.long()
 
 
-#: Contraction factors above this are not trusted: the remaining error is then taken as nine times the last move.
+#: Contraction factors above this are not trusted: what is still to come is then ten times the next move.
 SLOWEST = 0.9
 
 #: Share of the tolerance that rows which are no longer evaluated may leave together.
-SETTLED_SHARE = 0.1
+SETTLED_SHARE = 0.25
+
+#: The surprises of a round do not all point one way: they move the end by less than their sum.  The share that was
+#: seen is believed up to this factor, and never to be smaller than the least.
+SHARE_SAFETY, LEAST_SHARE = 2.0, 0.05
 
 
 class CarriedResidual:
-    """Stop when the residual that is left, carried to the end of the path, is within the tolerance.
+    """Stop when what the next evaluations would tell, carried to the end of the path, is within the tolerance.
 
-    A round that moves the node residuals by ``r_i`` (RMS) moves the end by at most
+    If evaluating node ``i`` is expected to bring the surprise ``r_i`` (``Outlook``), the next round moves the end by
+    at most
 
         m = sum_i w_i r_i,    w the influence of the nodes on the end, about |P_end,i|
 
-    without any cancellation between nodes.  Rounds contract it, by ``rho`` in the last two; the rest of the
-    geometric series bounds the error that remains, ``e = m max(1, rho/(1 - rho))``.  To this come the path's
-    own estimates of its interpolation and rounding errors.  No estimate is made before every row has been
-    evaluated once.
+    were there no cancellation between nodes.  The share ``c`` of that sum by which the end did move in the last
+    rounds measures the cancellation, and rounds contract ``m`` by ``rho``: the remaining error is estimated as the
+    whole geometric series ``c m/(1 - rho)``.  Rows that have settled enter without it.  To this come the path's own
+    estimates of its interpolation and rounding errors.  No estimate is made before every row has been evaluated.
 
     Args:
         influence: ``w``, shape ``(n,)`` float64.
+        threshold: expected surprise of a row that has settled, shape ``(n,)`` float64.
         tol: tolerance.
         refinable: whether finer nodes can be had when interpolation is what limits the sample.
         earliest: round before which no sample is judged that still moves.
@@ -88,38 +94,53 @@ class CarriedResidual:
     def __init__(
         self,
         influence: Tensor,
+        threshold: Tensor,
         tol: float,
         *,
         refinable: bool,
         earliest: int,
-        exact_after: int,
+        exact_after: float,
         contraction: Tensor | None = None,
     ) -> None:
-        self.influence, self.tol, self.refinable, self.exact_after = influence, tol, refinable, exact_after
-        self.earliest, self.rounds = earliest, 0
+        self.influence, self.threshold, self.tol = influence, threshold[:, None], tol
+        self.refinable, self.earliest, self.exact_after = refinable, earliest, exact_after
+        self.rounds = 0
         self.last: Tensor | None = None
+        self.share: Tensor | None = None
         self.contraction = contraction
 
-    def _iteration_error(self, moves: Tensor, exact: Tensor) -> Tensor:
-        """``e`` of the class docstring; inf for samples with rows that were never evaluated."""
-        reached = moves.isfinite().all(0)
-        move = torch.where(reached, self.influence @ moves.nan_to_num(posinf=0.0), torch.inf)
-        rho = torch.full_like(move, SLOWEST) if self.contraction is None else self.contraction
-        if self.last is not None:
-            ratio = move / self.last.clamp(min=torch.finfo(torch.float64).tiny)
-            # A sample that is judged already stands still; what it had contracted by is kept.
-            rho = torch.where(self.last.isfinite() & (move != self.last), ratio.clamp(0, SLOWEST), rho)
-            self.contraction = rho
-        self.last = move
-        error = move * (rho / (1 - rho)).clamp(min=1)
-        return torch.full_like(error, SETTLED_SHARE * self.tol).where(exact, error)
+    def _cancellation(self, movement: Movement) -> Tensor:
+        """``c``: the last one seen, or half of the one before if that is larger; kept where nothing was heard."""
+        heard = self.influence @ movement.surprise
+        seen = (SHARE_SAFETY * movement.end / heard.clamp(min=torch.finfo(torch.float64).tiny)).clamp(min=LEAST_SHARE)
+        before = torch.ones_like(seen) if self.share is None else self.share
+        self.share = torch.where(heard > 0, seen.maximum(0.5 * before), before)
+        return self.share
 
-    def judge(self, movement: Movement, moves: Tensor) -> tuple[Tensor, Tensor]:
+    def _iteration_error(self, movement: Movement, expected: Tensor) -> Tensor:
+        """The estimate of the class docstring; inf for samples with rows that were never evaluated."""
+        reached = expected.isfinite().all(0)
+        live = torch.where(expected > self.threshold, expected, 0.0).nan_to_num(posinf=0.0)
+        ahead = torch.where(reached, self.influence @ live, torch.inf)
+        settled = self.influence @ torch.where(expected > self.threshold, 0.0, expected)
+        rho = torch.full_like(ahead, SLOWEST) if self.contraction is None else self.contraction
+        if self.last is not None:
+            ratio = ahead / self.last.clamp(min=torch.finfo(torch.float64).tiny)
+            # A sample that is judged already stands still; what it had contracted by is kept.
+            rho = torch.where(self.last.isfinite() & (ahead != self.last), ratio.clamp(0, SLOWEST), rho)
+            self.contraction = rho
+        self.last = ahead
+        # A rate that was seen once may be luck: no less is left than what this round has moved.
+        return (self._cancellation(movement) * (ahead / (1 - rho) + settled)).maximum(movement.end)
+
+    def judge(self, movement: Movement, expected: Tensor) -> tuple[Tensor, Tensor]:
         """The estimate of the class docstring, and its verdict."""
         self.rounds += 1
-        # Where nothing has moved, nothing was left to evaluate.
-        still = (movement.residual == 0).all(0)
-        iteration = self._iteration_error(moves, still | (self.rounds >= self.exact_after))
+        # Where nothing was heard, nothing was left to evaluate.
+        still = (movement.surprise == 0).all(0)
+        exact = still | (self.rounds >= self.exact_after)
+        iteration = self._iteration_error(movement, expected)
+        iteration = torch.where(exact, torch.full_like(iteration, SETTLED_SHARE * self.tol), iteration)
         interpolation = movement.interpolation
         error = iteration + interpolation + movement.rounding
 
