@@ -25,6 +25,10 @@ class ActiveRows(Protocol):
         """
         ...
 
+    def took(self, rows: int, seconds: float) -> None:
+        """Hear how long a round of so many rows took."""
+        ...
+
 
 @dataclass(frozen=True)
 class AllRows:
@@ -34,10 +38,13 @@ class AllRows:
         """True everywhere."""
         return torch.ones_like(expected, dtype=torch.bool)
 
+    def took(self, rows: int, seconds: float) -> None:
+        """Nothing depends on it."""
 
-#: Rounds (of the whole path's rows) after which rows settle at half the threshold, then at a quarter, and so on.  A sample that takes so long is
-#: about to end on one or the other side of a border, where the smallest errors grow.
-PATIENCE = 8
+
+#: Rounds, of as many rows as the path has, after which rows settle at half the threshold, then at a quarter, and so
+#: on.  A sample that takes so long may end on one or the other side of a border, where the smallest errors grow.
+PATIENCE = 12
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,9 @@ class SlidingWindow:
         front = settled.long().cumprod(0).sum(0)
         row = torch.arange(len(expected))[:, None]
         return ~settled & (row < front + self.size)
+
+    def took(self, rows: int, seconds: float) -> None:
+        """Nothing depends on it."""
 
 
 class Outlook:

@@ -38,7 +38,7 @@ class Executor:
         max_batch: int | None = None,
     ) -> None:
         self.denoiser, self.shape, self.condition = denoiser, shape, dict(condition or {})
-        self.max_batch = max_batch
+        self.max_batch = self.given_max_batch = max_batch
         self.peak_batch = 0
         self.evaluations = torch.zeros(shape[0], dtype=torch.int64)
 

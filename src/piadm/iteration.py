@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,9 @@ def solve(tally: Tally, path: ParallelPath, rows: ActiveRows, rule: StoppingRule
     with tally.stoppable():
         while tally.rounds < limit and (going := verdict == Verdict.GO_ON).any():
             active = rows.choose(path.outlook.expected, tally.rounds - before) & going
-            movement = path.turn(tally.problem.executor, active)
+            began = time.perf_counter()
+            movement = path.turn(tally.problem.executor, active)  # ends with the round's synchronisation
+            rows.took(int(active.sum()), time.perf_counter() - began)
             error, judged = rule.judge(movement, path.outlook.expected)
             verdict = torch.where(going, judged, verdict)
             _record(tally, path, movement, error, going, verdict)

@@ -84,7 +84,7 @@ class Gaussian:
 
 @dataclass(frozen=True)
 class Secant:
-    """``Gaussian`` first; from a node's second evaluation on, the slope that its last two show, for every sample:
+    """``Gaussian`` first, and from a node's second evaluation on the slope that its last two show, sample by sample.
 
         G = <dx, dD> / <dx, dx>,   kept within [0, 1/alpha]
 

@@ -32,7 +32,7 @@ class Learning:
 
 
 class LocalModel:
-    """The residual of every row as a line through its last evaluation, with a slope per row:
+    """The residual of every row as a line through its last evaluation, with a slope per row.
 
         R(x) = R + e (x - x_seen),    e = <dx, dR> / <dx, dx>  from the last two evaluations
 
@@ -63,7 +63,7 @@ class LocalModel:
         return torch.sub(states, self.seen).mul_(self.excess[:, None]).add_(residual)
 
     def implicit(self, free: Tensor, response: Tensor, residual: Tensor) -> Tensor:
-        """Node states ``(n, B d)`` that solve ``x = q + P R(x)``: one small linear system per sample.
+        """Node states ``(n, B d)`` that solve ``x = q + P R(x)``, by one small linear system per sample.
 
             (I - P diag(e)) x = q + P (R - e x_seen)
 
@@ -77,7 +77,8 @@ class LocalModel:
         right = torch.addmm(free[:-1], response[:-1], known).view(n, -1, size).transpose(0, 1)
         excess = self.excess.view(n, -1).T[:, None]
         system = torch.eye(n, dtype=free.dtype, device=free.device) - response[:-1] * excess
-        return torch.linalg.solve(system, right).transpose(0, 1).flatten(1)
+        states: Tensor = torch.linalg.solve(system, right)
+        return states.transpose(0, 1).flatten(1)
 
     def drift(self, states: Tensor) -> Tensor:
         """RMS distance of states ``(n B, d)`` from where they were last evaluated, ``(n B,)``."""

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from piadm._checks import positive_int
 from piadm.denoiser import Denoiser
-from piadm.engine import run, settle
+from piadm.engine import run
 from piadm.grid import TimeGrid
 from piadm.integrators import Integrator
 from piadm.linearization import Linearization
 from piadm.noise import Seed
 from piadm.problem import Callback, pose
+from piadm.settings import settle
 from piadm.solution import Solution
 from piadm.tally import Tally
 
@@ -32,7 +33,7 @@ def sample(
     noise: Tensor | None = None,
     condition: Mapping[str, Any] | None = None,
     nodes: str | int | None = None,
-    window: int | None = None,
+    window: int | str | None = None,
     linearization: str | Linearization | None = None,
     max_rounds: int | None = None,
     max_batch: int | None = None,
@@ -43,11 +44,12 @@ def sample(
 ) -> Solution:
     """Sample in parallel over time: the result of ``sample_sequential`` within ``tol``, in few rounds.
 
-    Each round calls the network on all nodes of all unfinished samples at once and solves the recurrence
+    Each round calls the network on the rows that matter of all unfinished samples at once and solves the recurrence
 
         x_{j+1} = (a_j + b_j G_j) x_j + b_j R_j + c_j xi_j,      R = D(x_old) - G x_old at the nodes
 
-    exactly for the whole path.  Its fixed point is the sequential sampler's path.
+    exactly for the whole path, with residuals interpolated between the nodes and, by default, slopes that the
+    rounds themselves have shown.  With every step a node its fixed point is the sequential sampler's path.
 
     Args:
         denoiser: network, schedule and prediction.
@@ -61,12 +63,12 @@ def sample(
         noise: standard normals, ``(J, B, *sample_shape)``; None draws them.  The ODE methods do not read them.
         condition: tensors with one row per sample, and any other values, as the network's keyword arguments.
         nodes: where the network is called: "all" steps (the fixed point is then exactly the sequential
-            sampler's), a number of steps spread evenly in log-SNR (residuals interpolated linearly in between;
-            fewer than 9, for the SDE 24, are too few to be certified), or None: for the ODE few nodes first,
-            doubled until the tolerance is resolved, for the SDE all.
+            sampler's), a number of steps spread evenly in log-SNR (fewer than 9, for the SDE 24, are too few to be
+            certified), or None: as many as the tolerance should need, doubled for samples that need more.
         window: rows per sample evaluated in a round, the first ones that have not settled, >= 2; None: all of
-            these.  A window saves evaluations and costs rounds.
-        linearization: "gaussian" (None), "score", "identity", "data", or an object with ``slopes``.
+            these; "auto": as many as take the least time, by a cost model of the network, whose first run times its
+            first rounds.  A window saves evaluations and costs rounds.
+        linearization: "secant" (None), "gaussian", "score", "identity", "data", or an object with ``slopes``.
         max_rounds: most network rounds; None: as many as the path has steps, twice as many with a window.
         max_batch: most rows in one network call; None chooses.
         callback: called with a ``RoundInfo`` after each round; a true return value ends the run.

@@ -40,6 +40,8 @@ class Stats:
         evaluations_per_sample: network rows of each sample, shape ``(B,)`` int64.
         peak_batch: most rows handed to the network in one call, after micro-batching.
         peak_states: most states (samples x nodes) held at once.
+        nodes: nodes of the last node set, where the library or the caller has chosen one; None: every step.
+        window: rows per sample and round that were allowed on it, likewise.
         wall_time: seconds from the call to the return, everything included.
         residuals: error estimate after each round, RMS per coordinate of the final sample, shape ``(rounds, B)``;
             empty where the method makes no estimate.
@@ -51,6 +53,8 @@ class Stats:
     evaluations_per_sample: Tensor
     peak_batch: int
     peak_states: int
+    nodes: int | None
+    window: int | None
     wall_time: float
     residuals: Tensor
 

@@ -40,6 +40,8 @@ class Tally:
     progress: bool | None = None
     rounds: int = 0
     peak_states: int = 0
+    nodes: int | None = None
+    window: int | None = None
     residuals: list[Tensor] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
@@ -136,6 +138,8 @@ class Tally:
             evaluations_per_sample=counts,
             peak_batch=self.problem.executor.peak_batch,
             peak_states=self.peak_states,
+            nodes=self.nodes,
+            window=self.window,
             wall_time=time.perf_counter() - self.began,
             residuals=torch.stack(self.residuals) if self.residuals else self.error.new_zeros(0, batch),
         )

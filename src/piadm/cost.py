@@ -1,0 +1,114 @@
+"""The cost model: from the time that a few rounds took, the window that takes the least.
+
+A small window spends few evaluations on states that are still far from right, a wide one few rounds.  Which is
+faster depends on what a network call of many rows costs beside one of a few, and that on the network and the device.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from piadm.activity import SlidingWindow
+
+#: Rows of the rounds that are timed, the first ones of a network's first run.  The smallest comes twice: a network's
+#: first call may have to warm up.
+TIMED = (1, 1, 4, 16, 64)
+
+#: Of windows whose expected times are apart by no more than this factor the widest is taken: it needs fewest rounds.
+INDIFFERENT = 1.25
+
+#: Rounds of a path of ``n`` nodes with a window of ``w`` rows, ``ROUNDS + ROUNDS_PER_WINDOW n/w``: about right for 33
+#: (ODE) and 142 (SDE) nodes and windows of 4 rows to all, on a trained network and on a mixture.
+ROUNDS, ROUNDS_PER_WINDOW = 10.0, 1.6
+
+
+@dataclass
+class Latency:
+    """Seconds that a round of a network takes, by its number of rows.
+
+    Attributes:
+        seconds: the fastest round seen of each number of rows.
+        timed: rounds that have been timed.
+    """
+
+    seconds: dict[int, float] = field(default_factory=dict)
+    timed: int = 0
+
+    def add(self, rows: int, seconds: float) -> None:
+        """Take in one round."""
+        self.seconds[rows] = min(seconds, self.seconds.get(rows, math.inf))
+        self.timed += 1
+
+    def of(self, rows: float) -> float:
+        """Expected seconds of a round: linear between the rounds seen, in proportion to the rows beyond the largest."""
+        known = sorted(self.seconds.items())
+        if rows >= known[-1][0]:
+            return known[-1][1] * rows / known[-1][0]
+        above = next(i for i, (size, _) in enumerate(known) if rows <= size)
+        if above == 0:
+            return known[0][1]
+        (low, fast), (high, slow) = known[above - 1], known[above]
+        return fast + (slow - fast) * (rows - low) / (high - low)
+
+    def best_window(self, nodes: int, batch: int, max_rows: int | None) -> int:
+        """Window of (nearly) the least expected time: a power of two, or all of the nodes.
+
+        Args:
+            nodes: rows per sample.
+            batch: number of samples.
+            max_rows: most rows of a round; None: any number.
+        """
+        sizes = [1 << k for k in range(1, nodes.bit_length()) if 1 << k < nodes] + [nodes]
+        allowed = [size for size in sizes if max_rows is None or size * batch <= max_rows] or sizes[:1]
+        times = {size: (ROUNDS + ROUNDS_PER_WINDOW * nodes / size) * self.of(size * batch) for size in allowed}
+        return max(size for size in allowed if times[size] <= INDIFFERENT * min(times.values()))
+
+
+#: Latencies by network, and for each by device and shape of a sample.
+_SEEN: WeakKeyDictionary[object, dict[object, Latency]] = WeakKeyDictionary()
+
+
+def latency(network: object, device: torch.device, shape: tuple[int, ...]) -> Latency:
+    """What is known of a network on a device; of networks that cannot be remembered, nothing."""
+    try:
+        return _SEEN.setdefault(network, {}).setdefault((str(device), shape), Latency())
+    except TypeError:
+        return Latency()
+
+
+class TimedWindow:
+    """``SlidingWindow`` of the size that the cost model chooses.
+
+    While the network's latency is not known the window grows from round to round, and every one is timed; these
+    rounds count and do their part of the work like any other.
+
+    Args:
+        threshold: as in ``SlidingWindow``.
+        known: what is known of the network; added to.
+        max_rows: most rows of a round; None: any number.
+
+    Attributes:
+        size: the window's size once it is chosen.
+    """
+
+    def __init__(self, threshold: Tensor, known: Latency, max_rows: int | None) -> None:
+        self.threshold, self.known, self.max_rows = threshold, known, max_rows
+        self.size: int | None = None
+
+    def choose(self, expected: Tensor, rounds: int) -> Tensor:
+        """The window's rows."""
+        nodes, batch = expected.shape
+        if self.size is None and self.known.timed >= len(TIMED):
+            self.size = self.known.best_window(nodes, batch, self.max_rows)
+        size = max(1, TIMED[self.known.timed] // batch) if self.size is None else self.size
+        return SlidingWindow(min(size, nodes), self.threshold).choose(expected, rounds)
+
+    def took(self, rows: int, seconds: float) -> None:
+        """Time a round, until enough are known."""
+        if self.size is None:
+            self.known.add(rows, seconds)

@@ -1,0 +1,157 @@
+"""The settings of one run of ``sample``: its arguments, checked and turned into coefficients."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from numbers import Integral
+
+import torch
+from torch import Tensor
+
+from piadm._checks import choice, described, finite_float, positive_int, shown
+from piadm.grid import TimeGrid
+from piadm.integrators import AffineSteps, Integrator, integrator
+from piadm.linearization import Gaussian, Linearization, Secant, check_slopes, linearization
+from piadm.local_model import Learning
+from piadm.nodes import NodeSet, averaged, every_step, spread
+from piadm.problem import check_denoiser, check_grid
+
+#: Degree of the interpolation between nodes, for the ODE and for the SDE, whose residuals are as rough as its noise.
+SMOOTH_ORDER, ROUGH_ORDER = 3, 1
+
+#: Nodes of the first node set that the library chooses: at least so many, and ``factor (std of the data/tol)^power``,
+#: so that few samples need a second one.  Grids of fewer than twice as many steps are solved with every step a node.
+FEWEST_SMOOTH, FACTOR_SMOOTH, POWER_SMOOTH = 17, 3.9, 0.5
+FEWEST_ROUGH, FACTOR_ROUGH, POWER_ROUGH = 64, 1.6, 1.0
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The settings of one run of ``sample``, in the terms of the loop.
+
+    Attributes:
+        grid: all times.
+        steps: coefficients of every step.
+        slopes: Jacobian guess ``G_j`` of every step.
+        prior: slopes and constants of the Gaussian reference model, whose path is the starting guess, each ``(J,)``.
+        learning: what local models may learn at every step.
+        clock: log-SNR at the start of every step, on which residuals are interpolated.
+        importance: how strongly every step's residual acts on what follows, where the network is to read averages of
+            the states about a node; None: where it reads the states.
+        nodes: the first node set.
+        refinable: whether finer node sets may follow.
+        noisy: whether the steps take noise.
+        window: rows per sample and round that are evaluated; None: all that have not settled; "auto": as many as
+            take the least time.
+        tol: tolerance.
+    """
+
+    grid: TimeGrid
+    steps: AffineSteps
+    slopes: Tensor
+    prior: tuple[Tensor, Tensor]
+    learning: Learning
+    clock: Tensor
+    importance: Tensor | None
+    nodes: NodeSet
+    refinable: bool
+    noisy: bool
+    window: int | str | None
+    tol: float
+
+    @property
+    def turns_per_node(self) -> int:
+        """Rounds in which one more state is exact: one, or two where a window must move on before it is used."""
+        return 1 if self.window is None else 2
+
+    @property
+    def order(self) -> int:
+        """Degree of the interpolation between nodes."""
+        return ROUGH_ORDER if self.noisy else SMOOTH_ORDER
+
+
+def settle(
+    denoiser: object,
+    *,
+    method: str | Integrator,
+    grid: object,
+    steps: int,
+    tol: object,
+    nodes: object,
+    window: object,
+    guess: str | Linearization | None,
+) -> Engine:
+    """Check the arguments that are the engine's own and turn them into coefficients.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was received and what is accepted.
+    """
+    checked = check_denoiser(denoiser)
+    schedule = checked.schedule
+    tolerance = finite_float("tol", tol, low=0.0)
+    times = TimeGrid.default(schedule, steps) if grid is None else check_grid(grid, schedule)
+    scheme = integrator(method).steps(schedule, times)
+    chosen = linearization(guess, checked)
+    slopes = check_slopes(chosen.slopes(schedule, scheme), scheme.count)
+    jacobian = Gaussian(checked.data_variance).slopes(schedule, scheme)
+    clock = schedule.log_snr(scheme.times)
+    noisy = scheme.normals > 0
+    first, refinable = _first_nodes(nodes, clock, tolerance / math.sqrt(checked.data_variance), noisy=noisy)
+    importance = _importance(scheme, jacobian) if noisy else None
+    bounds = chosen.bounds(schedule, scheme) if isinstance(chosen, Secant) else (slopes, slopes)
+    # Between what Gaussian data answer and the bound 1/alpha: sqrt(G/alpha), finite where alpha is 0.
+    scaled, noise = schedule.alpha(scheme.times).square() * checked.data_variance, schedule.sigma(scheme.times).square()
+    rate = (checked.data_variance / (scaled + noise)).sqrt()
+    return Engine(
+        grid=times,
+        steps=scheme,
+        slopes=slopes,
+        prior=(jacobian, (1 - jacobian * schedule.alpha(scheme.times)) * checked.data_mean),
+        learning=Learning(*bounds, rate),
+        clock=clock,
+        importance=importance,
+        nodes=with_readings(first, importance),
+        refinable=refinable,
+        noisy=noisy,
+        window=_window(window, scheme.count),
+        tol=tolerance,
+    )
+
+
+def _window(window: object, steps: int) -> int | str | None:
+    """The argument ``window``, checked."""
+    if isinstance(window, str):
+        return choice("window", window, ["auto"])
+    return None if window is None else min(positive_int("window", window, minimum=2), steps)
+
+
+def _first_nodes(nodes: object, clock: Tensor, tol: float, *, noisy: bool) -> tuple[NodeSet, bool]:
+    """The first node set for a tolerance relative to the data, and whether finer ones may follow."""
+    count, order = len(clock), ROUGH_ORDER if noisy else SMOOTH_ORDER
+    if isinstance(nodes, str) and nodes == "all":
+        return every_step(count), False
+    if nodes is None:
+        fewest, factor, power = (
+            (FEWEST_ROUGH, FACTOR_ROUGH, POWER_ROUGH) if noisy else (FEWEST_SMOOTH, FACTOR_SMOOTH, POWER_SMOOTH)
+        )
+        first = max(fewest, math.ceil(min(factor * tol**-power, count)))
+        return (every_step(count), False) if count < 2 * first else (spread(clock, first, order), True)
+    accepted = "'all', an integer >= 2 or None"
+    if isinstance(nodes, bool) or not isinstance(nodes, (str, Integral)):
+        raise TypeError(f"nodes must be {accepted}, got {described(nodes)}")
+    if isinstance(nodes, str) or nodes < 2:
+        raise ValueError(f"nodes must be {accepted}, got {shown(nodes)}")
+    return spread(clock, int(nodes), order), False
+
+
+def _importance(steps: AffineSteps, jacobian: Tensor) -> Tensor:
+    """How strongly every step's residual acts on the end, for Gaussian data: ``b_j prod_k>j (a_k + b_k G_k)``."""
+    factors = (steps.a[:, 0, 0] + steps.b[:, 0] * jacobian).flip(0).cumprod(0).flip(0).roll(-1)
+    factors[-1] = 1
+    return (steps.b[:, 0] * factors).abs().clamp(min=torch.finfo(torch.float64).tiny)
+
+
+def with_readings(nodes: NodeSet, importance: Tensor | None) -> NodeSet:
+    """A node set with what the network reads there."""
+    return nodes if importance is None or nodes.count == len(importance) else averaged(nodes, importance)
