@@ -229,9 +229,7 @@ def test_ctrl_c_keeps_the_rivals_that_are_through(
     assert (tmp_path / "out.png").stat().st_size > 0
 
 
-def test_ctrl_c_inside_the_librarys_own_sampler_ends_the_study(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_inside_the_librarys_own_sampler_ends_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The samplers return what they have on Ctrl-C; here that must not pass for a finished run."""
     inner, seen = mixture(), []
 

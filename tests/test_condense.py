@@ -14,7 +14,7 @@ import piadm
 from piadm.condense import CondensedPath, condense
 from piadm.integrators import AffineSteps
 from piadm.models import GaussianDenoiser
-from piadm.nodes import NodeSet, every_step, refine, spread, thin
+from piadm.nodes import NodeSet, averaged, every_step, refine, spread, thin
 
 EPS = float(np.finfo(np.float64).eps)
 quick = settings(max_examples=60, deadline=None)  # no deadline: a machine may be busy
@@ -241,3 +241,43 @@ def test_any_linearization_has_the_same_fixed_point(linearization: str) -> None:
     assert got.stats.rounds <= steps
     # Rounding grows by at most the path's response, of order ten here.
     assert torch.allclose(got.states, want.states, rtol=0, atol=1e-11)
+
+
+@quick
+@given(data=st.data(), clock=clocks(), seed=st.integers(0, 2**32 - 1))
+def test_averaged_readings_answer_for_all_steps_about_a_node(data: st.DataObject, clock: Tensor, seed: int) -> None:
+    # What every step's residual adds up to, weighted by its importance, is exact for a denoised estimate that is linear
+    # in the state, whatever the states are: no noise between the nodes is missed.
+    nodes = data.draw(node_sets(clock))
+    rng = np.random.default_rng(seed)
+    importance, states = torch.tensor(rng.uniform(0.1, 1.0, len(clock))), torch.tensor(rng.normal(size=len(clock)))
+    read = averaged(nodes, importance)
+    assert torch.equal(read.indices, nodes.indices) and torch.equal(read.weights, nodes.weights)
+    whole = importance @ (nodes.weights @ (read.reading_matrix() @ states))
+    # Sums of at most sixty products of order one to ten, a rounding each.
+    assert abs(float(whole - importance @ states)) <= 1e3 * EPS
+    ones = read.reading_matrix().sum(1)
+    assert torch.allclose(ones, torch.ones_like(ones), rtol=0, atol=1e2 * EPS)
+    # A step that is a node reads itself and what lies between it and its neighbours, no further.
+    far = (torch.arange(nodes.count)[:, None] - torch.searchsorted(nodes.indices, torch.arange(len(clock)))).abs() > 2
+    assert not bool(read.reading_matrix()[far].any())
+
+
+def test_with_every_step_a_node_an_average_reads_the_state() -> None:
+    read = averaged(every_step(7), torch.rand(7, dtype=torch.float64) + 0.1)
+    assert torch.equal(read.reading_matrix(), torch.eye(7, dtype=torch.float64))
+
+
+@quick
+@given(clock=clocks(least=6), count=st.integers(4, 40), seed=st.integers(0, 2**32 - 1))
+def test_cubics_are_interpolated_to_themselves(clock: Tensor, count: int, seed: int) -> None:
+    nodes = spread(clock, count, order=3)
+    line = (clock - clock[-1]).nan_to_num(neginf=0.0) / 60
+    first = 0 if clock[0].isfinite() else int(nodes.indices[min(4, nodes.count - 1)])
+    cubic = torch.tensor(np.random.default_rng(seed).normal(size=4))
+    values = cubic[0] + line * (cubic[1] + line * (cubic[2] + line * cubic[3]))
+    # Lagrange's weights grow where a step lies far from its nodes; so does their rounding.
+    slack = 1e3 * EPS * (1 + float(nodes.weights.abs().sum(1).max())) * (1 + float(values.abs().max()))
+    found = nodes.weights @ values[nodes.indices]
+    assert nodes.count == len(clock) or torch.allclose(found[first:], values[first:], rtol=0, atol=max(slack, 1e-9))
+    assert torch.equal(nodes.weights[nodes.indices], torch.eye(nodes.count, dtype=torch.float64))

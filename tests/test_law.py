@@ -25,6 +25,7 @@ GRIDS = {
     "ode": piadm.TimeGrid.log_snr(SCHEDULE, 64, end=0.04),
     "paper-sde": BLOCKS.grid(SCHEDULE),
 }
+FINE = piadm.TimeGrid.log_snr(SCHEDULE, 200, end=0.04)  # so many steps that fewer nodes are used
 SAMPLERS = ["sequential sde", "sequential ode", "parallel sde", "parallel ode", "piadm paper-sde"]
 ROWS = 1 << 15  # rows per network call: the closed-form networks like large ones
 ITERATIONS = 10
@@ -110,9 +111,9 @@ class Gaussian:
         self.eigenvalues = torch.logspace(math.log10(0.05), math.log10(3.0), DIM, dtype=torch.float64)
         self.denoiser = GaussianDenoiser(SCHEDULE, self.mean, self.basis * self.eigenvalues @ self.basis.T)
 
-    def chain(self, method: str) -> Law:
+    def chain(self, method: str, grid: piadm.TimeGrid | None = None) -> Law:
         """Exact law of the numerical chain: no discretisation bias is left to allow for."""
-        steps = integrator(method).steps(SCHEDULE, GRIDS[method])
+        steps = integrator(method).steps(SCHEDULE, GRIDS[method] if grid is None else grid)
         return self._law(*affine_chain(steps, self.mean @ self.basis, self.eigenvalues))
 
     def target(self, method: str) -> Law:
@@ -196,6 +197,21 @@ def test_samples_have_the_law_of_the_numerical_chain(target: str, sampler: str) 
     # Drawn in float32: its rounding, 1e-6, and the tolerance of the parallel samplers, 1e-3 at most and of no one
     # sign, are nothing beside a standard error, 7e-3 of a standard deviation.
     assert has_law(draw(target, sampler), TARGETS[target].chain(sampler.split()[1]))
+
+
+@pytest.mark.parametrize("method", ["sde", "ode"])
+def test_samples_on_fewer_nodes_at_twice_the_default_tolerance_have_the_law_of_all_steps(method: str) -> None:
+    target, parts, part = TARGETS["gaussian"], [], COUNT // 4
+    for seed in range(4):
+        found = piadm.sample(
+            target.denoiser, (part, DIM), method=method, grid=FINE, tol=2e-2, seed=seed, max_batch=ROWS
+        )
+        assert found.converged and found.stats.peak_states < part * FINE.steps
+        parts.append(found.sample)
+    sample, law = torch.cat(parts), target.chain(method, FINE)
+    assert has_law(sample, law)
+    # And the check would see samples that are two percent too wide.
+    assert not has_law(law.mean + 1.02**0.5 * (sample.double() - law.mean), law)
 
 
 @pytest.mark.parametrize("target", TARGETS)

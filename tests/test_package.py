@@ -192,7 +192,7 @@ def test_results_have_the_agreed_fields() -> None:
 
     assert fields(piadm.Solution) == ["sample", "status", "error_estimate", "stats", "states", "failures"]
     counts = ["rounds", "evaluations", "rounds_per_sample", "evaluations_per_sample"]
-    assert fields(piadm.Stats) == [*counts, "peak_batch", "peak_states", "wall_time", "residuals"]
+    assert fields(piadm.Stats) == [*counts, "peak_batch", "peak_states", "nodes", "window", "wall_time", "residuals"]
     assert fields(piadm.RoundInfo) == ["round", "total", "sample", "denoised", "error_estimate", "active_rows"]
     assert [status.name for status in piadm.Status] == ["CONVERGED", "MAX_ROUNDS", "NONFINITE", "INTERRUPTED"]
     assert all(len(status.value.split()) > 4 for status in piadm.Status)  # the value is the message

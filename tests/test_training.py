@@ -74,9 +74,7 @@ def test_starting_weights_of_another_network_are_refused(training: ModuleType) -
         training.load_start(training.UNet2DModel(**training.NETWORK), weights)
 
 
-def test_autoguidance_leads_on_from_the_bad_network_through_the_good_one(
-    training: ModuleType, tmp_path: Path
-) -> None:
+def test_autoguidance_leads_on_from_the_bad_network_through_the_good_one(training: ModuleType, tmp_path: Path) -> None:
     images = torch.randn(2, 1, 28, 28)
     networks = {}
     for name in ("good", "bad"):

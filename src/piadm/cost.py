@@ -7,7 +7,6 @@ faster depends on what a network call of many rows costs beside one of a few, an
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
 import torch
@@ -27,7 +26,6 @@ INDIFFERENT = 1.25
 ROUNDS, ROUNDS_PER_WINDOW = 10.0, 1.6
 
 
-@dataclass
 class Latency:
     """Seconds that a round of a network takes, by its number of rows.
 
@@ -36,8 +34,9 @@ class Latency:
         timed: rounds that have been timed.
     """
 
-    seconds: dict[int, float] = field(default_factory=dict)
-    timed: int = 0
+    def __init__(self) -> None:
+        self.seconds: dict[int, float] = {}
+        self.timed = 0
 
     def add(self, rows: int, seconds: float) -> None:
         """Take in one round."""

@@ -81,7 +81,7 @@ def _rules(
         engine.tol,
         refinable=refinable,
         earliest=1 if coarse is None else FINER_ROUNDS,
-        exact_after=count * engine.turns_per_node if nodes.readings is None else math.inf,
+        exact_after=count * engine.turns_per_node if count == engine.steps.count else math.inf,
         contraction=known,
     )
     return _active_rows(engine, problem, count, threshold), rule

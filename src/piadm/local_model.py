@@ -11,6 +11,9 @@ from torch import Tensor
 #: would show the rounding of the network.
 LEAST_STRIDE = 1e-3
 
+#: Numbers held at once while samples are solved for, beside their states: many at a time, for speed, but not all.
+SOLVE_ELEMENTS = 1 << 22
+
 
 @dataclass(frozen=True)
 class Learning:
@@ -62,23 +65,36 @@ class LocalModel:
         """``R(x)`` at states ``(n B, d)``."""
         return torch.sub(states, self.seen).mul_(self.excess[:, None]).add_(residual)
 
-    def implicit(self, free: Tensor, response: Tensor, residual: Tensor) -> Tensor:
-        """Node states ``(n, B d)`` that solve ``x = q + P R(x)``, by one small linear system per sample.
+    def solve(self, free: Tensor, response: Tensor, residual: Tensor, states: Tensor, sweeps: int) -> None:
+        """Solve ``x = q + P R(x)`` for the node states, in place, by one small triangular system per sample.
 
-            (I - P diag(e)) x = q + P (R - e x_seen)
+            (I - L diag(e)) x <- q + P (R - e x_seen) + U diag(e) x,    L + U = P
+
+        ``U``, above the diagonal, is what the nodes ahead add to what is read at a node: zero where every step is a
+        node and little elsewhere, so that a few sweeps settle it.
 
         Args:
-            free: ``q`` at the outputs, shape ``(n + 1, B d)``.
-            response: ``P``, shape ``(n + 1, n)``.
+            free: ``q`` at the nodes, shape ``(n, B d)``.
+            response: ``P``, shape ``(n, n)``.
             residual: ``R``, shape ``(n, B d)``.
+            states: ``x``, where the sweeps start and end, shape ``(n, B d)``.
+            sweeps: their number.
         """
         n, size = len(residual), self.seen.shape[1]
-        known = torch.addcmul(residual.view(-1, size), self.excess[:, None], self.seen, value=-1).view_as(residual)
-        right = torch.addmm(free[:-1], response[:-1], known).view(n, -1, size).transpose(0, 1)
-        excess = self.excess.view(n, -1).T[:, None]
-        system = torch.eye(n, dtype=free.dtype, device=free.device) - response[:-1] * excess
-        states: Tensor = torch.linalg.solve(system, right)
-        return states.transpose(0, 1).flatten(1)
+        lower, ahead, identity = response.tril(), response.triu(1), torch.eye(n).to(response)
+        seen, excess = self.seen.view(n, -1, size), self.excess.view(n, -1)
+        free, residual, states = (table.view_as(seen) for table in (free, residual, states))
+        chunk = max(1, SOLVE_ELEMENTS // (n * (n + size)))
+        for first in range(0, excess.shape[1], chunk):
+            at = slice(first, first + chunk)
+            slopes = excess[:, at, None]
+            known = torch.addcmul(residual[:, at], slopes, seen[:, at], value=-1).flatten(1)
+            known = torch.addmm(free[:, at].flatten(1), response, known)
+            system = identity - lower * excess[:, at].T[:, None]
+            for _ in range(sweeps):
+                right = known if sweeps == 1 else torch.addmm(known, ahead, (slopes * states[:, at]).flatten(1))
+                right = right.view(n, -1, size).transpose(0, 1)
+                states[:, at] = torch.linalg.solve_triangular(system, right, upper=False).transpose(0, 1)
 
     def drift(self, states: Tensor) -> Tensor:
         """RMS distance of states ``(n B, d)`` from where they were last evaluated, ``(n B,)``."""
