@@ -17,6 +17,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint con
 CREATED := $(VENV)/.created
 DEMO_READY := $(VENV)/.demo-ready
 TEST_READY := $(VENV)/.test-ready
+BENCH_READY := $(VENV)/.bench-ready
 
 .DEFAULT_GOAL := help
 .PHONY: demo test lint bench clean help
@@ -32,7 +33,7 @@ lint: $(TEST_READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(TEST_READY)
+bench: $(BENCH_READY)
 	@set -e; for script in benchmarks/[!_]*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 
 clean:
@@ -58,3 +59,7 @@ $(DEMO_READY): pyproject.toml constraints.txt | $(CREATED)
 $(TEST_READY): pyproject.toml constraints.txt | $(CREATED)
 	$(PIP) --editable '.[test]'
 	@touch $@ $(DEMO_READY)
+
+$(BENCH_READY): pyproject.toml constraints.txt | $(CREATED)
+	$(PIP) --editable '.[bench]'
+	@touch $@ $(TEST_READY) $(DEMO_READY)
