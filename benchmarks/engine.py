@@ -49,11 +49,11 @@ def digits() -> piadm.Denoiser:
 
 
 NETWORKS: dict[str, Callable[[], piadm.Denoiser]] = {
-    "fashion": lambda: piadm.load("fashion"),
     "mixture": mixture,
     "digits": digits,
+    "fashion": lambda: piadm.load("fashion"),
 }
-SHAPES = {"fashion": (1, 28, 28), "mixture": (64,), "digits": (64,)}
+SHAPES = {"mixture": (1, 8, 8), "digits": (64,), "fashion": (1, 28, 28)}
 
 
 class Truth:

@@ -3,8 +3,8 @@
     python benchmarks/overhead.py [--repeats 5] [--memory 1000 32 3072] [--threads 2] [--json overhead.json]
 
 Time.  The network is free and never settles, so that every round evaluates nearly all rows, samples x nodes.  What ten
-more rounds add to a run of one, over ten, is what a round costs apart from the network; the rest of the run of one is the
-set-up: coefficients, condensed path and noise.  With nodes=None the network returns its input and a run goes on to a
+more rounds add to a run of one, over ten, is what a round costs apart from the network; the rest of the run of one is
+the set-up: coefficients, condensed path and noise.  With nodes=None the network returns its input and a run goes on to a
 tolerance of 1e-2, so its rounds differ: their mean is shown, and the set-up of finer node sets is part of it.  Its
 first node set, and so its set-up, is that of nodes=33.
 
