@@ -4,8 +4,9 @@ from piadm.corrector import Corrector
 from piadm.denoiser import Denoiser, GuidedNetwork
 from piadm.grid import Blocks, TimeGrid
 from piadm.integrators import DataExponential, Integrator, ScoreExponential
-from piadm.linearization import DataFrozen, Gaussian, Identity, Linearization, ScoreFrozen
+from piadm.linearization import DataFrozen, Gaussian, Identity, Linearization, ScoreFrozen, Secant
 from piadm.models import load
+from piadm.moments import measure_moments
 from piadm.paper import piadm_ode, piadm_sde
 from piadm.samplers import sample
 from piadm.schedule import (
@@ -43,6 +44,7 @@ __all__ = [
     "RoundInfo",
     "ScoreExponential",
     "ScoreFrozen",
+    "Secant",
     "Solution",
     "Stats",
     "Status",
@@ -50,6 +52,7 @@ __all__ = [
     "VESchedule",
     "VPSchedule",
     "load",
+    "measure_moments",
     "piadm_ode",
     "piadm_sde",
     "sample",

@@ -47,7 +47,8 @@ class Denoiser:
         prediction: one of "epsilon", "score", "sample", "v", "velocity".
         data_mean: mean of the data over all coordinates, in the network's units.  Only the starting guess and
             the Gaussian linearization use it: a wrong value costs rounds, never exactness.
-        data_variance: variance of the data about ``data_mean``, likewise.
+        data_variance: variance of the data about ``data_mean``, likewise.  ``measure_moments`` asks the network for
+            both.
 
     Raises:
         TypeError: if the network is not callable or the schedule is no ``NoiseSchedule``.

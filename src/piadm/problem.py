@@ -68,7 +68,7 @@ def pose(
         TypeError, ValueError: naming the argument, what was received and what is accepted.
     """
     check_denoiser(denoiser)
-    shape = _shape(shape)
+    shape = check_shape(shape)
     _check_times(denoiser, grid)
     if max_batch is not None:
         positive_int("max_batch", max_batch, minimum=denoiser.rows_per_call)
@@ -126,7 +126,12 @@ def check_grid(grid: object, schedule: NoiseSchedule) -> TimeGrid:
     return grid
 
 
-def _shape(shape: object) -> tuple[int, ...]:
+def check_shape(shape: object) -> tuple[int, ...]:
+    """The shape ``(B, *sample_shape)`` itself.
+
+    Raises:
+        TypeError, ValueError: if it is none.
+    """
     if not isinstance(shape, (tuple, list, torch.Size)):
         raise TypeError(f"shape must be a tuple (B, *sample_shape), got {described(shape)}")
     if len(shape) < 2:

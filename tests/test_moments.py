@@ -1,0 +1,70 @@
+"""Moments of the data measured from the network: exact where the data are Gaussian, and worth their calls."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+import piadm
+from piadm.models import GaussianDenoiser, MixtureDenoiser
+
+SCHEDULES = [piadm.VPSchedule(), piadm.VESchedule(), piadm.FlowSchedule(), piadm.CosineSchedule()]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: type(schedule).__name__)
+@pytest.mark.parametrize(("mean", "variance"), [(0.0, 1.0), (3.0, 0.01), (-40.0, 400.0)])
+def test_moments_of_gaussian_data_are_exact(schedule: piadm.NoiseSchedule, mean: float, variance: float) -> None:
+    known = GaussianDenoiser(schedule, mean, variance)
+    found = piadm.measure_moments(replace(known, data_mean=0.0, data_variance=1.0), (4, 3, 8))
+    # Differences of estimates, rounded to float32 about the mean.
+    assert found.data_variance == pytest.approx(variance, rel=1e-2)
+    # The mean input is not zero: sigma/sqrt(16 x 24), times the response.
+    assert found.data_mean == pytest.approx(mean, abs=0.05 * variance**0.5 + 1e-3)
+
+
+def test_the_variance_of_a_mixture_is_that_of_its_covariance() -> None:
+    means = 2.0 * torch.randn(12, 64, generator=torch.Generator().manual_seed(3)).double()
+    found = piadm.measure_moments(MixtureDenoiser(piadm.VPSchedule(), means, 0.1), (1, 64))
+    wanted = float(means.var(0, correction=0).mean()) + 0.1
+    # Eight pairs of inputs: the trace of twelve directions is seen to sqrt(2/(8 x 12)), 15 %, half as much again.
+    assert found.data_variance == pytest.approx(wanted, rel=0.45)
+
+
+def test_a_scale_that_was_unknown_is_worth_measuring() -> None:
+    exact = MixtureDenoiser(
+        piadm.VPSchedule(), 100.0 * torch.randn(5, 8, generator=torch.Generator().manual_seed(1)).double(), 400.0
+    )
+    guessed = replace(exact, data_mean=0.0, data_variance=1.0)
+    given = dict(method="ode", steps=300, tol=1.0)
+    found = [piadm.sample(it, (8, 8), **given) for it in (guessed, piadm.measure_moments(guessed, (8, 8)))]
+    assert found[1].converged and found[1].stats.rounds < found[0].stats.rounds
+
+
+def test_conditions_reach_the_network_row_by_row() -> None:
+    seen = []
+
+    def network(x: Tensor, t: Tensor, label: Tensor, scale: float) -> Tensor:
+        seen.append((len(x), label.clone(), scale))
+        return 0.5 * x
+
+    denoiser = piadm.Denoiser(network, piadm.VPSchedule(), "sample")
+    piadm.measure_moments(denoiser, (3, 4), condition={"label": torch.tensor([7, 8, 9]), "scale": 2.0})
+    assert sum(rows for rows, _, _ in seen) == 240 and len(seen) == 2
+    assert all(len(label) == rows and bool((label == 7).all()) and scale == 2.0 for rows, label, scale in seen)
+
+
+@pytest.mark.parametrize("output", [torch.nan, -1.0])
+def test_a_network_that_tells_of_no_variance_is_refused(output: float) -> None:
+    denoiser = piadm.Denoiser(lambda x, t: output * x, piadm.VPSchedule(), "sample")
+    with pytest.raises(ValueError, match="data variance of .*; it must be positive"):
+        piadm.measure_moments(denoiser, (1, 4))
+
+
+@pytest.mark.parametrize(("shape", "error"), [((4,), ValueError), (4, TypeError), ((1, 0), ValueError)])
+def test_bad_shapes_are_refused_before_any_call(shape: object, error: type[Exception]) -> None:
+    denoiser = piadm.Denoiser(lambda x, t: pytest.fail("called"), piadm.VPSchedule(), "sample")
+    with pytest.raises(error, match="shape"):
+        piadm.measure_moments(denoiser, shape)
