@@ -43,13 +43,16 @@ class RunFigures:
     seconds: float
     status: dict[str, int]
     failures: tuple[str, ...]
+    nodes: int | None
+    window: int | None
 
     @classmethod
     def of(cls, solution: Solution) -> RunFigures:
         """Return the figures of a solution."""
         stats = solution.stats
         counts = Counter(status.name for status in solution.status)
-        return cls(stats.rounds, stats.evaluations, stats.wall_time, dict(counts), solution.failures)
+        cost = (stats.rounds, stats.evaluations, stats.wall_time)
+        return cls(*cost, dict(counts), solution.failures, stats.nodes, stats.window)
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,7 @@ class Report:
 
         row("rounds (network calls in a row)", [str(run.rounds) for run in runs])
         row("evaluations per sample", [f"{run.evaluations_per_sample:.0f}" for run in runs])
+        row("nodes, and most rows in a round", [f"{self.parallel.nodes}, {self.parallel.window}"])
         row("seconds", [f"{run.seconds:.1f}" for run in runs])
         if self.rms_difference is not None:
             row("RMS difference, median", [f"{self.rms_difference.median:.2e}"])

@@ -37,6 +37,8 @@ piadm sample --method sde --steps 100  the SDE: noise in every step, more rounds
 
 piadm sample --num 4 --json out.json   4 garments; every figure as JSON
 
+piadm sample --window auto             the window that is fastest on this machine
+
 piadm sample --no-reference            in parallel only: no true error
 """
 _SHAPE = (1, 28, 28)
@@ -64,6 +66,7 @@ class Settings:
     num: int
     seed: int
     device: str
+    window: str
     max_batch: int | None
     threads: int | None
     reference: bool
@@ -75,12 +78,25 @@ class Settings:
         finite_float("--tol", self.tol, low=0.0)
         positive_int("--num", self.num)
         positive_int("--seed", self.seed, minimum=0)
+        self.rows()
         for name, value in (("--max-batch", self.max_batch), ("--threads", self.threads)):
             if value is not None:
                 positive_int(name, value)
         files.check_writable("--out", self.out, ".png")
         if self.json is not None:
             files.check_writable("--json", self.json, ".json")
+
+    def rows(self) -> int | str | None:
+        """The window, as ``piadm.sample`` takes it.
+
+        Raises:
+            ValueError: If it is neither "all" nor "auto" nor a number of at least 2.
+        """
+        if self.window in ("all", "auto"):
+            return None if self.window == "all" else "auto"
+        if not self.window.isdecimal() or int(self.window) < 2:
+            raise ValueError(f"--window must be all, auto or a number of at least 2, got {self.window!r}")
+        return int(self.window)
 
 
 def sample(
@@ -90,6 +106,7 @@ def sample(
     num: Annotated[int, typer.Option(help="Number of garments.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of the noise, shared by both runs.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto: cuda if present.")] = "cpu",
+    window: Annotated[str, typer.Option(help="Rows per garment and round: all, auto (fastest here), or N.")] = "all",
     max_batch: Annotated[int | None, typer.Option(help="Most rows handed to the network at once.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; torch's own choice by default.")] = None,
     reference: Annotated[bool, typer.Option(help="Run the sequential sampler too.")] = True,
@@ -103,7 +120,7 @@ def sample(
     try:
         settings = Settings(
             method=method.value, steps=steps, tol=tol, num=num, seed=seed, device=resolve_device(device),
-            max_batch=max_batch, threads=threads, reference=reference, out=out, json=json,
+            window=window, max_batch=max_batch, threads=threads, reference=reference, out=out, json=json,
         )  # fmt: skip
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
@@ -153,7 +170,7 @@ def _run_parallel(denoiser: Denoiser, settings: Settings, trace: Trace) -> Solut
 
         return piadm.sample(
             denoiser, (settings.num, *_SHAPE), method=settings.method, steps=settings.steps, tol=settings.tol,
-            seed=settings.seed, max_batch=settings.max_batch, callback=after_round,
+            seed=settings.seed, window=settings.rows(), max_batch=settings.max_batch, callback=after_round,
         )  # fmt: skip
 
 
