@@ -25,7 +25,7 @@ from piadm.tally import Tally
 #: of cubic (ODE), on half the nodes and without averages (SDE).  On a trained network the error was up to 4.5 times
 #: the change for the ODE with up to 65 nodes, and 0.07 to 0.24 times for the SDE; on mixtures 0.2 and 0.04.  What
 #: averages leave is of second order: with nodes far apart in log-SNR the share grows with their mean distance.
-PROBE_SHARE_SMOOTH, PROBE_SHARE_ROUGH, PROBE_SHARE_PER_GAP = 4.0, 0.2, 0.6
+PROBE_SHARE_SMOOTH, PROBE_SHARE_ROUGH, PROBE_SHARE_PER_GAP = 4.0, 0.2, 0.8
 
 #: With fewer nodes the probe means nothing and the error counts as unknown: for the ODE, and for the SDE.
 UNKNOWN_SMOOTH, UNKNOWN_ROUGH = 9, 24

@@ -78,8 +78,9 @@ class CarriedResidual:
 
     were there no cancellation between nodes.  The share ``c`` of that sum by which the end did move in the last
     rounds measures the cancellation, and rounds contract ``m`` by ``rho``: the remaining error is estimated as the
-    whole geometric series ``c m/(1 - rho)``.  Rows that have settled enter without it.  To this come the path's own
-    estimates of its interpolation and rounding errors.  No estimate is made before every row has been evaluated.
+    whole geometric series ``c m/(1 - rho)``.  Rows that have settled enter without it.  The path's own
+    estimate of its interpolation error has no direction in common with this one: their squares add.  Rounding is
+    added to both.  No estimate is made before every row has been evaluated.
 
     Args:
         influence: ``w``, shape ``(n,)`` float64.
@@ -142,7 +143,7 @@ class CarriedResidual:
         iteration = self._iteration_error(movement, expected)
         iteration = torch.where(exact, torch.full_like(iteration, SETTLED_SHARE * self.tol), iteration)
         interpolation = movement.interpolation
-        error = iteration + interpolation + movement.rounding
+        error = torch.hypot(iteration, interpolation) + movement.rounding
 
         verdict = torch.full_like(error, Verdict.GO_ON)
         ripe = still | (self.rounds >= self.earliest)
