@@ -35,7 +35,8 @@ def node_sets(draw: st.DrawFn, clock: Tensor) -> NodeSet:
     """A node set on a clock, made in every way there is."""
     nodes = spread(clock, draw(st.integers(2, len(clock)))) if draw(st.booleans()) else every_step(len(clock))
     for change in draw(st.lists(st.sampled_from([refine, thin]), max_size=2)):
-        nodes = change(nodes, clock)
+        changed = change(nodes, clock)
+        nodes = changed if isinstance(changed, NodeSet) else draw(st.sampled_from(changed))
     return nodes
 
 
@@ -202,10 +203,17 @@ def test_refined_nodes_describe_the_same_residuals_and_end_in_every_step(data: s
 
 @quick
 @given(data=st.data(), clock=clocks())
-def test_thin_keeps_every_second_node_and_the_last(data: st.DataObject, clock: Tensor) -> None:
+def test_thin_keeps_every_second_node_and_both_ends(data: st.DataObject, clock: Tensor) -> None:
     nodes = spread(clock, data.draw(st.integers(2, len(clock))))
-    kept = set(nodes.indices.tolist()[::2]) | {int(nodes.indices[-1])}
-    assert thin(nodes, clock).indices.tolist() == sorted(kept)
+    indices = nodes.indices.tolist()
+    kept = [sorted({*indices[first::2], indices[0], indices[-1]}) for first in (0, 1)]
+    assert [half.indices.tolist() for half in thin(nodes, clock)] == kept
+
+
+def test_a_cubic_interpolation_is_compared_with_a_linear_one() -> None:
+    clock = torch.linspace(-5.0, 5.0, 30, dtype=torch.float64)
+    (linear,) = thin(spread(clock, 9, order=3), clock, order=3)
+    assert torch.equal(linear.weights, spread(clock, 9).weights)
 
 
 LINEAR = {"sde": piadm.VPSchedule(0.1, 20.0), "ode": piadm.FlowSchedule(), "paper-sde": piadm.OUSchedule()}

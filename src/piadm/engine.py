@@ -106,8 +106,7 @@ def _influence(engine: Engine, problem: Problem, path: CondensedPath, nodes: Nod
     """
     steps, denoiser = engine.steps, problem.denoiser
     variance = denoiser.data_variance * math.sqrt(problem.start.shape[1])
-    silent = AffineSteps(steps.times, steps.a, steps.b, steps.c[..., :0])
-    leading = condense(silent, Gaussian(variance).slopes(denoiser.schedule, steps), nodes)
+    leading = condense(_silent(steps), Gaussian(variance).slopes(denoiser.schedule, steps), nodes)
     return torch.maximum(path.response[-1, 0].abs(), leading.response[-1, 0].abs())
 
 
@@ -161,10 +160,18 @@ def _interpolation(
         fewest, share = UNKNOWN_ROUGH, max(PROBE_SHARE_ROUGH, PROBE_SHARE_PER_GAP * gap)
     elif coarse_end is not None:
         return Interpolation(None, coarse_end)
-    poorer = thin(nodes, engine.clock, engine.order)
-    probe = reference.response[-1, 0].clone()
-    probe[torch.isin(nodes.indices, poorer.indices)] -= condense(engine.steps, engine.prior[0], poorer).response[-1, 0]
-    return Interpolation(share * probe, unknown=nodes.count < fewest)
+    probes = []
+    for poorer in thin(nodes, engine.clock, engine.order):
+        probe = reference.response[-1, 0].clone()
+        there = torch.isin(nodes.indices, poorer.indices)
+        probe[there] -= condense(_silent(engine.steps), engine.prior[0], poorer).response[-1, 0]
+        probes.append(share * probe)
+    return Interpolation(torch.stack(probes), unknown=nodes.count < fewest)
+
+
+def _silent(steps: AffineSteps) -> AffineSteps:
+    """Steps without their noise, for what does not depend on it."""
+    return AffineSteps(steps.times, steps.a, steps.b, steps.c[..., :0])
 
 
 def _all_states(engine: Engine, problem: Problem, nodes: NodeSet, path: ParallelPath) -> Tensor:

@@ -99,13 +99,17 @@ def averaged(nodes: NodeSet, importance: Tensor) -> NodeSet:
     return replace(nodes, readings=pick + mean - (mean @ nodes.weights) @ pick)
 
 
-def thin(nodes: NodeSet, log_snr: Tensor, order: int = 1) -> NodeSet:
-    """What the interpolation is compared with to judge it: a poorer one from the same residuals.
+def thin(nodes: NodeSet, log_snr: Tensor, order: int = 1) -> list[NodeSet]:
+    """What the interpolation is compared with to judge it: poorer ones from the same residuals.
 
-    Linear interpolation: every second node and the last.  Higher orders: linear interpolation on the same nodes.
+    Linear interpolation: every second node, the even and the odd ones, with both ends.  Two, since for few coordinates
+    one alone may happen to agree.  Higher orders: linear interpolation on the same nodes.
     """
-    indices = nodes.indices if order > 1 else torch.unique(torch.cat([nodes.indices[::2], nodes.indices[-1:]]))
-    return NodeSet(indices, weights(_finite(log_snr), indices, 1))
+    clock, halves = _finite(log_snr), [nodes.indices]
+    if order == 1:
+        ends = nodes.indices[[0, -1]]
+        halves = [torch.unique(torch.cat([ends, nodes.indices[first::2]])) for first in (0, 1)]
+    return [NodeSet(indices, weights(clock, indices, 1)) for indices in halves]
 
 
 def weights(clock: Tensor, indices: Tensor, order: int) -> Tensor:

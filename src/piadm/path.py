@@ -61,15 +61,15 @@ class Interpolation:
     """How the error that interpolation between the nodes leaves at the end of the path is estimated.
 
     Attributes:
-        probe: change of the end's row of ``P`` with a poorer interpolation, times the estimated error per RMS of that
-            change, shape ``(n,)``; None: not asked.
+        probes: change of the end's row of ``P`` with each of some poorer interpolations, times the estimated error per
+            RMS of that change, shape ``(k, n)``, the largest of which counts; None: not asked.
         coarse_end: end of the path on a node set of half as many nodes, shape ``(B, d)``, where that was solved; it
             then takes the place of the probe, for it has also seen what the network made of the difference.  The
             error is taken to be all of the distance, as if each doubling only halved it.
         unknown: there are too few nodes to tell; the error is then infinite.
     """
 
-    probe: Tensor | None
+    probes: Tensor | None
     coarse_end: Tensor | None = None
     unknown: bool = False
 
@@ -234,10 +234,10 @@ class ParallelPath:
     def _interpolation(self, end: Tensor) -> Tensor:
         how = self.interpolation
         error = end.new_full((self.batch,), math.inf if how is not None and how.unknown else 0.0)
-        if how is not None and how.probe is not None:
+        if how is not None and how.probes is not None:
             with full_precision():
-                probe = self._matrix(how.probe[None]) @ self.residual
-            error = error.maximum(rms(probe.view(self.batch, self.size)))
+                probes = self._matrix(how.probes) @ self.residual
+            error = error.maximum(rms(probes.view(-1, self.size)).view(-1, self.batch).amax(0))
         if how is not None and how.coarse_end is not None:
             error = error.maximum(rms(end - how.coarse_end))
         return error
