@@ -44,7 +44,7 @@ class AllRows:
 
 #: Rounds, of as many rows as the path has, after which rows settle at half the threshold, then at a quarter, and so
 #: on.  A sample that takes so long may end on one or the other side of a border, where the smallest errors grow.
-PATIENCE = 12
+PATIENCE = 8
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from piadm.integrators import Integrator
 from piadm.linearization import Linearization
 from piadm.noise import Seed
 from piadm.problem import Callback, pose
-from piadm.settings import settle
+from piadm.settings import TURNS_PER_NODE, settle
 from piadm.solution import Solution
 from piadm.tally import Tally
 
@@ -65,11 +65,11 @@ def sample(
         nodes: where the network is called: "all" steps (the fixed point is then exactly the sequential
             sampler's), a number of steps spread evenly in log-SNR (fewer than 9, for the SDE 24, are too few to be
             certified), or None: as many as the tolerance should need, doubled for samples that need more.
-        window: rows per sample evaluated in a round, the first ones that have not settled, >= 2; None: all of
-            these; "auto": as many as take the least time, by a cost model of the network, whose first run times its
-            first rounds.  A window saves evaluations and costs rounds.
+        window: rows per sample evaluated in a round, the first ones that have not settled, >= 2; None: two thirds
+            of the nodes; "auto": as many as take the least time, by a cost model of the network, whose first run
+            times its first rounds.  A small window saves evaluations and costs rounds.
         linearization: "secant" (None), "gaussian", "score", "identity", "data", or an object with ``slopes``.
-        max_rounds: most network rounds; None: as many as the path has steps, twice as many with a window.
+        max_rounds: most network rounds; None: twice as many as the path has steps.
         max_batch: most rows in one network call; None chooses.
         callback: called with a ``RoundInfo`` after each round; a true return value ends the run.
         progress: show a progress bar.
@@ -89,7 +89,7 @@ def sample(
     engine = settle(
         denoiser, method=method, grid=grid, steps=steps, tol=tol, nodes=nodes, window=window, guess=linearization
     )
-    limit = engine.steps.count * engine.turns_per_node if max_rounds is None else positive_int("max_rounds", max_rounds)
+    limit = TURNS_PER_NODE * engine.steps.count if max_rounds is None else positive_int("max_rounds", max_rounds)
     problem = pose(
         denoiser, shape, engine.grid, seed=seed, initial=initial, noise=noise,
         noise_count=engine.steps.count * max(1, engine.steps.normals), condition=condition, max_batch=max_batch,

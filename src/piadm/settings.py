@@ -25,6 +25,9 @@ SMOOTH_ORDER, ROUGH_ORDER = 3, 1
 FEWEST_SMOOTH, FACTOR_SMOOTH, POWER_SMOOTH = 17, 3.9, 0.5
 FEWEST_ROUGH, FACTOR_ROUGH, POWER_ROUGH = 64, 1.6, 1.0
 
+#: Rounds in which one more state is exact: the window must move on before the next one is used.
+TURNS_PER_NODE = 2
+
 
 @dataclass(frozen=True)
 class Engine:
@@ -42,8 +45,8 @@ class Engine:
         nodes: the first node set.
         refinable: whether finer node sets may follow.
         noisy: whether the steps take noise.
-        window: rows per sample and round that are evaluated; None: all that have not settled; "auto": as many as
-            take the least time.
+        window: rows per sample and round that are evaluated; None: two thirds of the nodes; "auto": as many as take the
+            least time.
         tol: tolerance.
     """
 
@@ -59,11 +62,6 @@ class Engine:
     noisy: bool
     window: int | str | None
     tol: float
-
-    @property
-    def turns_per_node(self) -> int:
-        """Rounds in which one more state is exact: one, or two where a window must move on before it is used."""
-        return 1 if self.window is None else 2
 
     @property
     def order(self) -> int:

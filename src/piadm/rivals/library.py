@@ -16,20 +16,22 @@ def _sequential(course: Course) -> list[Ladder]:
 
 
 def _sample(course: Course) -> list[Ladder]:
-    """A ladder of tolerances with the library's own choice of nodes, and one per number of nodes."""
+    """A ladder of tolerances with the library's own choice of nodes, and one per number of nodes and per window."""
 
-    def rung(nodes: str | int | None, tolerance: float) -> Setting:
+    def rung(nodes: str | int | None, window: int | None, tolerance: float) -> Setting:
         def run(course: Course, budget: Budget) -> Outcome:
             solution = piadm.sample(
                 course.denoiser, course.shape, method=course.method, grid=course.grid, tol=tolerance,
-                seed=course.seed, nodes=nodes, max_batch=course.max_batch, max_rounds=course.count,
+                seed=course.seed, nodes=nodes, window=window, max_batch=course.max_batch, max_rounds=course.count,
             )  # fmt: skip
             return Outcome.of(solution)
 
-        return Setting(f"tol {tolerance:.1e}" + (f", nodes {nodes}" if nodes else ""), run)
+        chosen = [f"{name} {value}" for name, value in (("nodes", nodes), ("window", window)) if value]
+        return Setting(", ".join([f"tol {tolerance:.1e}", *chosen]), run)
 
-    counts = [count for count in (32, 64, 128) if count < course.count]
-    return [[rung(nodes, tolerance) for tolerance in _TOLERANCES] for nodes in (None, "all", *counts)]
+    counts = [(count, None) for count in (32, 64, 128) if count < course.count]
+    pairs = [(None, None), ("all", None), *counts, (None, 32), (None, 8)]
+    return [[rung(nodes, window, tolerance) for tolerance in _TOLERANCES] for nodes, window in pairs]
 
 
 SEQUENTIAL = Rival("sequential", lambda method: "sequential", _sequential, "what the others are measured against")
