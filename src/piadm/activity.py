@@ -43,18 +43,18 @@ class AllRows:
 
 
 #: Rounds, of as many rows as the path has, after which rows settle at half the threshold, then at a quarter, and so
-#: on.  A sample that takes so long may end on one or the other side of a border, where the smallest errors grow.
-PATIENCE = 8
+#: on, but not for ever.  A sample that takes so long may end on one or the other side of a border, where the smallest
+#: errors grow.
+PATIENCE, HALVINGS = 12, 6
 
 
 @dataclass(frozen=True)
 class SlidingWindow:
-    """Rows whose evaluation matters, among the first ``size`` of every sample from its front on.
+    """Rows whose evaluation matters: of every sample the first ``size``.
 
     A row whose state has hardly moved since its last evaluation would tell nothing new: it has settled, until those
-    before it move it again.  The front is the first row that has not.  As wide as the path the window only leaves out
-    settled rows; narrower, it saves evaluations and costs rounds.  Every sample has its own front, so that an easy one
-    never waits for a hard one.
+    before it move it again.  As wide as the path the window only leaves out settled rows; narrower, it saves
+    evaluations and may cost rounds.  Every sample has its own, so that an easy one never waits for a hard one.
 
     Attributes:
         size: rows per sample and round.
@@ -68,12 +68,10 @@ class SlidingWindow:
     threshold: Tensor
 
     def choose(self, expected: Tensor, rounds: int) -> Tensor:
-        """Rows that have not settled among ``front .. front + size - 1``."""
-        late = max(0, rounds * self.size // len(expected) - PATIENCE)
-        settled = expected <= self.threshold[:, None] * 2.0**-late
-        front = settled.long().cumprod(0).sum(0)
-        row = torch.arange(len(expected))[:, None]
-        return ~settled & (row < front + self.size)
+        """The first ``size`` rows that have not settled."""
+        late = min(max(0, rounds * self.size // len(expected) - PATIENCE), HALVINGS)
+        active = expected > self.threshold[:, None] * 2.0**-late
+        return active & (active.long().cumsum(0) <= self.size)
 
     def took(self, rows: int, seconds: float) -> None:
         """Nothing depends on it."""

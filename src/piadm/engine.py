@@ -27,10 +27,6 @@ from piadm.tally import Tally
 #: averages leave is of second order: with nodes far apart in log-SNR the share grows with their mean distance.
 PROBE_SHARE_SMOOTH, PROBE_SHARE_ROUGH, PROBE_SHARE_PER_GAP = 4.0, 0.2, 0.8
 
-#: Share of the nodes that is the window where none is asked for: about as few rounds as with all of them, for a tenth
-#: fewer evaluations (half of them: up to a quarter fewer, for up to one round more).
-WINDOW = 2 / 3
-
 #: With fewer nodes the probe means nothing and the error counts as unknown: for the ODE, and for the SDE.
 UNKNOWN_SMOOTH, UNKNOWN_ROUGH = 9, 24
 
@@ -98,7 +94,7 @@ def _active_rows(engine: Engine, problem: Problem, count: int, threshold: Tensor
         known = latency(denoiser.network, problem.start.device, problem.shape[1:])
         most = problem.executor.given_max_batch
         return TimedWindow(threshold, known, None if most is None else most // denoiser.rows_per_call)
-    return SlidingWindow(math.ceil(WINDOW * count) if engine.window is None else int(engine.window), threshold)
+    return SlidingWindow(count if engine.window is None else int(engine.window), threshold)
 
 
 def _influence(engine: Engine, problem: Problem, path: CondensedPath, nodes: NodeSet) -> Tensor:

@@ -65,9 +65,9 @@ def sample(
         nodes: where the network is called: "all" steps (the fixed point is then exactly the sequential
             sampler's), a number of steps spread evenly in log-SNR (fewer than 9, for the SDE 24, are too few to be
             certified), or None: as many as the tolerance should need, doubled for samples that need more.
-        window: rows per sample evaluated in a round, the first ones that have not settled, >= 2; None: two thirds
-            of the nodes; "auto": as many as take the least time, by a cost model of the network, whose first run
-            times its first rounds.  A small window saves evaluations and costs rounds.
+        window: rows per sample evaluated in a round, the first ones that have not settled, >= 2; None: all of
+            these; "auto": as many as take the least time, by a cost model of the network, whose first run times its
+            first rounds.  A window saves evaluations and may cost rounds.
         linearization: "secant" (None), "gaussian", "score", "identity", "data", or an object with ``slopes``.
         max_rounds: most network rounds; None: twice as many as the path has steps.
         max_batch: most rows in one network call; None chooses.

@@ -45,8 +45,8 @@ class Engine:
         nodes: the first node set.
         refinable: whether finer node sets may follow.
         noisy: whether the steps take noise.
-        window: rows per sample and round that are evaluated; None: two thirds of the nodes; "auto": as many as take the
-            least time.
+        window: rows per sample and round that are evaluated; None: all that have not settled; "auto": as many as
+            take the least time.
         tol: tolerance.
     """
 
