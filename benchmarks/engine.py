@@ -112,7 +112,7 @@ def targets(truth: Truth, num: int) -> Iterator[Row]:
 
 def truths(truth: Truth, num: int) -> Iterator[Row]:
     for name in NETWORKS:
-        count = num if name == "fashion" else 8 * num
+        count = num // 2 if name == "fashion" else 8 * num
         for method in ("ode", "sde"):
             for tol in TOLERANCES:
                 found, errors = truth.judged(name, method, 1000, count, tol=tol)

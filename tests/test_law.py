@@ -200,11 +200,11 @@ def test_samples_have_the_law_of_the_numerical_chain(target: str, sampler: str) 
 
 
 @pytest.mark.parametrize("method", ["sde", "ode"])
-def test_samples_on_fewer_nodes_at_twice_the_default_tolerance_have_the_law_of_all_steps(method: str) -> None:
+def test_samples_on_fewer_nodes_at_four_times_the_default_tolerance_have_the_law_of_all_steps(method: str) -> None:
     target, parts, part = TARGETS["gaussian"], [], COUNT // 4
     for seed in range(4):
         found = piadm.sample(
-            target.denoiser, (part, DIM), method=method, grid=FINE, tol=2e-2, seed=seed, max_batch=ROWS
+            target.denoiser, (part, DIM), method=method, grid=FINE, tol=4e-2, seed=seed, max_batch=ROWS
         )
         assert found.converged and found.stats.peak_states < part * FINE.steps
         parts.append(found.sample)

@@ -22,10 +22,11 @@ from piadm.stopping import SETTLED_SHARE, CarriedResidual, Verdict
 from piadm.tally import Tally
 
 #: Estimated interpolation error per RMS of the probe, the change of the end with a poorer interpolation: linear instead
-#: of cubic (ODE), on half the nodes and without averages (SDE).  On a trained network the error was up to 4.5 times
-#: the change for the ODE with up to 65 nodes, and 0.07 to 0.24 times for the SDE; on mixtures 0.2 and 0.04.  What
-#: averages leave is of second order: with nodes far apart in log-SNR the share grows with their mean distance.
-PROBE_SHARE_SMOOTH, PROBE_SHARE_ROUGH, PROBE_SHARE_PER_GAP = 4.0, 0.2, 0.8
+#: of cubic (ODE), on half the nodes and without averages (SDE).  On trained networks the error was up to 4.5 times the
+#: change for the ODE with up to 65 nodes, and for the SDE 0.03 to 0.24 times, but 0.4 and more for one sample in five
+#: of a network with autoguidance; on mixtures 0.2 and 0.04.  What averages leave is of second order: with nodes far
+#: apart in log-SNR the share grows with their mean distance.
+PROBE_SHARE_SMOOTH, PROBE_SHARE_ROUGH, PROBE_SHARE_PER_GAP = 4.0, 0.4, 0.8
 
 #: With fewer nodes the probe means nothing and the error counts as unknown: for the ODE, and for the SDE.
 UNKNOWN_SMOOTH, UNKNOWN_ROUGH = 9, 24

@@ -23,7 +23,7 @@ SMOOTH_ORDER, ROUGH_ORDER = 3, 1
 #: Nodes of the first node set that the library chooses: at least so many, and ``factor (std of the data/tol)^power``,
 #: so that few samples need a second one.  Grids of fewer than twice as many steps are solved with every step a node.
 FEWEST_SMOOTH, FACTOR_SMOOTH, POWER_SMOOTH = 17, 3.9, 0.5
-FEWEST_ROUGH, FACTOR_ROUGH, POWER_ROUGH = 64, 1.6, 1.0
+FEWEST_ROUGH, FACTOR_ROUGH, POWER_ROUGH = 64, 3.2, 1.0
 
 #: Rounds in which one more state is exact: the window must move on before the next one is used.
 TURNS_PER_NODE = 2
