@@ -85,7 +85,7 @@ def test_autoguidance_leads_on_from_the_bad_network_through_the_good_one(trainin
     x, t = torch.randn(2, 1, 28, 28), torch.tensor([300.0, 700.0])
     good, bad = (networks[name](x, t).sample for name in ("good", "bad"))
     guided = training.Autoguidance(tmp_path / "good", tmp_path / "bad", 0.5, compiled=False)(x, t)
-    # bfloat16 keeps 8 bits, and the two predictions enter with weights 1.5 and -0.5.  RMS, for the largest of 1568 errors
+    # bfloat16 keeps 8 bits, and the two predictions enter with weights 1.5 and -0.5.  RMS, for the largest error
     # scatters: 0.013 to 0.021 of the prediction in ten draws, while guidance changes it by 0.57 and more.
     size = float(good.square().mean().sqrt())
     assert float((guided - good - 0.5 * (good - bad)).square().mean().sqrt()) < 2**-4 * size
