@@ -88,7 +88,7 @@ def test_autoguidance_leads_on_from_the_bad_network_through_the_good_one(trainin
     # bfloat16 keeps 8 bits, and the two predictions enter with weights 1.5 and -0.5.  RMS, for the largest error
     # scatters: 0.013 to 0.021 of the prediction in ten draws, while guidance changes it by 0.57 and more.
     size = float(good.square().mean().sqrt())
-    assert float((guided - good - 0.5 * (good - bad)).square().mean().sqrt()) < 2**-4 * size
+    assert float((guided - good - 0.5 * (good - bad)).square().mean().sqrt()) < 2**-5 * size
     assert float((guided - good).square().mean().sqrt()) > 2**-2 * size
 
 
