@@ -8,16 +8,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from piadm.denoiser import Denoiser, network_device
-from piadm.problem import check_denoiser, check_shape
+from piadm.executor import Executor
+from piadm.problem import check_condition, check_denoiser, check_shape
 
 #: Levels of log-SNR at which the network is asked, and pairs of inputs at each.
 LEVELS, PAIRS = tuple(range(-9, 6)), 8
-
-#: Rows per network call.
-ROWS = 128
 
 #: Where the data are, by their own measure, at most this small beside the noise, the network's response is that of
 #: white data, whatever they are: its trace is that of their covariance.
@@ -31,7 +28,7 @@ SEED = 0x5EED
 def measure_moments(
     denoiser: Denoiser, shape: tuple[int, ...], *, condition: Mapping[str, Any] | None = None
 ) -> Denoiser:
-    """The denoiser with ``data_mean`` and ``data_variance`` measured from its network: two calls, of 240 rows in all.
+    """The denoiser with ``data_mean`` and ``data_variance`` measured from its network, by 240 rows at once.
 
     From pairs of inputs that are noise alone, ``x = sigma n``, so noisy that data would hardly be seen in them,
 
@@ -42,7 +39,7 @@ def measure_moments(
 
     Args:
         denoiser: the denoiser; what it says of its data is not read.
-        shape: ``(B, *sample_shape)``, as for ``sample``; ``B`` is not read.
+        shape: ``(B, *sample_shape)``, as for ``sample``; ``B`` matters for conditions only.
         condition: the network's other keyword arguments, as for ``sample``; of tensors, the first sample's row.
 
     Returns:
@@ -51,37 +48,35 @@ def measure_moments(
     Raises:
         TypeError, ValueError: for bad input, before any network call; or if the network's response is not finite, or
             tells of no variance.
+        NetworkError: if the network raises or returns the wrong shape.
     """
     check_denoiser(denoiser)
     size, schedule = check_shape(shape)[1:], denoiser.schedule
     device = network_device(denoiser.network) or torch.device("cpu")
+    given = check_condition(condition, shape[0], device)
     ends = schedule.log_snr(torch.tensor([schedule.t_start, schedule.t_end], dtype=torch.float64))
     times = schedule.time(torch.tensor(LEVELS, dtype=torch.float64).clamp(*ends.tolist()))
     alpha, sigma = schedule.alpha(times), schedule.sigma(times)
 
     generator = torch.Generator().manual_seed(SEED)
     inputs = sigma.float()[:, None, None, None] * torch.randn(PAIRS, 2, math.prod(size), generator=generator)
-    rows = inputs.reshape(-1, *size).to(device)
-    calls = zip(torch.split(rows, ROWS), torch.split(times.repeat_interleave(2 * PAIRS).to(device), ROWS), strict=True)
-    outputs = torch.cat(
-        [denoiser(x, t, **{name: _rows(value, x) for name, value in (condition or {}).items()}) for x, t in calls]
+    rows = inputs.flatten(0, 2).to(device)
+    found = torch.empty_like(rows)
+    first = torch.zeros(len(rows), dtype=torch.int64, device=device)  # every row has the first sample's condition
+    Executor(denoiser, (1, *size), given).run(
+        first, times.repeat_interleave(2 * PAIRS).to(device), rows.__getitem__, found.__setitem__
     )
-    outputs = outputs.view_as(inputs).cpu().double()
+    outputs = found.view_as(inputs).cpu().double()
 
     dx, dd = inputs.double().diff(dim=2), outputs.diff(dim=2)
     slope = (dx * dd).sum((1, 2, 3)) / dx.square().sum((1, 2, 3))
     variance = slope * sigma.square() / (alpha * (1 - alpha * slope))
     faint = (variance * (alpha / sigma).square() <= FAINT).long().cumprod(0).sum().clamp(min=1) - 1
     mean = outputs.mean((1, 2, 3)) / (1 - alpha * slope)
-    found, about = float(variance[faint]), float(mean[faint])
-    if not (math.isfinite(found) and found > 0 and math.isfinite(about)):
+    width, about = float(variance[faint]), float(mean[faint])
+    if not (math.isfinite(width) and width > 0 and math.isfinite(about)):
         raise ValueError(
-            f"the network's response to noise gives a data variance of {found:g} about {about:g}; it must be positive "
+            f"the network's response to noise gives a data variance of {width:g} about {about:g}; it must be positive "
             "and finite: give data_mean and data_variance to piadm.Denoiser"
         )
-    return replace(denoiser, data_mean=about, data_variance=found)
-
-
-def _rows(value: Any, x: Tensor) -> Any:  # noqa: ANN401 - any condition
-    """A condition of the first sample, for rows ``x``."""
-    return value[:1].expand(len(x), *value.shape[1:]).to(x.device) if isinstance(value, Tensor) else value
+    return replace(denoiser, data_mean=about, data_variance=width)

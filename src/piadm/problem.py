@@ -80,7 +80,7 @@ def pose(
         raise ValueError("noise must be None where no noise is drawn (no corrector), got an array")
     drawn = None if noise is None else given_array("noise", noise, (noise_count, *shape))
     device, dtype = _place(denoiser, given, drawn)
-    condition = _condition(condition, shape[0], device)
+    condition = check_condition(condition, shape[0], device)
     elements = torch.Size(shape[1:]).numel()
     seeded = SeededNoise(keys, elements, dtype, device)
     source: NoiseSource = seeded
@@ -166,8 +166,12 @@ def _place(denoiser: Denoiser, initial: Tensor | None, noise: Tensor | None) -> 
     return device, torch.promote_types(dtype, torch.float32)
 
 
-def _condition(condition: object, batch: int, device: torch.device) -> dict[str, Any]:
-    """Conditions by name; tensors have one row per sample and live with the state."""
+def check_condition(condition: object, batch: int, device: torch.device) -> dict[str, Any]:
+    """Conditions by name; tensors have one row per sample and live with the state.
+
+    Raises:
+        TypeError, ValueError: if they are no such thing.
+    """
     if condition is None:
         return {}
     if not isinstance(condition, Mapping):
