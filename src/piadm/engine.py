@@ -42,6 +42,8 @@ def run(engine: Engine, problem: Problem, tally: Tally, limit: int, return_state
     states = problem.start.new_empty(engine.steps.count + 1, *problem.start.shape) if return_states else None
     with tally.running():
         while len(left):
+            if coarse is not None:
+                nodes = with_readings(refine(nodes, engine.clock, engine.order), engine.importance)
             path = _path(engine, problem, nodes, left, coarse)
             refinable = engine.refinable and nodes.count < engine.steps.count
             rows, rule = _rules(engine, problem, path, nodes, refinable, coarse)
@@ -53,7 +55,6 @@ def run(engine: Engine, problem: Problem, tally: Tally, limit: int, return_state
             again = (verdict == Verdict.REFINE) & go_on
             tally.close(left[~again], verdict[~again] == Verdict.DONE)
             coarse, left = _Coarse(nodes, path, rule, again), left[again]
-            nodes = with_readings(refine(nodes, engine.clock, engine.order), engine.importance)
     return None if states is None else states.reshape(-1, *problem.shape)
 
 
@@ -135,7 +136,7 @@ def _bare_path(
     reference = condense(engine.steps, engine.prior[0], nodes, engine.prior[1])
     condensed = reference
     if not torch.equal(engine.slopes, engine.prior[0]):
-        condensed = condense(engine.steps, engine.slopes, nodes)
+        condensed = condense(_silent(engine.steps), engine.slopes, nodes)
     numbers = samples.to(problem.start.device)
     return ParallelPath(
         condensed,

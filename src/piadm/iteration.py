@@ -36,12 +36,13 @@ def solve(tally: Tally, path: ParallelPath, rows: ActiveRows, rule: StoppingRule
             active = rows.choose(path.outlook.expected, tally.rounds - before) & going
             began = time.perf_counter()
             movement = path.turn(tally.problem.executor, active)  # ends with the round's synchronisation
-            rows.took(int(active.sum()), time.perf_counter() - began)
+            seconds = time.perf_counter() - began
             error, judged = rule.judge(movement, path.outlook.expected)
             verdict = torch.where(going, judged, verdict)
             _record(tally, path, movement, error, going, verdict)
             if not active.any():
                 break  # nothing left to evaluate: the rule has judged all there is
+            rows.took(int(active.sum()), seconds)
             tally.residuals.append(tally.error.clone())
             tally.round(samples[active.any(0)], samples.expand(count, -1)[active])
     return verdict

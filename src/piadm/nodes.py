@@ -94,9 +94,10 @@ def averaged(nodes: NodeSet, importance: Tensor) -> NodeSet:
         importance: ``k_j > 0``, how strongly every step's residual acts on what follows, shape ``(J,)``.
     """
     share = nodes.weights * importance[:, None]
-    mean = (share / share.sum(0)).T
-    pick = replace(nodes, readings=None).reading_matrix()
-    return replace(nodes, readings=pick + mean - (mean @ nodes.weights) @ pick)
+    readings = (share / share.sum(0)).T
+    among_nodes = torch.eye(nodes.count, dtype=torch.float64) - readings @ nodes.weights
+    readings[:, nodes.indices] += among_nodes
+    return replace(nodes, readings=readings)
 
 
 def thin(nodes: NodeSet, log_snr: Tensor, order: int = 1) -> list[NodeSet]:

@@ -40,8 +40,9 @@ class Stats:
         evaluations_per_sample: network rows of each sample, shape ``(B,)`` int64.
         peak_batch: most rows handed to the network in one call, after micro-batching.
         peak_states: most states (samples x nodes) held at once.
-        nodes: nodes of the last node set, where the library or the caller has chosen one; None: every step.
-        window: rows per sample and round that were allowed on it, likewise.
+        nodes: nodes of the last node set of ``sample``; None for the other samplers, which call the network at every
+            step.
+        window: most rows per sample and round on it, likewise.
         wall_time: seconds from the call to the return, everything included.
         residuals: error estimate after each round, RMS per coordinate of the final sample, shape ``(rounds, B)``;
             empty where the method makes no estimate.

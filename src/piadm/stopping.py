@@ -137,8 +137,8 @@ class CarriedResidual:
     def judge(self, movement: Movement, expected: Tensor) -> tuple[Tensor, Tensor]:
         """The estimate of the class docstring, and its verdict."""
         self.rounds += 1
-        # Where nothing was heard, nothing was left to evaluate.
-        still = (movement.surprise == 0).all(0)
+        # Where nothing was heard, nothing was left to evaluate, unless there are rows ahead of the window.
+        still = (movement.surprise == 0).all(0) & expected.isfinite().all(0)
         exact = still | (self.rounds >= self.exact_after)
         iteration = self._iteration_error(movement, expected)
         iteration = torch.where(exact, torch.full_like(iteration, SETTLED_SHARE * self.tol), iteration)
