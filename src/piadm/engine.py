@@ -11,8 +11,9 @@ from torch import Tensor
 from piadm.activity import SlidingWindow
 from piadm.condense import CondensedPath, condense
 from piadm.cost import TimedWindow, latency
+from piadm.executor import Asking, drive
 from piadm.integrators import AffineSteps
-from piadm.iteration import solve
+from piadm.iteration import turns
 from piadm.linearization import Gaussian
 from piadm.nodes import NodeSet, every_step, refine, thin
 from piadm.path import Interpolation, ParallelPath
@@ -37,6 +38,12 @@ FINER_ROUNDS = 3
 
 @torch.no_grad()
 def run(engine: Engine, problem: Problem, tally: Tally, limit: int, return_states: bool) -> Tensor | None:
+    """Solve with the problem's network: ``rounds``, answered by it; the states at every step where asked for."""
+    return drive(rounds(engine, problem, tally, limit, return_states), problem.executor.answer)
+
+
+@torch.no_grad()
+def rounds(engine: Engine, problem: Problem, tally: Tally, limit: int, return_states: bool) -> Asking[Tensor | None]:
     """Solve on one node set after the other; a sample stays in the batch until it is judged."""
     nodes, left, coarse = engine.nodes, torch.arange(problem.batch), None
     states = problem.start.new_empty(engine.steps.count + 1, *problem.start.shape) if return_states else None
@@ -47,7 +54,7 @@ def run(engine: Engine, problem: Problem, tally: Tally, limit: int, return_state
             path = _path(engine, problem, nodes, left, coarse)
             refinable = engine.refinable and nodes.count < engine.steps.count
             rows, rule = _rules(engine, problem, path, nodes, refinable, coarse)
-            verdict = solve(tally, path, rows, rule, limit)
+            verdict = yield from turns(tally, path, rows, rule, limit)
             tally.nodes, tally.window = nodes.count, min(rows.size or nodes.count, nodes.count)
             if states is not None:
                 states[:, path.numbers] = _all_states(engine, problem, nodes, path)

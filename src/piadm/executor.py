@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Generator, Mapping
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,27 @@ from piadm.solution import NetworkError
 #: Rows per network call on a CPU where the caller sets no ``max_batch``: large enough to fill the cores, small
 #: enough that activations stay in cache.  Accelerators take the whole round and halve when memory runs out.
 CPU_ROWS = 128
+
+_T = TypeVar("_T")
+
+#: A computation that asks for the denoised estimates of rows, ``(states (r, d), samples (r,), times (r,))``, and is
+#: sent them, ``(r, d)``; or None: too many rows for the memory, ask for fewer.
+Asking = Generator[tuple[Tensor, Tensor, Tensor], Tensor | None, _T]
+
+
+def drive(asking: Asking[_T], answer: Callable[[Tensor, Tensor, Tensor], Tensor | None]) -> _T:
+    """Run such a computation to its end; what ``answer`` raises is raised where it asked."""
+    resume: Callable[[], tuple[Tensor, Tensor, Tensor]] = partial(next, asking)
+    while True:
+        try:
+            rows = resume()
+        except StopIteration as end:
+            result: _T = end.value
+            return result
+        try:
+            resume = partial(asking.send, answer(*rows))
+        except BaseException as error:
+            resume = partial(asking.throw, error)
 
 
 class Executor:
@@ -49,16 +71,27 @@ class Executor:
         fetch: Callable[[slice], Tensor],
         store: Callable[[slice, Tensor], None],
     ) -> None:
-        """Evaluate one round.
+        """Evaluate one round: ``ask``, answered by the network.
+
+        Raises:
+            NetworkError: if the network fails, naming the times and samples of the rows it was given.
+        """
+        drive(self.ask(samples, times, fetch, store), self.answer)
+
+    def ask(
+        self,
+        samples: Tensor,
+        times: Tensor,
+        fetch: Callable[[slice], Tensor],
+        store: Callable[[slice, Tensor], None],
+    ) -> Asking[None]:
+        """Ask for one round, micro-batch by micro-batch.
 
         Args:
             samples: sample number of every row, shape ``(R,)`` int64 on the state's device.
             times: schedule time of every row, shape ``(R,)`` float64 on the state's device.
             fetch: gives the states of a slice of the rows, shape ``(r, d)``.
             store: takes the denoised estimates of that slice, shape ``(r, d)``.
-
-        Raises:
-            NetworkError: if the network fails, naming the times and samples of the rows it was given.
         """
         rows = len(samples)
         if self.max_batch is None:
@@ -66,9 +99,11 @@ class Executor:
         first = 0
         while first < rows:
             part = slice(first, min(rows, first + max(1, self.max_batch // self.denoiser.rows_per_call)))
-            estimate = self._call(fetch(part), samples[part], times[part])
+            estimate = yield fetch(part), samples[part], times[part]
             if estimate is None:
+                self.max_batch = max(1, (part.stop - part.start) * self.denoiser.rows_per_call // 2)
                 continue
+            self.peak_batch = max(self.peak_batch, (part.stop - part.start) * self.denoiser.rows_per_call)
             store(part, estimate)
             first = part.stop
 
@@ -77,27 +112,28 @@ class Executor:
         counted = torch.bincount(samples, minlength=self.shape[0])
         self.evaluations += counted * self.denoiser.rows_per_call
 
-    def _call(self, x: Tensor, samples: Tensor, times: Tensor) -> Tensor | None:
-        """Denoised estimates ``(r, d)`` of some rows, or None after lowering ``max_batch`` for want of memory."""
+    def answer(self, x: Tensor, samples: Tensor, times: Tensor) -> Tensor | None:
+        """Denoised estimates ``(r, d)`` of some rows by the network, or None for want of memory.
+
+        Raises:
+            NetworkError: if the network fails, naming the times and samples of the rows it was given.
+        """
         condition = {
             name: value.index_select(0, samples) if isinstance(value, Tensor) else value
             for name, value in self.condition.items()
         }
-        size = len(samples) * self.denoiser.rows_per_call
         try:
             estimate = self.denoiser(x.reshape(-1, *self.shape[1:]), times, **condition)
         except Exception as error:
-            if _out_of_memory(error) and len(samples) > 1:
-                self.max_batch = max(1, size // 2)
+            if out_of_memory(error) and len(samples) > 1:
                 if x.is_cuda:
                     torch.cuda.empty_cache()
                 return None
-            raise NetworkError(f"the network failed on {_name_rows(samples, times)}: {error}") from error
-        self.peak_batch = max(self.peak_batch, size)
+            raise NetworkError(f"the network failed on {name_rows(samples, times)}: {error}") from error
         return estimate.reshape(len(samples), -1)
 
 
-def _out_of_memory(error: Exception) -> bool:
+def out_of_memory(error: Exception) -> bool:
     """Whether an exception is the allocator's, on any device."""
     return (
         isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError))
@@ -106,7 +142,7 @@ def _out_of_memory(error: Exception) -> bool:
     )
 
 
-def _name_rows(samples: Tensor, times: Tensor) -> str:
+def name_rows(samples: Tensor, times: Tensor) -> str:
     """The samples and times of some rows, for a message."""
     numbers = sorted(set(samples.tolist()))
     low, high = times.min().item(), times.max().item()

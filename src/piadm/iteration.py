@@ -8,12 +8,18 @@ import torch
 from torch import Tensor
 
 from piadm.activity import ActiveRows
+from piadm.executor import Asking, drive
 from piadm.path import Movement, ParallelPath
 from piadm.stopping import StoppingRule, Verdict
 from piadm.tally import Tally
 
 
 def solve(tally: Tally, path: ParallelPath, rows: ActiveRows, rule: StoppingRule, limit: int) -> Tensor:
+    """Iterate a path with the problem's network: ``turns``, answered by it."""
+    return drive(turns(tally, path, rows, rule, limit), tally.problem.executor.answer)
+
+
+def turns(tally: Tally, path: ParallelPath, rows: ActiveRows, rule: StoppingRule, limit: int) -> Asking[Tensor]:
     """Iterate a path; every sample leaves the batch as soon as it is judged.
 
     Args:
@@ -35,7 +41,7 @@ def solve(tally: Tally, path: ParallelPath, rows: ActiveRows, rule: StoppingRule
         while tally.rounds < limit and (going := verdict == Verdict.GO_ON).any():
             active = rows.choose(path.outlook.expected, tally.rounds - before) & going
             began = time.perf_counter()
-            movement = path.turn(tally.problem.executor, active)  # ends with the round's synchronisation
+            movement = yield from path.turn(tally.problem.executor, active)  # ends with the round's synchronisation
             seconds = time.perf_counter() - began
             error, judged = rule.judge(movement, path.outlook.expected)
             verdict = torch.where(going, judged, verdict)

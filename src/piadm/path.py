@@ -21,7 +21,7 @@ from torch import Tensor
 
 from piadm.activity import Outlook
 from piadm.condense import CondensedPath
-from piadm.executor import Executor
+from piadm.executor import Asking, Executor
 from piadm.local_model import Learning, LocalModel
 
 #: Gives standard normals ``first .. last - 1`` of a path, shape ``(last - first, B, d)``.
@@ -185,11 +185,11 @@ class ParallelPath:
         self.outlook.inherit(old, coarse.outlook, keep.cpu())
         self.outlook.look(self.local.drift(self.rows).view(len(old), self.batch).cpu().double())
 
-    def turn(self, executor: Executor, active: Tensor) -> Movement:
-        """One round: evaluate the active rows, solve, and report what has moved.
+    def turn(self, executor: Executor, active: Tensor) -> Asking[Movement]:
+        """One round: ask for the estimates of the active rows, solve, and report what has moved.
 
         Args:
-            executor: evaluates the rows.
+            executor: lays out the rows.
             active: which rows to evaluate, shape ``(n, B)`` bool on the CPU.
         """
         rows = active.flatten().nonzero().squeeze(1).to(self.device)
@@ -214,7 +214,7 @@ class ParallelPath:
                 )
             residual[rows[part]] = fresh
 
-        executor.run(self.numbers[sample], self.times[node], fetch, store)
+        yield from executor.ask(self.numbers[sample], self.times[node], fetch, store)
         before = self.end.clone()
         self.solve()
         return self._movement(active, heard, before)
