@@ -9,6 +9,8 @@ so the states at the nodes and at the end are
 
     x = start x_0 + offset + P R + N xi                                                            (2)
 
+and likewise for a multistep recurrence, which is a triangular system instead of a walk.
+
 A round of a parallel sampler is one network call on the nodes and one product with ``P``.
 """
 
@@ -18,10 +20,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from piadm.integrators import AffineSteps
+from piadm.integrators import AffineSteps, MultistepSteps, Steps
 from piadm.nodes import NodeSet
+
+Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class CondensedPath:
         return self.start.shape[1]
 
 
-def condense(steps: AffineSteps, slopes: Tensor, nodes: NodeSet, constants: Tensor | None = None) -> CondensedPath:
+def condense(steps: Steps, slopes: Tensor, nodes: NodeSet, constants: Tensor | None = None) -> CondensedPath:
     """Condense a path: carry the matrices through the recurrence, one step at a time.
 
     Every entry is a product of neighbouring factors, never a ratio of cumulative products, so growth and
@@ -71,24 +76,13 @@ def condense(steps: AffineSteps, slopes: Tensor, nodes: NodeSet, constants: Tens
     """
     s, r, count, n = steps.components, steps.normals, steps.count, nodes.count
     constants = torch.zeros_like(slopes) if constants is None else constants
-    a, b, c = steps.a.numpy().copy(), steps.b.numpy(), steps.c.numpy()
-    a[:, :, 0] += b * slopes.numpy()[:, None]
-    # The columns of one row: start (s), offset (1), node residuals (n), noises of all steps (J r).
     model = np.concatenate([constants.numpy()[:, None], nodes.weights.numpy()], axis=1)
-    state = np.zeros((s, s + 1 + n + count * r))
-    state[:, :s] = np.eye(s)
-    outputs = np.zeros((n + 1, *state.shape))
     read = nodes.reading_matrix().numpy()
-    for j in range(count):
-        for i in read[:, j].nonzero()[0]:
-            outputs[i] += read[i, j] * state
-        state = a[j] @ state
-        state[:, s : s + 1 + n] += b[j][:, None] * model[j]
-        noise = s + 1 + n + j * r
-        state[:, noise : noise + r] += c[j]
-    outputs[n] = state
-
-    whole = torch.from_numpy(outputs)
+    # The columns of every output: start (s), offset (1), node residuals (n), noises of all steps (J r).
+    if isinstance(steps, AffineSteps):
+        whole = torch.from_numpy(_walk(steps, slopes.numpy(), model, read))
+    else:
+        whole = torch.from_numpy(_solve(steps, slopes.numpy(), model, read))
     start, offset, response, noises = torch.split(whole, [s, 1, n, count * r], dim=2)
     return CondensedPath(
         times=steps.times[nodes.indices],
@@ -99,3 +93,37 @@ def condense(steps: AffineSteps, slopes: Tensor, nodes: NodeSet, constants: Tens
         response=response,
         noise=noises.reshape(n + 1, s, count, r),
     )
+
+
+def _walk(steps: AffineSteps, slopes: Array, model: Array, read: Array) -> Array:
+    """The outputs' matrices ``(n + 1, s, columns)``, by the recurrence itself."""
+    s, r, count = steps.components, steps.normals, steps.count
+    a, b, c = steps.a.numpy().copy(), steps.b.numpy(), steps.c.numpy()
+    a[:, :, 0] += b * slopes[:, None]
+    first = s + model.shape[1]
+    state = np.zeros((s, first + count * r))
+    state[:, :s] = np.eye(s)
+    outputs = np.zeros((len(read) + 1, *state.shape))
+    for j in range(count):
+        for i in read[:, j].nonzero()[0]:
+            outputs[i] += read[i, j] * state
+        state = a[j] @ state
+        state[:, s:first] += b[j][:, None] * model[j]
+        state[:, first + j * r : first + (j + 1) * r] += c[j]
+    outputs[-1] = state
+    return outputs
+
+
+def _solve(steps: MultistepSteps, slopes: Array, model: Array, read: Array) -> Array:
+    """The outputs' matrices ``(n + 1, 1, columns)``: forward substitution in ``x = F x_before + known``."""
+    b, count = steps.b.numpy(), steps.count
+    factors = steps.a.numpy() + b * slopes
+    system = np.eye(count)
+    system[:, :-1] -= factors[:, 1:]
+    known = np.concatenate([factors[:, :1], b @ model, steps.c.numpy().reshape(count, -1)], axis=1)
+    states = torch.linalg.solve_triangular(
+        torch.from_numpy(system), torch.from_numpy(known), upper=False, unitriangular=True
+    ).numpy()
+    initial = np.eye(1, known.shape[1])
+    walked = np.concatenate([initial, states])
+    return np.concatenate([read @ walked[:-1], walked[-1:]])[:, None]

@@ -12,7 +12,6 @@ from piadm.activity import SlidingWindow
 from piadm.condense import CondensedPath, condense
 from piadm.cost import TimedWindow, latency
 from piadm.executor import Asking, drive
-from piadm.integrators import AffineSteps
 from piadm.iteration import turns
 from piadm.linearization import Gaussian
 from piadm.nodes import NodeSet, every_step, refine, thin
@@ -23,11 +22,13 @@ from piadm.stopping import SETTLED_SHARE, CarriedResidual, Verdict
 from piadm.tally import Tally
 
 #: Estimated interpolation error per RMS of the probe, the change of the end with a poorer interpolation: linear instead
-#: of cubic (ODE), on half the nodes and without averages (SDE).  On trained networks the error was up to 4.5 times the
-#: change for the ODE with up to 65 nodes, and for the SDE 0.03 to 0.24 times, but 0.4 and more for one sample in five
-#: of a network with autoguidance; on mixtures 0.2 and 0.04.  What averages leave is of second order: with nodes far
-#: apart in log-SNR the share grows with their mean distance.
-PROBE_SHARE_SMOOTH, PROBE_SHARE_ROUGH, PROBE_SHARE_PER_GAP = 4.0, 0.4, 0.8
+#: of cubic (ODE), on half the nodes and without averages (SDE).  On trained networks the error was up to 5 times the
+#: change for the ODE with up to 33 nodes, and more with more: they are smooth only down to some scale, below which the
+#: change, of second order, falls faster than the error.  For the SDE it was 0.03 to 0.24 times, but 0.4 and more for one
+#: sample in five of a network with autoguidance; on mixtures 0.2 and 0.04.  What averages leave is of second order: with
+#: nodes far apart in log-SNR the share grows with their mean distance.
+PROBE_SHARE_SMOOTH, PROBE_SHARE_PER_NODE = 4.0, 1 / 12
+PROBE_SHARE_ROUGH, PROBE_SHARE_PER_GAP = 0.4, 0.8
 
 #: With fewer nodes the probe means nothing and the error counts as unknown: for the ODE, and for the SDE.
 UNKNOWN_SMOOTH, UNKNOWN_ROUGH = 9, 24
@@ -115,7 +116,7 @@ def _influence(engine: Engine, problem: Problem, path: CondensedPath, nodes: Nod
     """
     steps, denoiser = engine.steps, problem.denoiser
     variance = denoiser.data_variance * math.sqrt(problem.start.shape[1])
-    leading = condense(_silent(steps), Gaussian(variance).slopes(denoiser.schedule, steps), nodes)
+    leading = condense(steps.silent(), Gaussian(variance).slopes(denoiser.schedule, steps), nodes)
     return torch.maximum(path.response[-1, 0].abs(), leading.response[-1, 0].abs())
 
 
@@ -143,7 +144,7 @@ def _bare_path(
     reference = condense(engine.steps, engine.prior[0], nodes, engine.prior[1])
     condensed = reference
     if not torch.equal(engine.slopes, engine.prior[0]):
-        condensed = condense(_silent(engine.steps), engine.slopes, nodes)
+        condensed = condense(engine.steps.silent(), engine.slopes, nodes)
     numbers = samples.to(problem.start.device)
     return ParallelPath(
         condensed,
@@ -162,7 +163,7 @@ def _interpolation(
     """How to estimate what interpolation leaves, carried to the end by the reference; None: every step is a node."""
     if nodes.count == engine.steps.count:
         return None
-    fewest, share = UNKNOWN_SMOOTH, PROBE_SHARE_SMOOTH
+    fewest, share = UNKNOWN_SMOOTH, max(PROBE_SHARE_SMOOTH, PROBE_SHARE_PER_NODE * nodes.count)
     if engine.noisy:
         knots = engine.clock[nodes.indices[1:]]
         gap = float(knots[-1] - knots[0]) / max(1, len(knots) - 1)
@@ -173,14 +174,9 @@ def _interpolation(
     for poorer in thin(nodes, engine.clock, engine.order):
         probe = reference.response[-1, 0].clone()
         there = torch.isin(nodes.indices, poorer.indices)
-        probe[there] -= condense(_silent(engine.steps), engine.prior[0], poorer).response[-1, 0]
+        probe[there] -= condense(engine.steps.silent(), engine.prior[0], poorer).response[-1, 0]
         probes.append(share * probe)
     return Interpolation(torch.stack(probes), unknown=nodes.count < fewest)
-
-
-def _silent(steps: AffineSteps) -> AffineSteps:
-    """Steps without their noise, for what does not depend on it."""
-    return AffineSteps(steps.times, steps.a, steps.b, steps.c[..., :0])
 
 
 def _all_states(engine: Engine, problem: Problem, nodes: NodeSet, path: ParallelPath) -> Tensor:

@@ -52,9 +52,64 @@ class AffineSteps:
         """Number of standard normals per step ``r``."""
         return self.c.shape[2]
 
+    def own(self) -> tuple[Tensor, Tensor]:
+        """What a step makes of its own state and its own denoised estimate, first components, each ``(J,)``."""
+        return self.a[:, 0, 0], self.b[:, 0]
+
+    def silent(self) -> AffineSteps:
+        """The same steps without their noise."""
+        return AffineSteps(self.times, self.a, self.b, self.c[..., :0])
+
     def part(self, first: int, last: int) -> AffineSteps:
         """Steps ``first .. last - 1``."""
         return AffineSteps(self.times[first:last], self.a[first:last], self.b[first:last], self.c[first:last])
+
+
+@dataclass(frozen=True)
+class MultistepSteps:
+    """Coefficients of ``J`` steps that remember all before them, float64 on the CPU.
+
+        x_{j+1} = sum_{i<=j} a_ji x_i + b_ji D(x_i, t_i) + c_ji xi_i,        xi_i ~ N(0, I)
+
+    Equation (1) is the case of diagonal ``a``, ``b`` and ``c``.  The state has one component.
+
+    Attributes:
+        times: schedule times of the network calls, shape ``(J,)``.
+        a: states to state, shape ``(J, J)``, lower triangular.
+        b: denoised estimates to state, likewise.
+        c: noises to state, shape ``(J, J, r)`` with ``r`` standard normals per step (0: deterministic).
+    """
+
+    times: Tensor
+    a: Tensor
+    b: Tensor
+    c: Tensor
+
+    @property
+    def count(self) -> int:
+        """Number of steps ``J``."""
+        return len(self.times)
+
+    @property
+    def components(self) -> int:
+        """Number of state components, one."""
+        return 1
+
+    @property
+    def normals(self) -> int:
+        """Number of standard normals per step ``r``."""
+        return self.c.shape[2]
+
+    def own(self) -> tuple[Tensor, Tensor]:
+        """What a step makes of its own state and its own denoised estimate, each ``(J,)``."""
+        return self.a.diagonal(), self.b.diagonal()
+
+    def silent(self) -> MultistepSteps:
+        """The same steps without their noise."""
+        return MultistepSteps(self.times, self.a, self.b, self.c[..., :0])
+
+
+Steps = AffineSteps | MultistepSteps
 
 
 class Integrator(Protocol):

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from piadm._checks import choice, finite_float, shown
 from piadm.denoiser import Denoiser
-from piadm.integrators import AffineSteps
+from piadm.integrators import Steps
 from piadm.schedule import NoiseSchedule
 
 
 class Linearization(Protocol):
     """A scalar Jacobian guess per step."""
 
-    def slopes(self, schedule: NoiseSchedule, steps: AffineSteps) -> Tensor:
+    def slopes(self, schedule: NoiseSchedule, steps: Steps) -> Tensor:
         """``G_j`` for every step, float64 of shape ``(J,)``."""
         ...
 
@@ -30,7 +30,7 @@ class Linearization(Protocol):
 class ScoreFrozen:
     """``G = 1/alpha``: the score (equivalently the noise) is frozen, the paper's Picard iteration."""
 
-    def slopes(self, schedule: NoiseSchedule, steps: AffineSteps) -> Tensor:
+    def slopes(self, schedule: NoiseSchedule, steps: Steps) -> Tensor:
         """``1/alpha`` for every step.
 
         Raises:
@@ -49,16 +49,17 @@ class ScoreFrozen:
 class Identity:
     """``a + b G = 1``: the state is carried unchanged, ParaDiGMS (Shih et al. 2023, arXiv 2305.16317)."""
 
-    def slopes(self, schedule: NoiseSchedule, steps: AffineSteps) -> Tensor:
+    def slopes(self, schedule: NoiseSchedule, steps: Steps) -> Tensor:
         """``(1 - a)/b`` for every step."""
-        return (1 - steps.a[:, 0, 0]) / steps.b[:, 0]
+        a, b = steps.own()
+        return (1 - a) / b
 
 
 @dataclass(frozen=True)
 class DataFrozen:
     """``G = 0``: the denoised estimate is frozen."""
 
-    def slopes(self, schedule: NoiseSchedule, steps: AffineSteps) -> Tensor:
+    def slopes(self, schedule: NoiseSchedule, steps: Steps) -> Tensor:
         """Zero for every step."""
         return steps.times.new_zeros(steps.count)
 
@@ -76,7 +77,7 @@ class Gaussian:
     def __post_init__(self) -> None:
         finite_float("variance", self.variance, low=0.0)
 
-    def slopes(self, schedule: NoiseSchedule, steps: AffineSteps) -> Tensor:
+    def slopes(self, schedule: NoiseSchedule, steps: Steps) -> Tensor:
         """``alpha v/(alpha^2 v + sigma^2)`` for every step."""
         alpha, sigma = schedule.alpha(steps.times), schedule.sigma(steps.times)
         return alpha * self.variance / (alpha.square() * self.variance + sigma.square())
@@ -100,11 +101,11 @@ class Secant:
 
     variance: float
 
-    def slopes(self, schedule: NoiseSchedule, steps: AffineSteps) -> Tensor:
+    def slopes(self, schedule: NoiseSchedule, steps: Steps) -> Tensor:
         """The slopes of ``Gaussian``."""
         return Gaussian(self.variance).slopes(schedule, steps)
 
-    def bounds(self, schedule: NoiseSchedule, steps: AffineSteps) -> tuple[Tensor, Tensor]:
+    def bounds(self, schedule: NoiseSchedule, steps: Steps) -> tuple[Tensor, Tensor]:
         """Least and largest slope of every step, each ``(J,)``."""
         top = 1 / schedule.alpha(steps.times)
         return torch.zeros_like(top), top
