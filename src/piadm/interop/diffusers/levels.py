@@ -1,0 +1,201 @@
+"""Noise levels at which a diffusers scheduler calls the network, and what the model output says of the data there.
+
+Only the choice of what is iterated on depends on this file: a wrong level costs rounds, never exactness.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from piadm.denoiser import Denoiser
+from piadm.integrators import AffineSteps, MultistepSteps, Steps
+from piadm.interop.diffusers.probe import WORKS, Probe, UnsupportedError, rebound, unclipped
+from piadm.schedule import FlowSchedule, NoiseSchedule
+
+#: diffusers' names of what a network predicts, in this library's words.
+PREDICTIONS = {"epsilon": "epsilon", "sample": "sample", "v_prediction": "v", "flow_prediction": "velocity"}
+
+#: A denoised estimate that every scheduler clips, in standard deviations of the data.
+FAR = 1e3
+
+
+@dataclass(frozen=True, eq=False)
+class CallLevels(NoiseSchedule):
+    """Levels of ``J`` network calls: call ``j`` is at time ``J - j``, clean data at time 0.
+
+    Attributes:
+        alphas: factor on the data at each call, and 1 at the end, shape ``(J + 1,)``.
+        sigmas: standard deviation of the noise, and 0 at the end, likewise.
+    """
+
+    alphas: Tensor
+    sigmas: Tensor
+    t_end = 0.0
+
+    @property
+    def count(self) -> int:
+        """Number of calls ``J``."""
+        return len(self.alphas) - 1
+
+    @property
+    def t_range(self) -> tuple[float, float]:
+        """From clean data to the first call."""
+        return 0.0, float(self.count)
+
+    @property
+    def t_start(self) -> float:
+        """Time of the first call."""
+        return float(self.count)
+
+    def calls(self, t: Tensor) -> Tensor:
+        """Numbers of the calls at times ``t``, int64."""
+        return self.count - t.round().long()
+
+    def _alpha(self, t: Tensor) -> Tensor:
+        return self.alphas.to(t.device)[self.calls(t)]
+
+    def _sigma(self, t: Tensor) -> Tensor:
+        return self.sigmas.to(t.device)[self.calls(t)]
+
+    def _log_snr(self, t: Tensor) -> Tensor:
+        return 2 * (self._alpha(t) / self._sigma(t)).log()
+
+    def _time(self, log_snr: Tensor) -> Tensor:
+        # A table has no times in between: the last call that is no cleaner.
+        clock = self._log_snr(torch.arange(self.count, -1, -1, dtype=torch.float64))
+        return self.count - (torch.searchsorted(clock, log_snr, right=True) - 1).clamp(min=0).double()
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The denoised estimate that a scheduler steps with, ``D = D_0 + share (clip(D_0) - D_0)``, ``D_0 = p x + q m``.
+
+    A scheduler that clips uses the clipped estimate in all of its step or in a share of it.
+
+    Attributes:
+        p, q: coefficients of the state and of the model output at each call, each ``(J,)`` float64.
+        share: how much of a step's response to the estimate is clipped, likewise.
+        clip: the scheduler's clipping; None: it does not clip.
+    """
+
+    p: Tensor
+    q: Tensor
+    share: Tensor
+    clip: Callable[[Tensor], Tensor] | None
+
+    def __call__(self, output: Tensor, state: Tensor, calls: Tensor) -> Tensor:
+        """Denoised estimates of rows of model outputs and states ``(r, *shape)`` at calls ``(r,)``."""
+        p, q, share = (
+            table.to(state)[calls].reshape(-1, *[1] * (state.ndim - 1)) for table in (self.p, self.q, self.share)
+        )
+        estimate = (p * state).addcmul_(q, output.to(state))
+        return estimate if self.clip is None else estimate.lerp(self.clip(estimate), share)
+
+
+def levels(scheduler: Any, times: Tensor) -> CallLevels:  # noqa: ANN401 - any scheduler
+    """Levels at timesteps ``(J,)``, from what the scheduler makes of data alone and of noise alone.
+
+    Raises:
+        UnsupportedError: if it cannot add noise.
+    """
+    one, none = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
+    found = torch.tensor([[1.0] * len(times) + [1.0], [0.0] * (len(times) + 1)], dtype=torch.float64)
+    for j, t in enumerate(times.cpu()):
+        twin = unclipped(scheduler)
+        if hasattr(twin, "set_begin_index"):
+            twin._begin_index = twin._step_index = None
+        try:
+            if hasattr(twin, "add_noise"):
+                found[:, j] = torch.stack([twin.add_noise(*x, t[None]) for x in ((one, none), (none, one))]).squeeze()
+            else:
+                found[:, j] = torch.stack([twin.scale_noise(x, t[None], n) for x, n in ((one, none), (none, one))]).squeeze()
+        except (AttributeError, TypeError, ValueError, RuntimeError, IndexError) as error:
+            name = type(scheduler).__name__
+            raise UnsupportedError(f"the noise levels of {name} cannot be read ({error}); what works: {WORKS}") from error
+    return CallLevels(*found)
+
+
+def estimate(scheduler: Any, times: Tensor, at: CallLevels, probed: Probe) -> Estimate:  # noqa: ANN401
+    """What the model output says of the data, from the scheduler's prediction type.
+
+    Raises:
+        UnsupportedError: if that is unknown.
+    """
+    clock = torch.arange(len(times), 0, -1, dtype=torch.float64)
+    kind = scheduler.config.get("prediction_type", "flow_prediction" if hasattr(scheduler, "scale_noise") else None)
+    if hasattr(scheduler, "precondition_outputs"):
+        sigma = at.sigma(clock)
+        one, none = torch.ones_like(sigma), torch.zeros_like(sigma)
+        p, q = (scheduler.precondition_outputs(*x, sigma) for x in ((one, none), (none, one)))
+    elif kind not in PREDICTIONS:
+        raise UnsupportedError(f"prediction_type of {type(scheduler).__name__} must be one of {', '.join(PREDICTIONS)}")
+    elif PREDICTIONS[kind] == "velocity":
+        p, q = Denoiser(torch.nn.Identity(), FlowSchedule(), "velocity").coefficients(at.sigma(clock))
+    else:
+        # diffusers' networks speak of states of unit variance, whatever the scheduler's own scale is.
+        scale = torch.hypot(at.alphas, at.sigmas).reciprocal()
+        unit = CallLevels(at.alphas * scale, at.sigmas * scale)
+        p, q = Denoiser(torch.nn.Identity(), unit, PREDICTIONS[kind]).coefficients(clock)
+        p = p * scale[:-1]
+    bad = ~(p.isfinite() & q.isfinite() & (q != 0))
+    if bad.any():
+        t = times.cpu()[bad][0].item()
+        raise UnsupportedError(f"the network's {kind} says nothing of the data at timestep {t:g} (alpha = 0)")
+    clip, share = _clip(scheduler), torch.ones_like(p)
+    if clip is not None and _one_step(probed):
+        share = _clipped_share(scheduler, times, probed, q, clip)
+    return Estimate(p, q, share, clip)
+
+
+def steps(probed: Probe, of: Estimate) -> Steps:
+    """The probed coefficients in terms of the denoised estimate: ``m = (D - p x)/q``."""
+    count = len(of.p)
+    times = torch.arange(count, 0, -1, dtype=torch.float64)
+    b = probed.outputs / of.q
+    a, c = probed.states - b * of.p, probed.noises[..., None]
+    c = c if c.any() else c[..., :0]
+    if not _one_step(probed):
+        return MultistepSteps(times, a, b, c)
+    a, b, c = a.diagonal(), b.diagonal(), c.diagonal().T
+    return AffineSteps(times, a[:, None, None], b[:, None], c[:, None])
+
+
+def _one_step(probed: Probe) -> bool:
+    """Whether every step sees only its own state, output and noise."""
+    return not any(matrix.tril(-1).any() for matrix in (probed.states, probed.outputs, probed.noises))
+
+
+def _clip(scheduler: Any) -> Callable[[Tensor], Tensor] | None:  # noqa: ANN401 - any scheduler
+    """The scheduler's clipping of denoised estimates ``(r, *shape)``."""
+    if scheduler.config.get("thresholding"):
+        threshold: Callable[[Tensor], Tensor] = copy.deepcopy(scheduler)._threshold_sample
+        return threshold
+    if scheduler.config.get("clip_sample"):
+        limit = scheduler.config.get("clip_sample_range") or 1.0
+        return lambda estimate: estimate.clamp(-limit, limit)
+    return None
+
+
+def _clipped_share(
+    scheduler: Any,  # noqa: ANN401 - any scheduler
+    times: Tensor,
+    probed: Probe,
+    q: Tensor,
+    clip: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """The share of every step that clips, from how far an estimate beyond all bounds carries it."""
+    far = torch.full((1, 1, 1, 1), FAR, dtype=torch.float64)
+    twin = copy.deepcopy(scheduler)
+    step = rebound(type(twin).step, randn_tensor=lambda *args, **kwargs: torch.zeros_like(far))
+    gain, cut = probed.outputs.diagonal(), clip(far) - far
+    share = torch.ones(len(times), dtype=torch.float64)
+    for j, t in enumerate(times.cpu()):
+        moved = step(twin, far / q[j], t, torch.zeros_like(far), return_dict=False)[0]
+        share[j] = (moved - gain[j] * far / q[j]).item() / (gain[j] / q[j] * cut).item()
+    return share

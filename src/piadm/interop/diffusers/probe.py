@@ -1,0 +1,134 @@
+"""A diffusers scheduler as data: the coefficients of its steps, read off its own ``step``.
+
+Every sampler whose step is affine in the sample, the model outputs so far and its noise makes, of readings ``x_j``,
+
+    x_{j+1} = sum_{i<=j} A_ji x_i + B_ji m_i + C_ji xi_i
+
+Feed it unit vectors, one coordinate for every ``x_i``, ``m_i`` and ``xi_i``, and one pass of its own loop writes the rows
+of ``A``, ``B`` and ``C``.  No formula of any scheduler is repeated here.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Schedulers that the tests run, for messages.
+WORKS = (
+    "DDPM, DDIM, PNDM, LMSDiscrete, EulerDiscrete, EulerAncestralDiscrete, HeunDiscrete, KDPM2Discrete, "
+    "KDPM2AncestralDiscrete, DPMSolverMultistep (ODE and SDE), DPMSolverSinglestep, DEISMultistep, UniPCMultistep, "
+    "LCM, EDMEuler, EDMDPMSolverMultistep, FlowMatchEulerDiscrete, FlowMatchHeunDiscrete"
+)
+
+#: Random experiments beside the unit vectors that show whether a step is affine, and the relative error that rounding
+#: may leave: some schedulers compute in single precision.
+EXPERIMENTS, ROUNDING = 4, 1e-4
+
+
+class UnsupportedError(ValueError):
+    """The pipeline or its scheduler does something that cannot be run in parallel; the message says what."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a scheduler does in ``J`` calls of ``step``, float64 on the CPU.
+
+    Attributes:
+        states: ``A``, shape ``(J, J)``, lower triangular.
+        outputs: ``B``, likewise.
+        noises: ``C``, likewise.
+        scales: factor on the state before the network reads it, shape ``(J,)``.
+    """
+
+    states: Tensor
+    outputs: Tensor
+    noises: Tensor
+    scales: Tensor
+
+
+def rebound(function: Callable[..., Any], **names: object) -> Callable[..., Any]:
+    """A copy of a function that sees other globals: what others call at the same time stays as it is."""
+    plain = inspect.unwrap(function)
+    if not isinstance(plain, FunctionType):
+        raise UnsupportedError(f"{function!r} is not a plain Python function")
+    twin = FunctionType(
+        plain.__code__, {**plain.__globals__, **names}, plain.__name__, plain.__defaults__, plain.__closure__
+    )
+    twin.__kwdefaults__ = plain.__kwdefaults__
+    return twin
+
+
+def unclipped(scheduler: Any) -> Any:  # noqa: ANN401 - any scheduler
+    """A copy on the CPU whose steps do not clip the denoised estimate."""
+    twin = copy.deepcopy(scheduler)
+    for name, value in vars(twin).items():
+        if isinstance(value, Tensor):
+            setattr(twin, name, value.cpu())
+    flags = [flag for flag in ("clip_sample", "thresholding") if twin.config.get(flag)]
+    twin.register_to_config(**dict.fromkeys(flags, False))
+    return twin
+
+
+def probe(scheduler: Any, times: Tensor, options: Mapping[str, Any]) -> Probe:  # noqa: ANN401 - any scheduler
+    """Read the coefficients of the next ``J`` calls of ``step`` off a copy of the scheduler.
+
+    Args:
+        scheduler: a diffusers scheduler after ``set_timesteps``, before its first step; it is not changed.
+        times: the timesteps that it will be called with, shape ``(J,)``.
+        options: further arguments of ``step``.
+
+    Raises:
+        UnsupportedError: if the step is not affine, or takes other arguments.
+    """
+    name, count = type(scheduler).__name__, len(times)
+    if list(inspect.signature(scheduler.step).parameters)[:3] != ["model_output", "timestep", "sample"]:
+        raise UnsupportedError(f"{name}.step does not take (model_output, timestep, sample); what works: {WORKS}")
+    twin, width = unclipped(scheduler), 3 * count + 1  # the last coordinate is never excited
+    mixed = torch.randn(3 * count, EXPERIMENTS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows, scales = torch.zeros(count, width, dtype=torch.float64), torch.ones(count, dtype=torch.float64)
+    drawn = 0
+
+    def vector(number: int) -> Tensor:
+        both = torch.zeros(1, 1, 2, max(width, EXPERIMENTS), dtype=torch.float64)
+        both[..., 0, number], both[..., 1, :EXPERIMENTS] = 1, mixed[number]
+        return both
+
+    def draw(*args: object, **kwargs: object) -> Tensor:
+        nonlocal drawn
+        drawn += 1
+        return vector(2 * count + j)
+
+    step, worst = rebound(type(twin).step, randn_tensor=draw), 0.0
+    for j, t in enumerate(times.cpu()):
+        drawn = 0
+        try:
+            scales[j] = _scale(twin, t)
+            fresh = step(twin, vector(count + j), t, vector(j), **{**options, "return_dict": False})[0].double()
+        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+            raise UnsupportedError(f"{name}.step cannot be read ({error}); what works: {WORKS}") from error
+        rows[j] = fresh[0, 0, 0, :width]
+        known = rows[j, :-1, None] * mixed
+        error = (fresh[0, 0, 1, :EXPERIMENTS] - known.sum(0)).abs() / (known.abs().sum(0) + 1e-12)
+        worst = max(worst, float(error.max()), float(rows[j, -1].abs()))
+        if drawn > 1 or not worst <= ROUNDING:
+            raise UnsupportedError(
+                f"{name} is not affine in sample, model outputs and one noise per step; what works: {WORKS}"
+            )
+    return Probe(*rows[:, :-1].reshape(count, 3, count).unbind(1), scales)
+
+
+def _scale(scheduler: Any, t: Tensor) -> float:  # noqa: ANN401 - any scheduler
+    """Factor of ``scale_model_input``."""
+    if not hasattr(scheduler, "scale_model_input"):
+        return 1.0
+    none, one, two = scheduler.scale_model_input(torch.arange(3, dtype=torch.float64), t).tolist()
+    if none != 0 or abs(two - 2 * one) > ROUNDING * abs(two):
+        raise ValueError("scale_model_input is not a factor")
+    return float(one)
