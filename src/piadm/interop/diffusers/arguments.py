@@ -90,7 +90,7 @@ class Slot:
         UnsupportedError: if the state is not found among the arguments.
     """
 
-    def __init__(self, name: str, calls: Sequence[dict[str, Any]], state: Tensor, sure: int) -> None:
+    def __init__(self, name: str, calls: Sequence[dict[str, Any]], state: Tensor, sure: int, denoises: bool) -> None:
         self.name, self.batch, self.pattern = name, len(state), calls[-1]
         flat = [leaves(call) for call in calls]
         if any(step.keys() != flat[0].keys() for step in flat):
@@ -102,6 +102,7 @@ class Slot:
         for path in flat[0]:
             self._sort(path, [step[path] for step in flat])
         self.groups = self._groups(len(calls))
+        self.denoises = denoises
 
     def _sort(self, path: tuple[Any, ...], values: list[Any]) -> None:
         """Say what an argument is, from its values at all steps."""

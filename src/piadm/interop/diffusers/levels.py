@@ -6,7 +6,7 @@ Only the choice of what is iterated on depends on this file: a wrong level costs
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,7 +121,13 @@ def levels(scheduler: Any, times: Tensor) -> CallLevels:  # noqa: ANN401 - any s
     return CallLevels(*found)
 
 
-def estimate(scheduler: Any, times: Tensor, at: CallLevels, probed: Probe) -> Estimate:  # noqa: ANN401
+def estimate(
+    scheduler: Any,  # noqa: ANN401 - any scheduler
+    times: Tensor,
+    at: CallLevels,
+    probed: Probe,
+    options: Mapping[str, Any],
+) -> Estimate:
     """What the model output says of the data, from the scheduler's prediction type.
 
     Raises:
@@ -149,7 +155,7 @@ def estimate(scheduler: Any, times: Tensor, at: CallLevels, probed: Probe) -> Es
         raise UnsupportedError(f"the network's {kind} says nothing of the data at timestep {t:g} (alpha = 0)")
     clip, share = _clip(scheduler), torch.ones_like(p)
     if clip is not None and _one_step(probed):
-        share = _clipped_share(scheduler, times, probed, q, clip)
+        share = _clipped_share(scheduler, times, probed, q, clip, options)
     return Estimate(p, q, share, clip)
 
 
@@ -188,6 +194,7 @@ def _clipped_share(
     probed: Probe,
     q: Tensor,
     clip: Callable[[Tensor], Tensor],
+    options: Mapping[str, Any],
 ) -> Tensor:
     """The share of every step that clips, from how far an estimate beyond all bounds carries it."""
     far = torch.full((1, 1, 1, 1), FAR, dtype=torch.float64)
@@ -196,6 +203,6 @@ def _clipped_share(
     gain, cut = probed.outputs.diagonal(), clip(far) - far
     share = torch.ones(len(times), dtype=torch.float64)
     for j, t in enumerate(times.cpu()):
-        moved = step(twin, far / q[j], t, torch.zeros_like(far), return_dict=False)[0]
+        moved = step(twin, far / q[j], t, torch.zeros_like(far), **{**options, "return_dict": False})[0]
         share[j] = (moved - gain[j] * far / q[j]).item() / (gain[j] / q[j] * cut).item()
     return share
