@@ -33,6 +33,9 @@ PROBE_SHARE_ROUGH, PROBE_SHARE_PER_GAP = 0.4, 0.8
 #: With fewer nodes the probe means nothing and the error counts as unknown: for the ODE, and for the SDE.
 UNKNOWN_SMOOTH, UNKNOWN_ROUGH = 9, 24
 
+#: Least influence of a node: one that has none, where a step does not move the state, is still evaluated once.
+FAINTEST = 1e-9
+
 #: Rounds on a finer node set before the distance from the end on the coarser one, which starts at zero, is believed.
 FINER_ROUNDS = 3
 
@@ -117,7 +120,8 @@ def _influence(engine: Engine, problem: Problem, path: CondensedPath, nodes: Nod
     steps, denoiser = engine.steps, problem.denoiser
     variance = denoiser.data_variance * math.sqrt(problem.start.shape[1])
     leading = condense(steps.silent(), Gaussian(variance).slopes(denoiser.schedule, steps), nodes)
-    return torch.maximum(path.response[-1, 0].abs(), leading.response[-1, 0].abs())
+    found = torch.maximum(path.response[-1, 0].abs(), leading.response[-1, 0].abs())
+    return found.clamp(min=FAINTEST)
 
 
 def _path(engine: Engine, problem: Problem, nodes: NodeSet, samples: Tensor, coarse: _Coarse | None) -> ParallelPath:
