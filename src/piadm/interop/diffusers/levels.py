@@ -98,8 +98,11 @@ class Estimate:
         return estimate if self.clip is None else estimate.lerp(self.clip(estimate), share)
 
 
-def levels(scheduler: Any, times: Tensor) -> CallLevels:  # noqa: ANN401 - any scheduler
+def levels(scheduler: Any, times: Tensor, scales: Tensor) -> CallLevels:  # noqa: ANN401 - any scheduler
     """Levels at timesteps ``(J,)``, from what the scheduler makes of data alone and of noise alone.
+
+    A scheduler of variance-exploding states scales them by ``1/sqrt(1 + sigma^2)``: this factor is the surer source, for
+    it knows of calls between two levels of the schedule.
 
     Raises:
         UnsupportedError: if it cannot add noise.
@@ -118,6 +121,9 @@ def levels(scheduler: Any, times: Tensor) -> CallLevels:  # noqa: ANN401 - any s
         except (AttributeError, TypeError, ValueError, RuntimeError, IndexError) as error:
             name = type(scheduler).__name__
             raise UnsupportedError(f"the noise levels of {name} cannot be read ({error}); what works: {WORKS}") from error
+    exploding = bool((found[0] == 1).all() and (scales < 1).all()) and not hasattr(scheduler, "precondition_outputs")
+    if exploding:
+        found[1, :-1] = (scales.pow(-2) - 1).sqrt()
     return CallLevels(*found)
 
 

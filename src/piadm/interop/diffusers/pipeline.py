@@ -81,7 +81,7 @@ class Run:
             iterable = Loop(self, iterable)
         return iterable.numbered() if isinstance(iterable, Loop) else builtins.enumerate(iterable, start)
 
-    def progress_bar(self, iterable: Any = None, total: int | None = None) -> Any:  # noqa: ANN401 - the pipeline's
+    def progress_bar(self, iterable: Any = None, total: int | None = None, **looks: Any) -> Any:  # noqa: ANN401
         """No bar of the pipeline's own: the engine shows one of rounds."""
         if isinstance(iterable, Tensor) and self._are_timesteps(iterable):
             return Loop(self, iterable)

@@ -105,7 +105,7 @@ def probe(scheduler: Any, times: Tensor, options: Mapping[str, Any]) -> Probe:  
         drawn += 1
         return vector(2 * count + j)
 
-    step, worst = rebound(type(twin).step, randn_tensor=draw), 0.0
+    step = rebound(type(twin).step, randn_tensor=draw)
     for j, t in enumerate(times.cpu()):
         drawn = 0
         try:
@@ -115,9 +115,10 @@ def probe(scheduler: Any, times: Tensor, options: Mapping[str, Any]) -> Probe:  
             raise UnsupportedError(f"{name}.step cannot be read ({error}); what works: {WORKS}") from error
         rows[j] = fresh[0, 0, 0, :width]
         known = rows[j, :-1, None] * mixed
-        error = (fresh[0, 0, 1, :EXPERIMENTS] - known.sum(0)).abs() / (known.abs().sum(0) + 1e-12)
-        worst = max(worst, float(error.max()), float(rows[j, -1].abs()))
-        if drawn > 1 or not worst <= ROUNDING:
+        wrong = (fresh[0, 0, 1, :EXPERIMENTS] - known.sum(0)).abs() / (known.abs().sum(0) + 1e-12)
+        if not rows[j].isfinite().all():
+            raise UnsupportedError(f"{name} steps by numbers that are not finite at timestep {float(t):g}")
+        if drawn > 1 or wrong.max() > ROUNDING or rows[j, -1].abs() > ROUNDING:
             raise UnsupportedError(
                 f"{name} is not affine in sample, model outputs and one noise per step; what works: {WORKS}"
             )

@@ -161,7 +161,7 @@ class Rehearsal:
         """The first step: read the scheduler, keep the initial state."""
         self.options, self.output, self.first = options, output, sample
         self.probed = probe(self.plain, self.timesteps, options)
-        self.levels = levels(self.plain, self.timesteps)
+        self.levels = levels(self.plain, self.timesteps, self.probed.scales)
         self.estimate = estimate(self.plain, self.timesteps, self.levels, self.probed, options)
         self.sources = torch.arange(len(sample))
         self.sure: tuple[int, Tensor] = (0, sample)
