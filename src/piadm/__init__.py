@@ -20,6 +20,7 @@ from piadm.schedule import (
 )
 from piadm.sequential import sample_sequential
 from piadm.solution import NetworkError, NotConvergedError, RoundInfo, Solution, Stats, Status
+from piadm.theory import Plan, plan
 
 __version__ = "0.1.0"
 
@@ -41,6 +42,7 @@ __all__ = [
     "NoiseSchedule",
     "NotConvergedError",
     "OUSchedule",
+    "Plan",
     "RoundInfo",
     "ScoreExponential",
     "ScoreFrozen",
@@ -55,6 +57,7 @@ __all__ = [
     "measure_moments",
     "piadm_ode",
     "piadm_sde",
+    "plan",
     "sample",
     "sample_sequential",
 ]

@@ -1,0 +1,192 @@
+"""Samplers as families of settings, for the search: horizon, blocks and step give laws, rounds and memory."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from piadm._checks import finite_float
+from piadm.corrector import Corrector
+from piadm.grid import Blocks
+from piadm.theory.engine import gaussian_law, secant_law
+from piadm.theory.law import Law, kl
+from piadm.theory.laws import OU, piadm_ode_law, piadm_sde_law, sequential_law, sequential_ode_law
+from piadm.theory.spectrum import Modes, Spectrum, noised
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the law of the samples shall be near to: the data, noised up to the early-stopping time.
+
+    Args:
+        modes: the data.
+        early_stop: OU time ``eta`` at which sampling ends, > 0.
+
+    Raises:
+        TypeError, ValueError: for an ``early_stop`` that is not a positive number.
+    """
+
+    modes: Modes
+    early_stop: float = 1e-2
+
+    def __post_init__(self) -> None:
+        finite_float("early_stop", self.early_stop, low=0.0)
+
+    @property
+    def law(self) -> Law:
+        """Law of the noised data."""
+        return noised(self.modes, OU, self.early_stop)
+
+    def kl(self, law: Law) -> Tensor:
+        """Divergence from the target of all coordinates together, ``(...)`` for a law ``(..., m)``."""
+        return self.modes.total(kl(law, self.law))
+
+    def blocks(self, horizon: float, count: int, step: float) -> Blocks:
+        """The paper's partition into ``count`` blocks."""
+        return Blocks.paper(horizon, self.early_stop, (horizon - self.early_stop) / count, step)
+
+    def steps(self, start: float, step: float) -> float:
+        """How many steps that partition has from a time on, before they are rounded up to whole ones."""
+        uniform = max(0.0, start - max(self.early_stop, 1 + step)) / step
+        return uniform + math.log(min(start, 1 + step) / self.early_stop) / math.log1p(step)
+
+
+class Family(Protocol):
+    """A sampler with its settings left open, for one kind of data."""
+
+    def settled(self, target: Target, horizon: float, count: int, step: float) -> Law:
+        """Law after so many iterations that nothing moves, ``(m,)``."""
+        ...
+
+    def iterates(self, target: Target, horizon: float, count: int, step: float, iterations: int) -> Law:
+        """Law after each number of iterations, ``(iterations, m)``."""
+        ...
+
+    def rounds(self, count: int, iterations: int) -> int:
+        """Network calls in a row."""
+        ...
+
+    def steps(self, target: Target, horizon: float, count: int, step: float) -> float:
+        """Network calls of the sampler that takes every step in turn."""
+        ...
+
+    def states(self, target: Target, horizon: float, count: int, step: float) -> float:
+        """States per sample that the parallel sampler holds at once."""
+        ...
+
+
+@dataclass(frozen=True)
+class PaperSDE:
+    """PIADM-SDE, Algorithm 1."""
+
+    def corrector(self, target: Target, step: float) -> Corrector | None:
+        """None: it has no corrector."""
+        return None
+
+    def settled(self, target: Target, horizon: float, count: int, step: float) -> Law:
+        """Law of the sequential sampler."""
+        return sequential_law(target.modes, "paper-sde", target.blocks(horizon, count, step).grid(OU))
+
+    def iterates(self, target: Target, horizon: float, count: int, step: float, iterations: int) -> Law:
+        """Law after each number of iterations per block."""
+        return piadm_sde_law(target.modes, target.blocks(horizon, count, step), iterations)
+
+    def rounds(self, count: int, iterations: int) -> int:
+        """``K N``."""
+        return iterations * count
+
+    def steps(self, target: Target, horizon: float, count: int, step: float) -> float:
+        """The grid's."""
+        return target.steps(horizon, step)
+
+    def states(self, target: Target, horizon: float, count: int, step: float) -> float:
+        """The last block has the most steps."""
+        return _largest_block(target, horizon, count, step)
+
+
+@dataclass(frozen=True)
+class PaperODE:
+    """PIADM-ODE, Algorithm 2, with the corrector's time and friction in the natural units of the sharpest mode.
+
+    With ``L`` the Lipschitz constant of the score where sampling ends: ``T_dagger = h_dagger = 1/sqrt(L)``,
+    friction ``sqrt(L)``, and as many steps as a predictor block of unit length, ``eps_dagger = eps/sqrt(L)``.
+
+    Args:
+        inner: Picard iterations ``K_dagger`` of the corrector.
+    """
+
+    inner: int
+
+    def corrector(self, target: Target, step: float) -> Corrector:
+        """The corrector that goes with a predictor step."""
+        root = 1 / math.sqrt(float(target.law.variance.min()))
+        return Corrector(1 / root, 1 / root, step / root, self.inner, root)
+
+    def settled(self, target: Target, horizon: float, count: int, step: float) -> Law:
+        """Law of the sequential sampler, the corrector's steps taken in turn too."""
+        blocks = target.blocks(horizon, count, step)
+        return sequential_ode_law(target.modes, blocks, self.corrector(target, step))
+
+    def iterates(self, target: Target, horizon: float, count: int, step: float, iterations: int) -> Law:
+        """Law after each number of the predictor's iterations per block."""
+        blocks = target.blocks(horizon, count, step)
+        return piadm_ode_law(target.modes, blocks, iterations, self.corrector(target, step))
+
+    def rounds(self, count: int, iterations: int) -> int:
+        """``(K + K_dagger N_dagger) N`` with ``N_dagger = 1``."""
+        return (iterations + self.inner) * count
+
+    def steps(self, target: Target, horizon: float, count: int, step: float) -> float:
+        """The grid's, and a corrector's ``1/eps`` for each block."""
+        return target.steps(horizon, step) + count / step
+
+    def states(self, target: Target, horizon: float, count: int, step: float) -> float:
+        """The last predictor block has the most steps, unless blocks are so short that the corrector has."""
+        return max(_largest_block(target, horizon, count, step), 1 / step)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The fast engine with every step a node: one window, started from the reference model's path.
+
+    It is told the average variance of the data, which is that of no mode, and a mean of zero.
+
+    Args:
+        method: "sde" or "ode".
+        linearization: "gaussian" or "secant".
+    """
+
+    method: str
+    linearization: str
+
+    def settled(self, target: Target, horizon: float, count: int, step: float) -> Law:
+        """Law of the sequential sampler."""
+        return sequential_law(target.modes, self.method, target.blocks(horizon, count, step).grid(OU))
+
+    def iterates(self, target: Target, horizon: float, count: int, step: float, iterations: int) -> Law:
+        """Law after each number of rounds."""
+        law = {"gaussian": gaussian_law, "secant": secant_law}[self.linearization]
+        assert isinstance(target.modes, Spectrum)
+        grid = target.blocks(horizon, count, step).grid(OU)
+        return law(target.modes, self.method, grid, iterations, variance=target.modes.average)
+
+    def rounds(self, count: int, iterations: int) -> int:
+        """One round per iteration."""
+        return iterations
+
+    def steps(self, target: Target, horizon: float, count: int, step: float) -> float:
+        """The grid's."""
+        return target.steps(horizon, step)
+
+    def states(self, target: Target, horizon: float, count: int, step: float) -> float:
+        """All of the grid's: there is one window."""
+        return target.steps(horizon, step)
+
+
+def _largest_block(target: Target, horizon: float, count: int, step: float) -> float:
+    """Steps of the last block, or of one of the others where these are more."""
+    length = (horizon - target.early_stop) / count
+    return max(target.steps(target.early_stop + length, step), length / step if count > 1 else 0.0)

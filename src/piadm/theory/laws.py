@@ -1,0 +1,172 @@
+"""The exact laws of the samplers' results for Gaussian data, from the coefficients that the samplers run on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from piadm._checks import positive_int
+from piadm.corrector import Corrector
+from piadm.grid import Blocks, TimeGrid
+from piadm.integrators import Integrator, ScoreExponential, integrator, variance_preserving
+from piadm.linearization import ScoreFrozen
+from piadm.schedule import NoiseSchedule, OUSchedule
+from piadm.theory.chain import Chain, ScoreError, chain, constant_start_map, sequential_map
+from piadm.theory.langevin import corrector_map, sequential_corrector_map
+from piadm.theory.law import AffineMap, Law
+from piadm.theory.spectrum import Modes
+
+OU = OUSchedule()
+
+
+def initial_law(modes: Modes, schedule: NoiseSchedule, time: float) -> Law:
+    """The samplers' first state, ``N(0, alpha^2 + sigma^2)``, at the first time."""
+    scale = variance_preserving(schedule, torch.tensor(time, dtype=torch.float64))[2]
+    return Law(torch.zeros_like(modes.variances), torch.ones_like(modes.variances) * scale.square())
+
+
+def sequential_law(
+    modes: Modes,
+    method: str | Integrator,
+    grid: TimeGrid,
+    *,
+    schedule: NoiseSchedule = OU,
+    error: ScoreError | None = None,
+) -> Law:
+    """Law of ``sample_sequential``'s result: ``m' = f m + b g``, ``v' = f^2 v + c^2`` with ``f = a + b J``.
+
+    Args:
+        modes: the data, a ``Spectrum`` or ``VarianceBounds``.
+        method: as for ``sample_sequential``.
+        grid: its times.
+        schedule: its schedule.
+        error: what is wrong with the score; None: nothing.
+
+    Returns:
+        Mean and variance per mode, ``(m,)``.
+
+    Raises:
+        TypeError, ValueError: for an unknown method.
+    """
+    steps = integrator(method).steps(schedule, grid)
+    start = initial_law(modes, schedule, float(grid.times[0]))
+    return sequential_map(chain(modes, schedule, steps, error))(start)
+
+
+def piadm_sde_law(
+    modes: Modes,
+    blocks: Blocks,
+    iterations: int,
+    *,
+    schedule: NoiseSchedule = OU,
+    error: ScoreError | None = None,
+) -> Law:
+    """Law of ``piadm_sde``'s result (Algorithm 1) after each number of iterations up to ``iterations``.
+
+    Args:
+        modes: the data, a ``Spectrum`` or ``VarianceBounds``.
+        blocks: partition of the OU horizon.
+        iterations: largest number ``K`` of Picard iterations per block.
+        schedule: noise schedule.
+        error: what is wrong with the score; None: nothing.
+
+    Returns:
+        Mean and variance per mode, ``(K, m)``; row ``k - 1`` is that of ``piadm_sde(..., iterations=k)``.
+
+    Raises:
+        TypeError, ValueError: for bad arguments, or a step too long for the score-frozen iteration.
+    """
+    return _block_by_block(modes, blocks, iterations, schedule, error, 1.0, None)
+
+
+def piadm_ode_law(
+    modes: Modes,
+    blocks: Blocks,
+    iterations: int,
+    corrector: Corrector | None,
+    *,
+    schedule: NoiseSchedule = OU,
+    error: ScoreError | None = None,
+) -> Law:
+    """Law of ``piadm_ode``'s result (Algorithm 2) after each number of predictor iterations up to ``iterations``.
+
+    Args:
+        modes: the data, a ``Spectrum`` or ``VarianceBounds``.
+        blocks: partition of the OU horizon.
+        iterations: largest number ``K`` of Picard iterations per predictor block.
+        corrector: settings of the corrector, with its own number of iterations; None: none.
+        schedule: noise schedule.
+        error: what is wrong with the score (for the corrector: the bias alone); None: nothing.
+
+    Returns:
+        Mean and variance per mode, ``(K, m)``; row ``k - 1`` is that of ``piadm_ode(..., iterations=k)``.
+
+    Raises:
+        TypeError, ValueError: for bad arguments, or a step too long for the score-frozen iteration.
+    """
+    bias = 0.0 if error is None else error.bias
+
+    def correct(time: float) -> AffineMap:
+        assert corrector is not None
+        return corrector_map(modes, schedule, time, corrector, bias)
+
+    return _block_by_block(modes, blocks, iterations, schedule, error, 0.0, None if corrector is None else correct)
+
+
+def sequential_ode_law(
+    modes: Modes, blocks: Blocks, corrector: Corrector | None, *, schedule: NoiseSchedule = OU
+) -> Law:
+    """Law of Algorithm 2 with all its steps, the corrector's too, taken one after the other.
+
+    Args:
+        modes: the data, a ``Spectrum`` or ``VarianceBounds``.
+        blocks: partition of the OU horizon.
+        corrector: settings of the corrector; None: none.
+        schedule: noise schedule.
+
+    Returns:
+        Mean and variance per mode, ``(m,)``.
+    """
+    whole, ends, law = _predictor(modes, blocks, schedule, None, 0.0)
+    first = 0
+    for size, end in zip(blocks.sizes, ends, strict=True):
+        law = sequential_map(whole.part(first, first + size))(law)
+        if corrector is not None:
+            law = sequential_corrector_map(modes, schedule, end, corrector)(law)
+        first += size
+    return law
+
+
+def _predictor(
+    modes: Modes, blocks: Blocks, schedule: NoiseSchedule, error: ScoreError | None, eta: float
+) -> tuple[Chain, list[float], Law]:
+    """The predictor's steps over all blocks, the schedule times at which blocks end, and the first state."""
+    grid = blocks.grid(schedule)
+    whole = chain(modes, schedule, ScoreExponential(eta).steps(schedule, grid), error)
+    last = torch.tensor(blocks.sizes).cumsum(0)
+    return whole, grid.times[last].tolist(), initial_law(modes, schedule, float(grid.times[0]))
+
+
+def _block_by_block(
+    modes: Modes,
+    blocks: Blocks,
+    iterations: int,
+    schedule: NoiseSchedule,
+    error: ScoreError | None,
+    eta: float,
+    correct: Callable[[float], AffineMap] | None,
+) -> Law:
+    """Picard iterations, then what follows a block, block after block."""
+    positive_int("iterations", iterations)
+    whole, ends, law = _predictor(modes, blocks, schedule, error, eta)
+    slopes = ScoreFrozen().slopes(schedule, whole.steps)
+    scales = variance_preserving(schedule, whole.steps.times)[2]
+    first = 0
+    for size, end in zip(blocks.sizes, ends, strict=True):
+        at = slice(first, first + size)
+        part = whole.part(first, first + size)
+        law = constant_start_map(part, slopes[at], scales[at] / scales[first], iterations)(law)
+        law = law if correct is None else correct(end)(law)
+        first += size
+    return law

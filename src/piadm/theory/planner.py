@@ -1,0 +1,242 @@
+"""From a divergence to the settings of the paper's algorithms, with constants taken from the exact law."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from piadm._checks import choice, finite_float, positive_int
+from piadm.corrector import Corrector
+from piadm.grid import Blocks
+from piadm.theory.families import PaperODE, PaperSDE, Target
+from piadm.theory.law import Law, pinsker
+from piadm.theory.law import kl as mode_kl
+from piadm.theory.laws import piadm_ode_law, piadm_sde_law
+from piadm.theory.search import (
+    SHARE,
+    SHORTENED,
+    Found,
+    best,
+    candidates,
+    evaluated,
+    iterations_needed,
+    shortest_horizon,
+)
+from piadm.theory.spectrum import Modes, Spectrum, VarianceBounds
+
+#: Horizons tried beyond the shortest that will do.
+SPACING, HORIZONS = 0.5, 3
+
+#: Most Picard iterations per block, and iterations of the corrector that are tried.
+MOST, INNER = 60, (3, 4, 5, 7, 10)
+
+#: Share of the divergence that the steps may take where memory is short, and every step less is a round less.
+SHORT_OF_MEMORY = 0.8
+
+#: Most blocks into which a limit of memory may cut the horizon: with more, parallel sampling is none.
+MOST_BLOCKS = 500
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Settings for ``piadm_sde`` or ``piadm_ode``, and what they come to for Gaussian data, exactly.
+
+    Attributes:
+        method: "sde" or "ode".
+        dimension: number of coordinates ``d``.
+        blocks: partition of the OU horizon, for the argument of that name.
+        iterations: Picard iterations ``K`` per block, for the argument of that name.
+        corrector: of the ODE, for the argument of that name; None for the SDE.
+        kl: divergence of the samples from the data noised up to the early-stopping time, in nats.
+        tv: bound of the total variation distance that follows (Pinsker).
+        kl_data: divergence from the data themselves.
+        rounds: network calls in a row.
+        evaluations: network rows per sample.
+        states: states per sample held at once, ``d`` numbers each.
+        forbidden: the plan that a limit of memory forbids, to which this is the best alternative found; None: the limit
+            forbids nothing.
+    """
+
+    method: str
+    dimension: int
+    blocks: Blocks
+    iterations: int
+    corrector: Corrector | None
+    kl: float
+    tv: float
+    kl_data: float
+    rounds: int
+    evaluations: int
+    states: int
+    forbidden: Plan | None = None
+
+    @property
+    def horizon(self) -> float:
+        """OU time ``T`` of the first state."""
+        return float(self.blocks.times[0][0])
+
+    @property
+    def early_stop(self) -> float:
+        """OU time ``eta`` of the samples."""
+        return float(self.blocks.times[-1][-1])
+
+    @property
+    def step(self) -> float:
+        """Longest step ``eps``, in OU time."""
+        return max(float(-block.diff().min()) for block in self.blocks.times)
+
+
+def plan(
+    dimension: int,
+    *,
+    kl: float,
+    spectrum: Sequence[float] | Modes | None = None,
+    lipschitz: float = 20.0,
+    method: str = "sde",
+    memory_limit: int | None = None,
+    early_stop: float = 1e-2,
+    longest_block: float = 1.0,
+) -> Plan:
+    """The settings of the paper's algorithms for a divergence, in few rounds.
+
+    The orders are the theorems': ``T, K = O(log(d/kl))``, blocks of length Theta(1), and a step that falls with ``d``;
+    the constants come from the exact law for Gaussian data.
+
+    Args:
+        dimension: number of coordinates ``d``.
+        kl: divergence of the samples from the early-stopped data that is allowed, in nats, > 0.
+        spectrum: eigenvalues of the data's covariance, each with multiplicity ``dimension/len``, or a ``Spectrum``;
+            None: only bounds are known, and the worst case within them counts.
+        lipschitz: where ``spectrum`` is None: Lipschitz constant ``L`` of the score, >= 1; the data's variance in every
+            direction is taken to lie between ``1/L`` and ``L``.
+        method: "sde" (Algorithm 1) or "ode" (Algorithm 2, with its corrector).
+        memory_limit: most states per sample held at once; None: no limit.
+        early_stop: OU time ``eta`` at which sampling ends, > 0.
+        longest_block: longest block ``h``, in OU time, > 0.  Longer blocks take fewer rounds for Gaussian data, and
+            are beyond what the theorems allow.
+
+    Returns:
+        A ``Plan``, to be used as ``piadm_sde(..., blocks=plan.blocks, iterations=plan.iterations)``.
+
+    Raises:
+        TypeError, ValueError: for arguments out of bounds, a divergence that no horizon reaches, or a limit of memory
+            within which nothing parallel is left.
+
+    Reference: Chen et al. 2024 (arXiv 2405.15986), theorems 3.3 and 3.5.
+    """
+    allowed = finite_float("kl", kl, low=0.0)
+    choice("method", method, ("sde", "ode"))
+    block = finite_float("longest_block", longest_block, low=0.0)
+    limit = None if memory_limit is None else positive_int("memory_limit", memory_limit)
+    target = Target(_modes(dimension, spectrum, lipschitz), early_stop)
+    families: Sequence[PaperSDE | PaperODE] = [PaperSDE()] if method == "sde" else [PaperODE(inner) for inner in INNER]
+    family, found = _search(families, target, allowed, block, SHARE)
+    blocks = target.blocks(found.horizon, found.count, found.step)
+    free = _evaluate(target, blocks, family.corrector(target, found.step), allowed, found.iterations)
+    assert free is not None  # the search has evaluated these very settings
+    if limit is None or free.states <= limit:
+        return free
+    return replace(_within(limit, families, target, allowed, block), forbidden=free)
+
+
+def _modes(dimension: int, spectrum: Sequence[float] | Modes | None, lipschitz: float) -> Modes:
+    size = positive_int("dimension", dimension)
+    if spectrum is None:
+        most = finite_float("lipschitz", lipschitz, low=1.0, low_open=False)
+        return VarianceBounds(1 / most, most, size)
+    if isinstance(spectrum, (Spectrum, VarianceBounds)):
+        if spectrum.dimension != size:
+            raise ValueError(f"dimension must be that of the spectrum, {spectrum.dimension}, got {size}")
+        return spectrum
+    return Spectrum.repeated(spectrum, size)
+
+
+def _search(
+    families: Sequence[PaperSDE | PaperODE], target: Target, allowed: float, block: float, share: float
+) -> tuple[PaperSDE | PaperODE, Found]:
+    """Settings of fewest rounds, evaluated exactly, of the first family that will do.
+
+    Families come with more and more iterations of the corrector: those beyond need cost a round per block each.
+    """
+    first = shortest_horizon(families[0], target, allowed, SPACING)
+    horizons = [first + SPACING * i for i in range(HORIZONS)]
+
+    def counts(horizon: float) -> list[int]:
+        return [max(1, math.ceil((horizon - target.early_stop) / block - 1e-9))]
+
+    for family in families:
+        found = best(candidates(family, target, allowed, horizons, counts, MOST, share))
+        exact = None if found is None else evaluated(family, target, found, allowed)
+        if exact is not None:
+            return family, exact
+    raise ValueError(
+        f"kl must be one that {MOST} iterations per block can reach, got {allowed:g}; a longer early_stop or a shorter "
+        "longest_block may do"
+    )
+
+
+def _within(limit: int, families: Sequence[PaperSDE | PaperODE], target: Target, allowed: float, block: float) -> Plan:
+    """The plan with longer steps and every block cut into parts that fit into memory."""
+    family, found = _search(families, target, allowed, block, SHORT_OF_MEMORY)
+    least = math.ceil(target.steps(found.horizon, found.step) / MOST_BLOCKS)
+    if limit < least:
+        raise ValueError(
+            f"memory_limit must be at least {least} states for this dimension and kl, got {limit}: with fewer there "
+            f"are over {MOST_BLOCKS} blocks, and next to nothing runs in parallel"
+        )
+    step = found.step
+    for _ in range(SHORTENED):
+        blocks = _cut(target.blocks(found.horizon, found.count, step), limit)
+        corrector = family.corrector(target, step)
+        if corrector is not None:
+            parts = math.ceil(corrector.block_steps / limit)
+            corrector = replace(corrector, length=corrector.duration / parts)
+        for most in (8, 16, MOST):
+            plan = _evaluate(target, blocks, corrector, allowed, most)
+            if plan is not None:
+                return plan
+        step *= 0.9
+    raise ValueError(f"memory_limit must be larger for this dimension and kl, got {limit}")
+
+
+def _cut(blocks: Blocks, limit: int) -> Blocks:
+    """Every block in equal parts of at most ``limit`` steps."""
+    cut: list[Tensor] = []
+    for times in blocks.times:
+        steps = len(times) - 1
+        parts = math.ceil(steps / limit)
+        borders = [round(steps * i / parts) for i in range(parts + 1)]
+        cut += [times[first : last + 1] for first, last in itertools.pairwise(borders)]
+    return Blocks(cut)
+
+
+def _evaluate(target: Target, blocks: Blocks, corrector: Corrector | None, allowed: float, most: int) -> Plan | None:
+    """A plan on a partition with as many iterations as it needs, by the exact law; None: ``most`` are not enough."""
+    if corrector is None:
+        law = piadm_sde_law(target.modes, blocks, most)
+    else:
+        law = piadm_ode_law(target.modes, blocks, most, corrector)
+    iterations = iterations_needed(target.kl(law), allowed)
+    if iterations is None:
+        return None
+    inner = (corrector.blocks * corrector.iterations, corrector.block_steps) if corrector else (0, 0)
+    reached = float(target.kl(law[iterations - 1]))
+    data = Law(target.modes.means, target.modes.variances)
+    return Plan(
+        method="sde" if corrector is None else "ode",
+        dimension=target.modes.dimension,
+        blocks=blocks,
+        iterations=iterations,
+        corrector=corrector,
+        kl=reached,
+        tv=float(pinsker(torch.tensor(reached))),
+        kl_data=float(target.modes.total(mode_kl(law[iterations - 1], data))),
+        rounds=blocks.count * (iterations + inner[0]),
+        evaluations=blocks.steps * iterations + blocks.count * inner[0] * inner[1],
+        states=max(*blocks.sizes, inner[1]),
+    )

@@ -1,0 +1,232 @@
+"""The fewest rounds with which a sampler's law comes near enough to its target.
+
+What the steps leave and what the iterations leave are looked at apart, on coarse grids, where a law takes milliseconds:
+
+- the settled law is smooth in the step: three coarse grids give its expansion, and with it the largest step that keeps
+  the divergence within its share;
+- what iteration ``k`` is off from the settled law hardly depends on the step: one coarse grid tells how many it takes.
+
+The settings so found are then evaluated exactly, on their own grid, and the iterations are what that says.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from piadm.theory.families import Family, Target
+from piadm.theory.law import Law
+
+#: Steps of the grids that the settled law is expanded from, and of the grid that iterations are counted on.
+EXPANDED_FROM, COUNTED_ON = (0.04, 0.02, 0.01), 0.02
+
+#: Share of the divergence that steps and horizon may take; the rest is left to the iterations.
+SHARE = 0.5
+
+#: The steps that are considered, 61 to a decade.
+STEPS = torch.logspace(-7, -1, 367, dtype=torch.float64)
+
+#: Iterations beyond those needed that must be within the divergence too: it may pass its target and come back.
+BEYOND = 3
+
+#: Horizons beyond this one are not tried: e^-60 is nothing beside one.
+LONGEST_HORIZON = 60.0
+
+#: Times that a step is shortened by a tenth, should the exact law turn out not to keep to the share.
+SHORTENED = 6
+
+
+@dataclass(frozen=True)
+class Found:
+    """Settings and what they come to.
+
+    Attributes:
+        horizon: OU time ``T`` of the first state.
+        count: number of blocks ``N``.
+        step: longest step ``eps``.
+        iterations: Picard iterations per block ``K``, or rounds of the one window.
+        rounds: network calls in a row.
+        crossing: rounds with a fraction of an iteration, at which the logarithm of the divergence, drawn as a line
+            between the last two iterations, passes what is allowed: for fits, free of the jumps of whole numbers.
+        kl: divergence from the target.
+        exact: whether that was evaluated on the settings' own grid, not carried over from a coarser one.
+    """
+
+    horizon: float
+    count: int
+    step: float
+    iterations: int
+    rounds: int
+    crossing: float
+    kl: float
+    exact: bool
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """A settled law as a polynomial of the step, ``sum_i coefficient_i eps^i``.
+
+    Attributes:
+        means: coefficients of the means, ``(3, m)``.
+        variances: of the variances, ``(3, m)``.
+    """
+
+    means: Tensor
+    variances: Tensor
+
+    @classmethod
+    def of(cls, family: Family, target: Target, horizon: float, count: int) -> Expansion:
+        """Of a family at a horizon and number of blocks."""
+        laws = [family.settled(target, horizon, count, step) for step in EXPANDED_FROM]
+        inverse = torch.linalg.inv(torch.tensor(EXPANDED_FROM, dtype=torch.float64)[:, None] ** torch.arange(3))
+        means, variances = ([getattr(law, name) for law in laws] for name in ("mean", "variance"))
+        return cls(inverse @ torch.stack(means), inverse @ torch.stack(variances))
+
+    def at(self, steps: Tensor | float) -> Law:
+        """The law of a step, or of each of several ``(k,)``: ``(m,)`` or ``(k, m)``."""
+        powers = torch.as_tensor(steps, dtype=torch.float64)[..., None] ** torch.arange(3)
+        return Law(powers @ self.means, powers @ self.variances)
+
+    def longest_step(self, target: Target, allowed: float) -> float | None:
+        """The longest step up to which the law is within a divergence; None: not even the shortest is."""
+        above = (target.kl(self.at(STEPS)) > allowed).nonzero()
+        last = int(above[0, 0]) - 1 if len(above) else len(STEPS) - 1
+        return float(STEPS[last]) if last >= 0 else None
+
+
+def candidates(
+    family: Family,
+    target: Target,
+    allowed: float,
+    horizons: Iterable[float],
+    counts: Callable[[float], Iterable[int]],
+    most: int,
+    share: float = SHARE,
+) -> Iterator[Found]:
+    """Settings that should do, judged on coarse grids.
+
+    Args:
+        family: the sampler.
+        target: what to come near to.
+        allowed: divergence.
+        horizons: ``T`` to try.
+        counts: numbers of blocks to try at a horizon.
+        most: largest number of iterations to try.
+        share: of the divergence, that steps and horizon may take.
+    """
+    for horizon in horizons:
+        for count in counts(horizon):
+            expansion = Expansion.of(family, target, horizon, count)
+            step = expansion.longest_step(target, share * allowed)
+            if step is None:
+                break
+            law = _carried(family, target, expansion, (horizon, count, step), most)
+            divergence = target.kl(law)
+            needed = iterations_needed(divergence, allowed)
+            if needed is not None:
+                found = Found(horizon, count, step, needed, 0, 0.0, 0.0, exact=False)
+                yield _with_iterations(found, family, divergence, needed, allowed)
+
+
+def evaluated(family: Family, target: Target, found: Found, allowed: float) -> Found | None:
+    """The same settings with the iterations that the exact law asks for; None: it is not within the divergence.
+
+    Args:
+        family: the sampler.
+        target: what to come near to.
+        found: settings, of which the step may be shortened.
+        allowed: divergence.
+    """
+    for _ in range(SHORTENED):
+        law = family.iterates(target, found.horizon, found.count, found.step, found.iterations + BEYOND)
+        divergence = target.kl(law)
+        needed = iterations_needed(divergence, allowed)
+        if needed is not None and needed < len(divergence):
+            return replace(_with_iterations(found, family, divergence, needed, allowed), exact=True)
+        found = replace(found, step=0.9 * found.step)
+    return None
+
+
+def _with_iterations(found: Found, family: Family, divergence: Tensor, needed: int, allowed: float) -> Found:
+    """The settings with a number of iterations, given the divergence after each, ``(K,)``."""
+    last, fraction = float(divergence[needed - 1]), 0.0
+    if needed > 1:
+        fraction = math.log(allowed / last) / math.log(float(divergence[needed - 2]) / last)
+    rounds = family.rounds(found.count, needed)
+    per_iteration = rounds - family.rounds(found.count, needed - 1)
+    return replace(found, iterations=needed, rounds=rounds, crossing=rounds - fraction * per_iteration, kl=last)
+
+
+def best(found: Iterable[Found]) -> Found | None:
+    """The one of fewest rounds, and of these the one of longest steps."""
+    return min(found, key=lambda one: (one.rounds, -one.step), default=None)
+
+
+def iterations_needed(divergence: Tensor, allowed: float) -> int | None:
+    """The least number of iterations from which on the divergence ``(K,)`` stays within what is allowed."""
+    above = (~(divergence <= allowed)).nonzero()  # so that NaN counts as above
+    first = int(above[-1, 0]) + 1 if len(above) else 0
+    return first + 1 if first < len(divergence) else None
+
+
+def fewest_steps(
+    family: Family, target: Target, allowed: float, horizons: Iterable[float], longest_block: float
+) -> Found | None:
+    """The settings of fewest steps for the sampler that takes them in turn; its rounds are its steps.
+
+    Args:
+        family: the sampler.
+        target: what to come near to.
+        allowed: divergence, all of which the steps and the horizon may take.
+        horizons: ``T`` to try, ascending, until the steps become more again.
+        longest_block: length of the blocks, at whose ends a corrector may run.
+    """
+    found: list[Found] = []
+    for horizon in horizons:
+        count = math.ceil(horizon / longest_block)
+        expansion = Expansion.of(family, target, horizon, count)
+        step = expansion.longest_step(target, allowed)
+        if step is not None:
+            steps = round(family.steps(target, horizon, count, step))
+            divergence = float(target.kl(expansion.at(step)))
+            found.append(Found(horizon, count, step, 1, steps, float(steps), divergence, exact=False))
+        if past_the_best(found) or horizon > LONGEST_HORIZON:
+            break
+    return best(found)
+
+
+def past_the_best(found: Sequence[Found]) -> bool:
+    """Whether the last settings take a tenth more rounds than the best before them."""
+    return len(found) > 1 and found[-1].rounds > 1.1 * min(one.rounds for one in found)
+
+
+def shortest_horizon(family: Family, target: Target, allowed: float, spacing: float) -> float:
+    """The first of the horizons ``2, 2 + spacing, ..`` with which the divergence can be reached.
+
+    Raises:
+        ValueError: if none up to 60 will do.
+    """
+    horizon = max(2.0, spacing * math.ceil(2 * target.early_stop / spacing))
+    while horizon <= LONGEST_HORIZON:
+        if Expansion.of(family, target, horizon, 1).longest_step(target, SHARE * allowed) is not None:
+            return horizon
+        horizon += spacing
+    raise ValueError(f"kl must be one that some horizon up to {LONGEST_HORIZON:g} can reach, got {allowed:g}")
+
+
+def _carried(
+    family: Family, target: Target, expansion: Expansion, settings: tuple[float, int, float], most: int
+) -> Law:
+    """Law after each number of iterations: what these leave on a coarse grid, put on the settled law of fine steps."""
+    horizon, count, step = settings
+    grid = max(step, COUNTED_ON)
+    coarse = family.iterates(target, horizon, count, grid, most)
+    settled, coarse_settled = expansion.at(step), expansion.at(grid)
+    return Law(
+        settled.mean + coarse.mean - coarse_settled.mean,
+        settled.variance * coarse.variance / coarse_settled.variance,
+    )
