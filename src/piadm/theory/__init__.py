@@ -11,6 +11,7 @@ from piadm.theory.law import Law, affinity_loss, hellinger_bounds, kl, pinsker, 
 from piadm.theory.laws import piadm_ode_law, piadm_sde_law, sequential_law, sequential_ode_law
 from piadm.theory.pathwise import path_kl
 from piadm.theory.planner import Plan, plan
+from piadm.theory.products import MixtureProduct
 from piadm.theory.scaling import Curve, Point, scaling
 from piadm.theory.search import Found
 from piadm.theory.spectrum import Spectrum, VarianceBounds, noised
@@ -20,6 +21,7 @@ __all__ = [
     "Fit",
     "Found",
     "Law",
+    "MixtureProduct",
     "Plan",
     "Point",
     "ScoreError",

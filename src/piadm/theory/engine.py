@@ -7,7 +7,6 @@ ratio of the expectations, the sums over modes of count times variance.  In that
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import numpy as np
@@ -82,13 +81,11 @@ def engine_law(
         ends.append(info.sample[0].clone())
 
     denoiser = Denoiser(exact.network, schedule, "sample", data_variance=finite_float("variance", variance, low=0.0))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # that the tolerance was not reached is the intention
-        sample(
-            denoiser, (1, modes, width), method=method, grid=grid, tol=_FINEST, initial=unit[1][None] * start[:, None],
-            noise=unit[2:, None], nodes=nodes, linearization=linearization, max_rounds=rounds, callback=keep,
-            progress=False,
-        )  # fmt: skip
+    sample(
+        denoiser, (1, modes, width), method=method, grid=grid, tol=_FINEST, initial=unit[1][None] * start[:, None],
+        noise=unit[2:, None], nodes=nodes, linearization=linearization, max_rounds=rounds, callback=keep,
+        progress=False,
+    )  # fmt: skip
     ends += ends[-1:] * (rounds - len(ends))  # a path that no round changes any more
     found = torch.stack(ends) / share[:, None]
     return Law(found[..., 0], found[..., 1:].square().sum(-1))
