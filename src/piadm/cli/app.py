@@ -23,7 +23,7 @@ def build() -> typer.Typer:
     """
     import typer
 
-    from piadm.cli import compare, sample
+    from piadm.cli import compare, plan, sample, scaling
 
     app = typer.Typer(
         name="piadm",
@@ -36,6 +36,8 @@ def build() -> typer.Typer:
     app.callback()(lambda: None)
     app.command("sample", epilog=sample.EXAMPLES)(sample.sample)
     app.command("compare", epilog=compare.EXAMPLES)(compare.compare)
+    app.command("plan", epilog=plan.EXAMPLES)(plan.plan)
+    app.command("scaling", epilog=scaling.EXAMPLES)(scaling.scaling)
     return app
 
 

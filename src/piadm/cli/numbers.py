@@ -1,0 +1,44 @@
+"""Options that are numbers in the words of the field, such as ``1e6`` or ``0.05,0.3,1``."""
+
+from __future__ import annotations
+
+from piadm._checks import finite_float
+
+
+def whole(option: str, text: str) -> int:
+    """Return a whole number >= 1, which may be written as ``1e6``.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.5
+    if not (number >= 1 and number < 1e16 and number == int(number)):
+        raise ValueError(f"{option} must be a whole number >= 1, such as 3072 or 1e6, got {text!r}")
+    return int(number)
+
+
+def positive(option: str, number: float) -> float:
+    """Return a number > 0.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    return finite_float(option, number, low=0.0)
+
+
+def positives(option: str, text: str) -> tuple[float, ...]:
+    """Return positive numbers that are separated by commas.
+
+    Raises:
+        ValueError: If one is none, or there are none.
+    """
+    try:
+        found = tuple(float(word) for word in text.replace(",", " ").split())
+    except ValueError:
+        found = ()
+    if not found or not all(0 < number < float("inf") for number in found):
+        raise ValueError(f"{option} must be positive numbers with commas, such as 0.05,0.3,1, got {text!r}")
+    return found
