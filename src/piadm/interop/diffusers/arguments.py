@@ -1,14 +1,15 @@
-"""The arguments of a network in a pipeline's loop, recorded step by step, and served row by row.
+"""The arguments of a network in a pipeline's loop: learnt step by step in a rehearsal, served row by row in a round.
 
-A pipeline hands its network the state, perhaps doubled for guidance and beside other channels, the time, and conditions:
-tensors with one row per network row, and values that all rows share.  Which argument is what shows in a rehearsal: the
-state is known, what changes with the steps belongs to a step, and what came from another network is marked by NaN.
+A pipeline hands its network the state, perhaps repeated for guidance and beside other channels, the time, and
+conditions: tensors with one row per network row, and values that all rows share.  Which argument is what shows in the
+rehearsal: the state is known, what changes with the steps belongs to a step, and what came from another network is NaN.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,29 +17,30 @@ from torch import Tensor
 
 from piadm.interop.diffusers.probe import UnsupportedError
 
-#: Arguments that all rows share even where their first axis happens to be as long as the batch: positions.
-SHARED = ("img_ids", "txt_ids", "image_rotary_emb", "rotary_embedding", "freqs_cis")
-
-#: Arguments that may have several rows per network row, one per frame.
+#: All that is known of single networks, by the names of their arguments.  Positions, which all rows share even where
+#: their first axis happens to be as long as the batch; and conditions with several rows per network row, one per frame.
+SHARED = ("img_ids", "txt_ids", "image_rotary_emb", "freqs_cis", "img_shapes", "txt_seq_lens")
 PER_FRAME = ("encoder_hidden_states",)
 
+Path = tuple[Any, ...]
 
-def leaves(tree: Any, path: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], Any]:  # noqa: ANN401 - any arguments
+
+def leaves(tree: Any, path: Path = ()) -> dict[Path, Any]:  # noqa: ANN401 - any arguments
     """The values in nested dicts, lists and tuples, by the way to them."""
     if isinstance(tree, dict):
-        pairs: Any = tree.items()
+        parts = list(tree.items())
     elif isinstance(tree, (list, tuple)):
-        pairs = enumerate(tree)
+        parts = list(enumerate(tree))
     else:
         return {path: tree}
-    return {at: leaf for key, part in pairs for at, leaf in leaves(part, (*path, key)).items()}
+    return {at: leaf for key, part in parts for at, leaf in leaves(part, (*path, key)).items()}
 
 
-def rebuilt(tree: Any, fresh: Callable[[tuple[Any, ...]], Any], path: tuple[Any, ...] = ()) -> Any:  # noqa: ANN401
+def rebuilt(tree: Any, fresh: Callable[[Path], Any], path: Path = ()) -> Any:  # noqa: ANN401 - any arguments
     """The same nesting with other values, ``fresh(path)``."""
     if isinstance(tree, dict):
         parts = {key: rebuilt(part, fresh, (*path, key)) for key, part in tree.items()}
-        return type(tree)(**parts) if type(tree) is not dict else parts  # an output object of diffusers is a dict
+        return parts if type(tree) is dict else type(tree)(**parts)  # diffusers' output objects are dicts
     if isinstance(tree, (list, tuple)):
         return type(tree)([rebuilt(part, fresh, (*path, key)) for key, part in enumerate(tree)])
     return fresh(path)
@@ -58,6 +60,9 @@ class Rows:
     samples: Tensor
     calls: Tensor
 
+    def __len__(self) -> int:
+        return len(self.samples)
+
     def __getitem__(self, at: Tensor) -> Rows:
         return Rows(self.state[at], self.samples[at], self.calls[at])
 
@@ -66,7 +71,7 @@ class Rows:
 class StateAt:
     """The state within an argument: ``chunks`` copies of the batch, entries ``first .. last - 1`` of ``axis``."""
 
-    path: tuple[Any, ...]
+    path: Path
     chunks: int
     axis: int
     first: int
@@ -78,131 +83,135 @@ class StateAt:
 
 
 class Slot:
-    """One network call in the body of a pipeline's loop, over all ``J`` steps.
+    """One network call in the body of a pipeline's loop.
 
     Args:
         name: the network, for messages.
-        calls: its arguments at each of the steps, by name.
-        state: the state at step ``sure``, shape ``(L, *shape)``, no two rows of which are alike.
-        sure: that step.
+        arguments: what it is given at some step, by name.
+        state: the state at that step, shape ``(L, *shape)``, no two rows of which are alike.
+        denoises: whether its output is the model output, not something for another network.
 
     Raises:
         UnsupportedError: if the state is not found among the arguments.
     """
 
-    def __init__(self, name: str, calls: Sequence[dict[str, Any]], state: Tensor, sure: int, denoises: bool) -> None:
-        self.name, self.batch, self.pattern = name, len(state), calls[-1]
-        flat = [leaves(call) for call in calls]
-        if any(step.keys() != flat[0].keys() for step in flat):
-            raise UnsupportedError(f"{name} is called with other arguments at some steps than at others")
-        self.state = _find_state(name, flat[sure], state)
-        self.tables: dict[tuple[Any, ...], Tensor] = {}
-        self.live: set[tuple[Any, ...]] = set()
-        self.plain: dict[tuple[Any, ...], list[Any]] = {}
-        for path in flat[0]:
-            self._sort(path, [step[path] for step in flat])
-        self.groups = self._groups(len(calls))
-        self.denoises = denoises
+    def __init__(self, name: str, arguments: dict[str, Any], state: Tensor, *, denoises: bool) -> None:
+        self.name, self.pattern, self.batch, self.denoises = name, arguments, len(state), denoises
+        self.state = _find_state(name, leaves(arguments), state)
+        self.count = 0
+        self.values: dict[Path, list[Any]] = {}  # one entry where all steps have the same
+        self.live: set[Path] = set()
 
-    def _sort(self, path: tuple[Any, ...], values: list[Any]) -> None:
-        """Say what an argument is, from its values at all steps."""
-        timed = str(path[0]).startswith("timestep")
-        if timed and isinstance(values[0], (int, float)):
-            values = [torch.tensor(value) for value in values]
-        tensors = all(isinstance(value, Tensor) for value in values)
+    def learn(self, arguments: dict[str, Any]) -> None:
+        """Take in the arguments of the next step."""
+        flat = leaves(arguments)
+        if flat.keys() != leaves(self.pattern).keys():
+            raise UnsupportedError(f"{self.name} is called with other arguments at some steps than at others")
+        for path, value in flat.items():
+            if isinstance(value, Tensor) and value.is_floating_point() and bool(value.isnan().any()):
+                self.live.add(path)
+                continue
+            value = self._kept(path, value)
+            known = self.values.setdefault(path, [value])
+            if self.count and (len(known) > 1 or not same(value, known[0])):
+                known += [known[0]] * (self.count - len(known)) + [value]
+        self.count += 1
+
+    def _kept(self, path: Path, value: Any) -> Any:  # noqa: ANN401 - any value
+        """What is kept of an argument: of the one that holds the state, the rest; of a time, a tensor."""
         if path == self.state.path:
-            values = [self._rest(value) for value in values]
-        elif tensors and any(value.is_floating_point() and bool(value.isnan().any()) for value in values):
-            self.live.add(path)
-            return
-        if not tensors:
-            self.plain[path] = values
-            return
-        same = all(value is values[0] or _equal(value, values[0]) for value in values[1:])
-        self.tables[path] = values[0][None] if same else torch.stack(values)
+            rest = value.clone()
+            self.state.of(rest).zero_()
+            return rest
+        if str(path[0]).startswith("timestep") and isinstance(value, (int, float)):
+            return torch.tensor(value)
+        return value
 
-    def _rest(self, leaf: Tensor) -> Tensor:
-        """The argument that holds the state, without it."""
-        rest = leaf.clone()
-        self.state.of(rest).zero_()
-        return rest
+    @cached_property
+    def tables(self) -> dict[Path, Tensor]:
+        """Tensor arguments, one entry per step or one for all."""
+        tensors = {path: values for path, values in self.values.items() if isinstance(values[0], Tensor)}
+        return {path: torch.stack(values) for path, values in tensors.items()}
 
-    def _groups(self, count: int) -> Tensor:
-        """Steps with equal values that all rows share have one number, shape ``(J,)``."""
+    @cached_property
+    def groups(self) -> Tensor:
+        """Steps with equal values of what all rows share have one number, shape ``(J,)`` or, for one group, ``(1,)``."""
+        varying = [values for path, values in self.values.items() if path not in self.tables and len(values) > 1]
         seen: list[list[Any]] = []
         numbers = []
-        for j in range(count):
-            own = [values[j] for values in self.plain.values()]
-            number = next((k for k, other in enumerate(seen) if _all_same(own, other)), len(seen))
-            seen += [own] if number == len(seen) else []
+        for own in zip(*varying, strict=True):
+            number = next((k for k, other in enumerate(seen) if all(map(same, own, other))), len(seen))
+            seen += [list(own)] if number == len(seen) else []
             numbers.append(number)
-        return torch.tensor(numbers)
+        return torch.tensor(numbers or [0])
 
-    def call(self, network: Callable[..., Any], arguments: dict[str, Any], rows: Rows) -> Any:  # noqa: ANN401
-        """The network's output for some rows, ``chunks r`` of its rows.
+    def call(self, network: Callable[[dict[str, Any]], Any], arguments: dict[str, Any], rows: Rows) -> Any:  # noqa: ANN401
+        """The network's output for some rows, ``chunks r`` of its rows; one call per group.
 
         Args:
-            network: takes arguments by name in a dict.
-            arguments: what the pipeline hands it now; only what came from another network is read.
+            network: takes arguments by name.
+            arguments: what the pipeline hands it now, of which what came from another network is read.
             rows: the rows.
         """
-        now, count = leaves(arguments), len(rows.state)
-        group = self.groups.to(rows.calls.device)[rows.calls]
-        parts, order = [], []
-        for number in group.unique().tolist():
+        now, count, numbers = leaves(arguments), len(rows), self.groups.to(rows.calls.device)
+        group = numbers[rows.calls] if len(numbers) > 1 else torch.zeros_like(rows.calls)
+        outputs, order = [], []
+        for number in group.unique():
             at = (group == number).nonzero().squeeze(1)
             chosen = (torch.arange(self.state.chunks, device=at.device)[:, None] * count + at).flatten()
-            step, some = int(rows.calls[at[0]]), rows[at]
-
-            def fresh(path: tuple[Any, ...], step: int = step, some: Rows = some, chosen: Tensor = chosen) -> Any:  # noqa: ANN401
-                if path in self.live:
-                    return now[path][chosen] if len(now[path]) == self.state.chunks * count else now[path]
-                return self.plain[path][step] if path in self.plain else self._rows(path, some)
-
-            parts.append(leaves(output := network(rebuilt(self.pattern, fresh))))
+            outputs.append(network(rebuilt(self.pattern, self._server(rows[at], chosen, now, count))))
             order.append(chosen)
-        if len(parts) == 1:
-            return output
-        back = torch.cat(order).argsort()
-        return rebuilt(output, lambda path: torch.cat([part[path] for part in parts])[back])
+        if len(outputs) == 1:
+            return outputs[0]
+        back, parts = torch.cat(order).argsort(), [leaves(output) for output in outputs]
+        return rebuilt(outputs[0], lambda path: torch.cat([part[path] for part in parts])[back])
 
-    def _rows(self, path: tuple[Any, ...], rows: Rows) -> Tensor:
-        """A tensor argument for some rows."""
-        table, total = self.tables[path], self.state.chunks * self.batch
-        chunk = torch.arange(self.state.chunks, device=rows.samples.device)[:, None] * self.batch
-        row, step = (chunk + rows.samples).flatten(), rows.calls.repeat(self.state.chunks)
-        steps = torch.zeros_like(step) if len(table) == 1 else step
-        row, steps = row.to(table.device), steps.to(table.device)
+    def _server(self, rows: Rows, chosen: Tensor, now: dict[Path, Any], count: int) -> Callable[[Path], Any]:
+        """Gives each argument for some of a round's rows, ``chosen`` among its network rows."""
+        step = int(rows.calls[0])
+
+        def serve(path: Path) -> Any:  # noqa: ANN401 - any value
+            if path in self.live:
+                return now[path][chosen] if len(now[path]) == self.state.chunks * count else now[path]
+            values = self.values[path]
+            return self._rows(path, rows) if path in self.tables else values[min(step, len(values) - 1)]
+
+        return serve
+
+    def _rows(self, path: Path, rows: Rows) -> Tensor:
+        """A tensor argument for some rows: each from its own step and sample."""
+        table, chunks = self.tables[path], self.state.chunks
+        total, device = chunks * self.batch, table.device
+        samples, step = rows.samples.to(device), rows.calls.to(device).repeat(chunks)
+        row = (torch.arange(chunks, device=device)[:, None] * self.batch + samples).flatten()
+        step = step if len(table) > 1 else torch.zeros_like(step)
         if path == self.state.path:
-            whole = table[steps, row]
-            state = rows.state.to(whole).repeat(self.state.chunks, *[1] * (whole.ndim - 1))
-            self.state.of(whole).copy_(state)
+            whole = table[step, row]
+            self.state.of(whole).copy_(rows.state.repeat(chunks, *[1] * (whole.ndim - 1)))
             return whole
-        if table[0].numel() == 1 and len(table) > 1:
-            return table.flatten()[steps]
-        shared = set(path) & set(SHARED)
-        if table.ndim > 1 and not shared:
+        if len(table) > 1 and table[0].numel() == 1:
+            return table.flatten()[step]
+        if table.ndim > 1 and not set(path) & set(SHARED):
             if table.shape[1] == total:
-                return table[steps, row]
+                return table[step, row]
             if table.shape[1] == self.batch:
-                return table[steps[: len(rows.samples)], rows.samples.to(table.device)]
+                return table[step[: len(rows)], samples]
             if path[-1] in PER_FRAME and table.shape[1] % total == 0:
-                return table.unflatten(1, (total, -1))[steps, row].flatten(0, 1)
+                return table.unflatten(1, (total, -1))[step, row].flatten(0, 1)
         if len(table) > 1:
             raise UnsupportedError(f"argument {path[0]!r} of {self.name} changes with the steps, for all rows at once")
         return table[0]
 
 
-def _find_state(name: str, arguments: dict[tuple[Any, ...], Any], state: Tensor) -> StateAt:
+def _find_state(name: str, arguments: dict[Path, Any], state: Tensor) -> StateAt:
     """Where the state stands among the arguments."""
     for path, leaf in arguments.items():
         if not isinstance(leaf, Tensor) or leaf.ndim != state.ndim or len(leaf) % len(state):
             continue
-        chunks = len(leaf) // len(state)
         longer = [k for k in range(1, leaf.ndim) if leaf.shape[k] != state.shape[k]]
         if len(longer) > 1 or any(leaf.shape[k] < state.shape[k] for k in longer):
             continue
-        axis = longer[0] if longer else 1
+        chunks, axis = len(leaf) // len(state), longer[0] if longer else 1
         wanted = state.to(leaf).repeat(chunks, *[1] * (state.ndim - 1))
         for first in range(leaf.shape[axis] - state.shape[axis] + 1):
             found = StateAt(path, chunks, axis, first, first + state.shape[axis])
@@ -213,17 +222,13 @@ def _find_state(name: str, arguments: dict[tuple[Any, ...], Any], state: Tensor)
     )
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
-
-
-def _all_same(some: list[Any], others: list[Any]) -> bool:
-    """Whether two lists hold the same plain values."""
-    return all(one is other or (type(one) is type(other) and _plainly(one, other)) for one, other in zip(some, others, strict=True))
-
-
-def _plainly(one: Any, other: Any) -> bool:  # noqa: ANN401 - any value
+def same(one: Any, other: Any) -> bool:  # noqa: ANN401 - any values
+    """Whether two arguments are equal."""
+    if one is other or type(one) is not type(other):
+        return one is other
+    if isinstance(one, Tensor):
+        return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
     try:
         return bool(one == other)
-    except (ValueError, RuntimeError, TypeError):
+    except (ValueError, RuntimeError, TypeError):  # objects that cannot be compared
         return False

@@ -101,7 +101,7 @@ class Run:
             )
         if self.rounds is None:
             return self.rehearsal.network(proxy._name, proxy.run, arguments)
-        return self.rounds.network(proxy._name, proxy.run, arguments, None)
+        return self.rounds.network(proxy._name, proxy.run, arguments, self.rehearsal.spares[proxy._name])
 
     def step(self, output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """The scheduler's step."""
@@ -129,7 +129,7 @@ class Run:
         assert self.rehearsal is not None
         self.score = self.rehearsal.score()
         progress = not getattr(self.pipe, "_progress_bar_config", {}).get("disable", False)
-        evaluated = sum(self.rehearsal.evaluated.values()) // self.rehearsal.batch
+        evaluated = self.rehearsal.evaluated // self.rehearsal.batch
         self.rounds = Rounds(self.score, self.options, evaluated, progress)
 
     def going(self) -> bool:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from piadm.interop.diffusers.arguments import Slot, leaves, rebuilt
+from piadm.interop.diffusers.arguments import Path, Slot, leaves, rebuilt, same
 from piadm.interop.diffusers.levels import CallLevels, Estimate, estimate, levels, steps
 from piadm.interop.diffusers.probe import UnsupportedError, probe, rebound
 from piadm.integrators import Steps
@@ -93,134 +93,136 @@ class Rehearsal:
     Args:
         scheduler: the pipeline's scheduler, a copy of its own.
         timesteps: the steps, shape ``(J,)``.
-        shapes: outputs of the networks by what they were given, known from earlier runs; added to.
+        outputs: stand-ins for network outputs, known from earlier runs by name and arguments; added to.
+
+    Attributes:
+        evaluated: rows of the denoising networks that were evaluated, to learn the shape of their output.
+        spares: the latest stand-in of each network.
     """
 
-    def __init__(self, scheduler: Any, timesteps: Tensor, shapes: dict[object, Any]) -> None:  # noqa: ANN401
-        self.scheduler, self.timesteps, self.shapes = scheduler, timesteps, shapes
-        self.plain = copy.deepcopy(scheduler)
-        self.records: list[list[tuple[str, dict[str, Any]]]] = [[]]
+    def __init__(self, scheduler: Any, timesteps: Tensor, outputs: dict[object, Any]) -> None:  # noqa: ANN401
+        self.scheduler, self.timesteps, self.outputs = scheduler, timesteps, outputs
+        self.unused = copy.deepcopy(scheduler)
         self.generator = torch.Generator().manual_seed(0x5EED)
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+        self.before: list[tuple[str, dict[str, Any]]] = []
+        self.slots: list[Slot] = []
         self.noise: list[Tensor | None] = []
         self.fixed: Fixed | None = None
         self.scaled = False
-        self.evaluated: dict[str, int] = {}
-        self.marker: Tensor | None = None
-        self.feeding: set[str] = set()
+        self.evaluated = 0
+        self.spares: dict[str, Any] = {}
 
-    # -- what the pipeline calls -------------------------------------------------------------------------------------
-
-    def network(self, name: str, run: Any, arguments: dict[str, Any]) -> Any:  # noqa: ANN401 - a network
+    def network(self, name: str, run: Callable[[dict[str, Any]], Any], arguments: dict[str, Any]) -> Any:  # noqa: ANN401
         """An output of the right shape; the network itself runs only where that is not known yet."""
-        self.records[-1].append((name, dict(arguments)))
-        given = leaves(arguments)
-        key = (name, *((path, _shape(value)) for path, value in given.items()))
-        if key not in self.shapes:
+        self.calls.append((name, dict(arguments)))
+        key = (name, *((path, _kind(value)) for path, value in leaves(arguments).items()))
+        if key not in self.outputs:
             output = run(arguments)
-            tensors = {path: leaf for path, leaf in leaves(output).items() if isinstance(leaf, Tensor)}
-            self.evaluated[name] = max(len(leaf) for leaf in tensors.values())
-            self.shapes[key] = _stand_in(output, single=len(tensors) == 1)
-        if len([leaf for leaf in leaves(self.shapes[key]).values() if isinstance(leaf, Tensor)]) > 1:
-            self.feeding.add(name)
-        return self.shapes[key]
+            self.outputs[key] = stand_in = _stand_in(output)
+            if _denoises(stand_in):
+                self.evaluated += next(len(leaf) for leaf in leaves(output).values() if isinstance(leaf, Tensor))
+        self.spares[name] = self.outputs[key]
+        return self.outputs[key]
 
     def step(self, output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """The scheduler's own step, for the noise that it draws; returns a state that will be recognised."""
-        drawn: list[Tensor] = []
-
-        def draw(*given: Any, **options: Any) -> Tensor:  # noqa: ANN401 - randn_tensor's own
-            drawn.append(original(*given, **options))
-            return drawn[-1]
-
-        original = type(self.scheduler).step.__globals__.get("randn_tensor")
-        options = self._options(args, kwargs)
-        if len(self.records) == 1:
+        number = len(self.noise)
+        names = list(inspect.signature(self.scheduler.step).parameters)[3 : 3 + len(args)]
+        options = dict(zip(names, args, strict=True)) | kwargs
+        if number == 0:
             self._begin(output, sample, options)
         else:
-            self._compare(output, sample, options)
-        step = rebound(type(self.scheduler).step, randn_tensor=draw)
-        self.result = step(self.scheduler, output, timestep, sample, **options)
-        self.noise.append(drawn[0] if drawn else None)
-        self.records.append([])
-        state = self._fresh_marker(sample)
-        return replaced(self.result, state.to(self.result[0].dtype))
-
-    # -- what it means -----------------------------------------------------------------------------------------------
-
-    def _options(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        names = list(_parameters(self.scheduler))[3 : 3 + len(args)]
-        return dict(zip(names, args, strict=True)) | dict(kwargs)
-
-    def _fresh_marker(self, sample: Tensor) -> Tensor:
-        numbers = torch.randint(STEPS, sample.shape, generator=self.generator)
+            self._compare(output, sample, options, number)
+        self._learn(number)
+        self._step(output, timestep, sample, options)
+        steps = torch.randint(STEPS, sample.shape, generator=self.generator)
         signs = torch.randint(2, sample.shape, generator=self.generator) * 2 - 1
-        self.marker = (signs * (LARGE + numbers * (LARGE / STEPS))).to(sample)
-        return self.marker
+        self.marker = (signs * (LARGE + steps * (LARGE / STEPS))).to(sample)
+        return replaced(self.result, self.marker.to(self.result[0].dtype))
+
+    def _step(self, output: Tensor, timestep: Any, sample: Tensor, options: dict[str, Any]) -> None:  # noqa: ANN401
+        """Let the scheduler step, and keep what it draws."""
+        drawn: list[Tensor] = []
+        step = type(self.scheduler).step
+        draw = inspect.unwrap(step).__globals__.get("randn_tensor")
+
+        def kept(*given: Any, **more: Any) -> Tensor:  # noqa: ANN401 - randn_tensor's own
+            drawn.append(draw(*given, **more))
+            return drawn[-1]
+
+        self.result = rebound(step, randn_tensor=kept)(self.scheduler, output, timestep, sample, **options)
+        self.noise.append(drawn[0] if drawn else None)
 
     def _begin(self, output: Tensor, sample: Tensor, options: dict[str, Any]) -> None:
         """The first step: read the scheduler, keep the initial state."""
-        self.options, self.output, self.first = options, output, sample
-        self.probed = probe(self.plain, self.timesteps, options)
-        self.levels = levels(self.plain, self.timesteps, self.probed.scales)
-        self.estimate = estimate(self.plain, self.timesteps, self.levels, self.probed, options)
+        self.output, self.first, self.options = output, sample, options
+        self.probed = probe(self.unused, self.timesteps, options)
+        self.levels = levels(self.unused, self.timesteps, self.probed.scales)
+        self.estimate = estimate(self.unused, self.timesteps, self.levels, self.probed, options)
         self.sources = torch.arange(len(sample))
-        self.sure: tuple[int, Tensor] = (0, sample)
+        self.state = sample
 
-    def _compare(self, output: Tensor, sample: Tensor, options: dict[str, Any]) -> None:
-        """A later step: it may differ from the first one only in ways that rows can differ in."""
-        marker = self.marker
-        assert marker is not None
-        j = len(self.records) - 1
-        if options.keys() != self.options.keys() or any(not _same(options[key], self.options[key]) for key in options):
+    def _compare(self, output: Tensor, sample: Tensor, options: dict[str, Any], number: int) -> None:
+        """A later step: it may differ from the first one only in ways in which rows can differ."""
+        if options.keys() != self.options.keys() or not all(same(options[key], self.options[key]) for key in options):
             raise UnsupportedError("the pipeline gives the scheduler other arguments at some steps than at others")
-        if output.shape != self.output.shape or not torch.allclose(
-            output.double(), self.output.double(), rtol=ROUNDING, atol=ROUNDING * float(output.abs().max())
-        ):
+        near = ROUNDING * float(self.output.abs().max())
+        if output.shape != self.output.shape or not torch.allclose(output, self.output, rtol=ROUNDING, atol=near):
             raise UnsupportedError(
-                "guidance changes with the steps or reads the state (the same network outputs were combined to "
-                f"different model outputs at steps 0 and {j})"
+                "guidance changes with the steps or reads the state: the same network outputs were combined to "
+                f"different model outputs at steps 0 and {number}"
             )
-        if j == 1:
-            self.sources = _sources(sample, marker)
-            self.sure = (1, sample[: self.batch])
-        self._compare_states(sample[: self.batch], marker[self.sources][: self.batch], j)
-
-    def _compare_states(self, state: Tensor, marker: Tensor, j: int) -> None:
-        """Find the coordinates that are not as the last step left them."""
-        mask = state != marker
-        if j == 1 and mask.any():
+        if number == 1:
+            self.sources = _sources(sample, self.marker)
+        self.state, marker = sample[: self.batch], self.marker[self.sources][: self.batch]
+        mask = self.state != marker
+        if number == 1 and mask.any():
             self.fixed = Fixed(mask, [])
-        if self.fixed is None and not mask.any():
+        if not torch.equal(mask, torch.zeros_like(mask) if self.fixed is None else self.fixed.mask):
+            raise UnsupportedError("the pipeline changes other parts of the state after some steps than after others")
+        if self.fixed is not None:
+            self.fixed.values.append(self.state[mask].float())
+            if bool((self.fixed.values[-1].abs() >= LARGE / 4).any()):
+                raise UnsupportedError("the pipeline changes the state between two steps by more than setting parts of it")
+
+    def _learn(self, number: int) -> None:
+        """Take in the network calls of a step; only from the second on are all rows of the state known to differ."""
+        calls, self.calls = self.calls, []
+        if number == 0 and len(self.timesteps) > 1:
+            self.before = calls
             return
-        same = self.fixed is not None and torch.equal(mask, self.fixed.mask)
-        if self.fixed is None or not same or bool((state[mask].abs() >= LARGE / 4).any()):
-            raise UnsupportedError("the pipeline changes the state between two steps by more than setting parts of it")
-        self.fixed.values.append(state[mask].float())
+        if not self.slots:
+            known = {name: _denoises(self.spares[name]) for name, _ in calls}
+            self.slots = [Slot(name, given, self.state, denoises=known[name]) for name, given in calls]
+        for step in (self.before, calls) if self.before else (calls,):
+            if [name for name, _ in step] != [slot.name for slot in self.slots]:
+                raise UnsupportedError("the pipeline calls other networks at some steps than at others")
+            for slot, (_, given) in zip(self.slots, step, strict=True):
+                slot.learn(given)
+        self.before = []
 
     @property
     def batch(self) -> int:
-        """Number of samples ``L``: the rows of the scheduler that a network reads."""
+        """Number of samples ``L``: the rows of the scheduler's state that a network reads."""
         return int(self.sources.max()) + 1
 
     def score(self) -> Score:
         """What was found.
 
         Raises:
-            UnsupportedError: if the steps do not call the same networks, or these do not read the state.
+            UnsupportedError: if the loop did not make one step per timestep, with a network.
         """
-        calls = self.records[: len(self.timesteps)]
-        names = [name for name, _ in calls[0]]
-        if not names or any([name for name, _ in call] != names for call in calls):
-            raise UnsupportedError("the pipeline calls other networks at some steps than at others")
-        sure, state = self.sure
-        slots = [Slot(name, [call[k][1] for call in calls], state, sure, name not in self.feeding) for k, name in enumerate(names)]
+        if len(self.noise) != len(self.timesteps) or not self.slots:
+            raise UnsupportedError("the pipeline does not call a network and the scheduler once per timestep")
         recurrence, noise = steps(self.probed, self.estimate), None
         if recurrence.normals:
-            drawn = next(x for x in self.noise if x is not None)
-            noise = torch.stack([torch.zeros_like(drawn) if x is None else x for x in self.noise])[:, : self.batch]
+            drawn = next(normals for normals in self.noise if normals is not None)
+            kept = [torch.zeros_like(drawn) if normals is None else normals for normals in self.noise]
+            noise = torch.stack(kept)[:, : self.batch]
         scales = self.probed.scales if self.scaled else torch.ones_like(self.probed.scales)
         return Score(
-            self.first[: self.batch], self.sources, noise, recurrence, self.levels, self.estimate, scales, slots,
+            self.first[: self.batch], self.sources, noise, recurrence, self.levels, self.estimate, scales, self.slots,
             self.fixed, self.result,
         )  # fmt: skip
 
@@ -240,12 +242,12 @@ def _sources(sample: Tensor, marker: Tensor) -> Tensor:
     return sources
 
 
-def _stand_in(output: Any, *, single: bool) -> Any:  # noqa: ANN401 - a network's output
-    """Random numbers like one tensor; NaN like several, which are for another network and mark what it is given."""
-    flat = leaves(output)
-    generator = torch.Generator().manual_seed(0)
+def _stand_in(output: Any) -> Any:  # noqa: ANN401 - a network's output
+    """Random numbers for one tensor; NaN for several, which are for another network and mark what it is given."""
+    flat, generator = leaves(output), torch.Generator().manual_seed(0)
+    single = sum(isinstance(leaf, Tensor) for leaf in flat.values()) == 1
 
-    def fresh(path: tuple[Any, ...]) -> Any:  # noqa: ANN401 - any value
+    def fresh(path: Path) -> Any:  # noqa: ANN401 - any value
         leaf = flat[path]
         if not isinstance(leaf, Tensor):
             return leaf
@@ -254,15 +256,11 @@ def _stand_in(output: Any, *, single: bool) -> Any:  # noqa: ANN401 - a network'
     return rebuilt(output, fresh)
 
 
-def _shape(value: object) -> object:
+def _denoises(stand_in: Any) -> bool:  # noqa: ANN401 - a network's output
+    """Whether an output is the model output."""
+    return not any(isinstance(leaf, Tensor) and bool(leaf.isnan().any()) for leaf in leaves(stand_in).values())
+
+
+def _kind(value: object) -> object:
+    """What the shape of a network's output may depend on."""
     return (value.shape, value.dtype, value.device) if isinstance(value, Tensor) else type(value)
-
-
-def _same(one: Any, other: Any) -> bool:  # noqa: ANN401 - any value
-    if isinstance(one, Tensor) or isinstance(other, Tensor):
-        return one is other or (isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other))
-    return one is other or bool(one == other)
-
-
-def _parameters(scheduler: Any) -> Any:  # noqa: ANN401 - any scheduler
-    return inspect.signature(scheduler.step).parameters
