@@ -108,6 +108,9 @@ class Slot:
         if flat.keys() != leaves(self.pattern).keys():
             raise UnsupportedError(f"{self.name} is called with other arguments at some steps than at others")
         for path, value in flat.items():
+            known = self.values.get(path, [])
+            if len(known) == 1 and value is known[0]:
+                continue
             if isinstance(value, Tensor) and value.is_floating_point() and bool(value.isnan().any()):
                 self.live.add(path)
                 continue
@@ -135,7 +138,7 @@ class Slot:
 
     @cached_property
     def groups(self) -> Tensor:
-        """Steps with equal values of what all rows share have one number, shape ``(J,)`` or, for one group, ``(1,)``."""
+        """Steps with equal values of what all rows share have one number, shape ``(J,)``; ``(1,)`` for one group."""
         varying = [values for path, values in self.values.items() if path not in self.tables and len(values) > 1]
         seen: list[list[Any]] = []
         numbers = []
@@ -156,7 +159,7 @@ class Slot:
         now, count, numbers = leaves(arguments), len(rows), self.groups.to(rows.calls.device)
         group = numbers[rows.calls] if len(numbers) > 1 else torch.zeros_like(rows.calls)
         outputs, order = [], []
-        for number in group.unique():
+        for number in sorted(set(group.tolist())):
             at = (group == number).nonzero().squeeze(1)
             chosen = (torch.arange(self.state.chunks, device=at.device)[:, None] * count + at).flatten()
             outputs.append(network(rebuilt(self.pattern, self._server(rows[at], chosen, now, count))))
@@ -197,7 +200,7 @@ class Slot:
             if table.shape[1] == self.batch:
                 return table[step[: len(rows)], samples]
             if path[-1] in PER_FRAME and table.shape[1] % total == 0:
-                return table.unflatten(1, (total, -1))[step, row].flatten(0, 1)
+                return table.reshape(len(table), total, -1, *table.shape[2:])[step, row].flatten(0, 1)
         if len(table) > 1:
             raise UnsupportedError(f"argument {path[0]!r} of {self.name} changes with the steps, for all rows at once")
         return table[0]

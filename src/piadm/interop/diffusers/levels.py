@@ -108,19 +108,19 @@ def levels(scheduler: Any, times: Tensor, scales: Tensor) -> CallLevels:  # noqa
         UnsupportedError: if it cannot add noise.
     """
     one, none = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
-    found = torch.tensor([[1.0] * len(times) + [1.0], [0.0] * (len(times) + 1)], dtype=torch.float64)
+    found = torch.tensor([[1.0], [0.0]], dtype=torch.float64).repeat(1, len(times) + 1)
     for j, t in enumerate(times.cpu()):
         twin = unclipped(scheduler)
         if hasattr(twin, "set_begin_index"):
             twin._begin_index = twin._step_index = None
         try:
-            if hasattr(twin, "add_noise"):
-                found[:, j] = torch.stack([twin.add_noise(*x, t[None]) for x in ((one, none), (none, one))]).squeeze()
-            else:
-                found[:, j] = torch.stack([twin.scale_noise(x, t[None], n) for x, n in ((one, none), (none, one))]).squeeze()
+            for row, (data, noise) in enumerate(((one, none), (none, one))):
+                flows = not hasattr(twin, "add_noise")
+                noisy = twin.scale_noise(data, t[None], noise) if flows else twin.add_noise(data, noise, t[None])
+                found[row, j] = noisy.item()
         except (AttributeError, TypeError, ValueError, RuntimeError, IndexError) as error:
             name = type(scheduler).__name__
-            raise UnsupportedError(f"the noise levels of {name} cannot be read ({error}); what works: {WORKS}") from error
+            raise UnsupportedError(f"{name} has no readable noise levels ({error}); what works: {WORKS}") from error
     exploding = bool((found[0] == 1).all() and (scales < 1).all()) and not hasattr(scheduler, "precondition_outputs")
     if exploding:
         found[1, :-1] = (scales.pow(-2) - 1).sqrt()
@@ -146,7 +146,8 @@ def estimate(
         one, none = torch.ones_like(sigma), torch.zeros_like(sigma)
         p, q = (scheduler.precondition_outputs(*x, sigma) for x in ((one, none), (none, one)))
     elif kind not in PREDICTIONS:
-        raise UnsupportedError(f"prediction_type of {type(scheduler).__name__} must be one of {', '.join(PREDICTIONS)}")
+        name = type(scheduler).__name__
+        raise UnsupportedError(f"prediction_type of {name} must be one of {', '.join(PREDICTIONS)}, got {kind!r}")
     elif PREDICTIONS[kind] == "velocity":
         p, q = Denoiser(torch.nn.Identity(), FlowSchedule(), "velocity").coefficients(at.sigma(clock))
     else:

@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from piadm._checks import described
+from piadm.interop.diffusers._version import pipeline_class
 from piadm.interop.diffusers.probe import UnsupportedError, rebound
 from piadm.interop.diffusers.proxies import NetworkProxy, SchedulerProxy, is_denoiser
-from piadm.interop.diffusers.rehearsal import Rehearsal, Score
+from piadm.interop.diffusers.rehearsal import Rehearsal, replaced
 from piadm.interop.diffusers.rounds import Options, Rounds
+from piadm.linearization import Linearization
 from piadm.solution import RoundInfo, Solution
 
 
@@ -46,16 +49,16 @@ class Run:
     """One call of a parallel pipeline, on a shallow copy of the pipeline with stand-ins for scheduler and networks.
 
     Args:
-        pipe: the pipeline.
-        options: how to sample.
-        shapes: what is known of the networks' outputs; added to.
+        parallel: the parallel pipeline.
+        args: positional arguments of the call.
+        kwargs: the others.
     """
 
-    def __init__(self, pipe: Any, options: Options, shapes: dict[object, Any]) -> None:  # noqa: ANN401 - any pipeline
-        self.pipe, self.options, self.shapes = pipe, options, shapes
-        self.scheduler = copy.deepcopy(pipe.scheduler)
+    def __init__(self, parallel: ParallelPipeline, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.parallel, self.pipe, self.name = parallel, parallel.pipe, type(parallel.pipe).__name__
+        self.args, self.kwargs = args, kwargs
+        self.scheduler = copy.deepcopy(self.pipe.scheduler)
         self.rehearsal: Rehearsal | None = None
-        self.score: Score | None = None
         self.rounds: Rounds | None = None
         self.solution: Solution | None = None
         self.ended_round = False
@@ -65,13 +68,36 @@ class Run:
         stage = copy.copy(self.pipe)
         parts: dict[str, Any] = {"scheduler": SchedulerProxy(self.scheduler, self.step, self._scaled)}
         for name, component in self.pipe.components.items():
+            if getattr(component, "is_cache_enabled", False):
+                raise UnsupportedError(f"the cache of {self.name}.{name} remembers earlier steps; disable_cache() first")
             if is_denoiser(component):
                 parts[name] = NetworkProxy(component, name, self.network)
         parts["progress_bar"] = self.progress_bar
-        # Offloading moves the original's modules: it must put them back itself.
+        # Offloading moves the modules of the original, which must put them back itself.
         parts["maybe_free_model_hooks"] = self.pipe.maybe_free_model_hooks
         vars(stage).update(parts)  # past __setattr__, which would write the stand-ins into the configuration
         return stage
+
+    def __call__(self) -> Any:  # noqa: ANN401 - the pipeline's own
+        """The pipeline's output."""
+        kwargs = dict(self.kwargs)
+        if kwargs.get("callback") is not None:
+            raise UnsupportedError("callback is not supported; use callback_on_step_end")
+        if (theirs := kwargs.get("callback_on_step_end")) is not None:
+            if not callable(theirs) or hasattr(theirs, "tensor_inputs"):
+                raise UnsupportedError("callback_on_step_end must be a function: callback objects change the steps")
+            kwargs["callback_on_step_end"] = self.callback(theirs)
+        # A copy of the pipeline's __call__ whose enumerate is this run's: nobody else's is touched.
+        call = rebound(type(self.pipe).__call__, enumerate=self.enumerate)
+        try:
+            with torch.no_grad():
+                output = call(self.stage, *self.args, **kwargs)
+        finally:
+            if self.rounds is not None:
+                self.rounds.close()
+        if self.rounds is None:
+            raise UnsupportedError(f"{self.name} does not loop over scheduler.timesteps")
+        return output
 
     # -- what the pipeline calls -------------------------------------------------------------------------------------
 
@@ -95,22 +121,21 @@ class Run:
 
     def network(self, proxy: NetworkProxy, arguments: dict[str, Any]) -> Any:  # noqa: ANN401 - the network's own
         """A network call of the loop."""
+        name = proxy._name
         if self.rehearsal is None:
-            raise UnsupportedError(
-                f"{type(self.pipe).__name__} calls its {proxy._name} outside of a loop over scheduler.timesteps"
-            )
+            raise UnsupportedError(f"{self.name} calls its {name} outside of a loop over scheduler.timesteps")
         if self.rounds is None:
-            return self.rehearsal.network(proxy._name, proxy.run, arguments)
-        return self.rounds.network(proxy._name, proxy.run, arguments, self.rehearsal.spares[proxy._name])
+            return self.rehearsal.network(name, proxy.run, arguments)
+        return self.rounds.network(name, proxy.run, arguments, self.rehearsal.spares[name])
 
     def step(self, output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """The scheduler's step."""
         if self.rehearsal is None:
-            raise UnsupportedError(f"{type(self.pipe).__name__} does not loop over scheduler.timesteps")
-        if self.rounds is None or self.score is None:
+            raise UnsupportedError(f"{self.name} does not loop over scheduler.timesteps")
+        if self.rounds is None:
             return self.rehearsal.step(output, timestep, sample, *args, **kwargs)
         self.ended_round = self.rounds.step(output)
-        return self.score.answer(self.rounds.end(), sample)
+        return replaced(self.rehearsal.result, self.rounds.end().to(self.rehearsal.result[0].dtype))
 
     def _scaled(self) -> None:
         if self.rehearsal is not None:
@@ -121,16 +146,15 @@ class Run:
     def begin(self, timesteps: Tensor) -> None:
         """The loop begins: rehearse."""
         if self.rehearsal is not None:
-            raise UnsupportedError(f"{type(self.pipe).__name__} loops over scheduler.timesteps more than once")
-        self.rehearsal = Rehearsal(self.scheduler, timesteps, self.shapes)
+            raise UnsupportedError(f"{self.name} loops over scheduler.timesteps more than once")
+        self.rehearsal = Rehearsal(self.scheduler, timesteps, self.parallel._outputs)
 
     def turn_to_rounds(self) -> None:
         """All steps are rehearsed."""
         assert self.rehearsal is not None
-        self.score = self.rehearsal.score()
         progress = not getattr(self.pipe, "_progress_bar_config", {}).get("disable", False)
         evaluated = self.rehearsal.evaluated // self.rehearsal.batch
-        self.rounds = Rounds(self.score, self.options, evaluated, progress)
+        self.rounds = Rounds(self.rehearsal.score(), self.parallel.options, evaluated, progress)
 
     def going(self) -> bool:
         """Whether the engine asks for more rows; asks it to stop where the pipeline was interrupted."""
@@ -150,6 +174,7 @@ class Run:
         def ours(stage: Any, i: int, t: Any, values: dict[str, Any]) -> dict[str, Any]:  # noqa: ANN401
             if self.rounds is None or not self.ended_round:
                 return {}
+            self.parallel.last_round = self.rounds.info
             changed = theirs(stage, self.rounds.tally.rounds - 1, t, dict(values)) or {}
             if bad := sorted(name for name, value in changed.items() if value is not values.get(name)):
                 raise UnsupportedError(f"callback_on_step_end may look and interrupt, not change {', '.join(bad)}")
@@ -157,54 +182,97 @@ class Run:
 
         return ours
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - the pipeline's own
-        """The pipeline's output."""
-        if kwargs.get("callback") is not None:
-            raise UnsupportedError("callback is not supported; use callback_on_step_end")
-        if (theirs := kwargs.get("callback_on_step_end")) is not None:
-            if not callable(theirs) or hasattr(theirs, "tensor_inputs"):
-                raise UnsupportedError("callback_on_step_end must be a function: callback objects change the steps")
-            kwargs["callback_on_step_end"] = self.callback(theirs)
-        call = rebound(type(self.pipe).__call__, enumerate=self.enumerate)
-        try:
-            with torch.no_grad():
-                return call(self.stage, *args, **kwargs)
-        finally:
-            if self.rounds is not None:
-                self.rounds.close()
-
-    @property
-    def last_round(self) -> RoundInfo | None:
-        """What is known after the latest round."""
-        return None if self.rounds is None else self.rounds.info
-
 
 class ParallelPipeline:
     """A pipeline whose calls run parallel in time; everything else is the pipeline's.
 
     Attributes:
-        pipe: the pipeline, never changed.
+        pipe: the pipeline, never changed; what is changed in it holds for the next call.
         options: how to sample.
-        last_solution: ``piadm.Solution`` of the last call: status and error estimate per sample, rounds, evaluations.
+        last_solution: the ``piadm.Solution`` of the last call: rounds, evaluations, status and error estimate per sample;
+            its sample is the scheduler's final state.
+        last_round: the ``piadm.RoundInfo`` of the latest round, for a ``callback_on_step_end``.
     """
 
     def __init__(self, pipe: Any, options: Options) -> None:  # noqa: ANN401 - any pipeline
         self.pipe, self.options = pipe, options
         self.last_solution: Solution | None = None
-        self._shapes: dict[object, Any] = {}
+        self.last_round: RoundInfo | None = None
+        self._outputs: dict[object, Any] = {}
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - the pipeline's own
+        if name in ("pipe", "__setstate__"):  # not there yet while being copied
+            raise AttributeError(name)
         return getattr(self.pipe, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - the pipeline's own
-        """The pipeline's own call, with its arguments and its output."""
-        run = Run(self.pipe, self.options, self._shapes)
-        self._run = run
-        output = run(*args, **kwargs)
-        self.last_solution = run.solution
-        return output
+        """The pipeline's own call: its arguments, its output.
+
+        ``callback_on_step_end`` is called once per round, with the number of the round; the ``latents`` that it is given
+        are the current estimate of the final ones, a preview.  Setting ``pipe._interrupt`` there, or Ctrl-C, ends the
+        run with the estimate so far.
+
+        Raises:
+            UnsupportedError: naming what cannot be run in parallel.
+            NetworkError: if a network fails, naming the samples and steps of the rows it was given.
+            NotConvergedError: with ``raise_on_failure``, if a sample is not CONVERGED.
+        """
+        run = Run(self, args, kwargs)
+        try:
+            return run()
+        finally:
+            self.last_solution = run.solution
 
 
-def parallelize(pipe: Any, **options: Any) -> ParallelPipeline:  # noqa: ANN401 - any pipeline
-    """x."""
-    return ParallelPipeline(pipe, Options(**options))
+def parallelize(
+    pipe: Any,  # noqa: ANN401 - any pipeline
+    *,
+    tol: float = 1e-2,
+    max_batch: int | None = None,
+    nodes: str | int | None = None,
+    window: int | str | None = None,
+    linearization: str | Linearization | None = None,
+    max_rounds: int | None = None,
+    data_mean: float = 0.0,
+    data_variance: float = 1.0,
+    raise_on_failure: bool = False,
+) -> ParallelPipeline:
+    """A diffusers pipeline that runs parallel in time, by its own code: same arguments, same generator, same output.
+
+        x_{j+1} = sum_{i<=j} (a_ji x_i + b_ji D(x_i)) + c_j xi_j        solved for all j at once, in rounds
+
+    with the coefficients of the pipeline's own scheduler and the noise that the pipeline would draw.
+
+    Args:
+        pipe: a ``DiffusionPipeline``.
+        tol: RMS error per coordinate of the final latents (of pixels, without an autoencoder) against the sequential
+            pipeline, > 0, judged per sample.
+        max_batch: most network rows in one call, guidance included; None: 128 on a CPU, elsewhere what memory holds.
+        nodes: steps at which the network is called, as for ``piadm.sample``: "all", a number, or None: as many as the
+            tolerance needs, which are all for up to about 60 steps.
+        window: rows per sample evaluated in a round, as for ``piadm.sample``.
+        linearization: as for ``piadm.sample``.
+        max_rounds: most rounds; None: twice as many as steps.
+        data_mean, data_variance: of the latents; wrong values cost rounds, never exactness.
+        raise_on_failure: raise ``NotConvergedError`` unless every sample is CONVERGED.
+
+    Returns:
+        A ``ParallelPipeline``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was received and what is accepted.
+        ImportError: for a diffusers that is missing or too old.
+        UnsupportedError: a ``ValueError``, for a pipeline without a scheduler or a network that reads a time.
+
+    Reference: Shih et al. 2023 (arXiv 2305.16317), whose ParaDiGMS pipelines were the first of their kind.
+    """
+    kind = pipeline_class()
+    if not isinstance(pipe, kind):
+        raise TypeError(f"pipe must be a diffusers.DiffusionPipeline, got {described(pipe)}")
+    name, components = type(pipe).__name__, pipe.components
+    if not hasattr(components.get("scheduler"), "step") or not any(map(is_denoiser, components.values())):
+        raise UnsupportedError(f"{name} has no scheduler with steps, or no network that reads a timestep")
+    options = Options(
+        tol, max_batch, nodes, window, linearization, max_rounds, data_mean, data_variance, raise_on_failure
+    )
+    return ParallelPipeline(pipe, options)

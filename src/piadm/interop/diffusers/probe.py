@@ -4,8 +4,8 @@ Every sampler whose step is affine in the sample, the model outputs so far and i
 
     x_{j+1} = sum_{i<=j} A_ji x_i + B_ji m_i + C_ji xi_i
 
-Feed it unit vectors, one coordinate for every ``x_i``, ``m_i`` and ``xi_i``, and one pass of its own loop writes the rows
-of ``A``, ``B`` and ``C``.  No formula of any scheduler is repeated here.
+Feed it unit vectors, one coordinate for every ``x_i``, ``m_i`` and ``xi_i``, and one pass of its own loop writes the
+rows of ``A``, ``B`` and ``C``.  No formula of any scheduler is repeated here.
 """
 
 from __future__ import annotations
@@ -122,7 +122,8 @@ def probe(scheduler: Any, times: Tensor, options: Mapping[str, Any]) -> Probe:  
             raise UnsupportedError(
                 f"{name} is not affine in sample, model outputs and one noise per step; what works: {WORKS}"
             )
-    return Probe(*rows[:, :-1].reshape(count, 3, count).unbind(1), scales)
+    states, outputs, noises = rows[:, :-1].reshape(count, 3, count).unbind(1)
+    return Probe(states, outputs, noises, scales)
 
 
 def _scale(scheduler: Any, t: Tensor) -> float:  # noqa: ANN401 - any scheduler

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -16,10 +17,8 @@ class Proxy:
     def __init__(self, target: Any) -> None:  # noqa: ANN401 - any object
         object.__setattr__(self, "_target", target)
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
-        """The target's class: pipelines ask with ``isinstance``."""
-        return type(self._target)
+    # Pipelines ask with isinstance.
+    __class__ = property(lambda self: type(self._target))
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - the target's own
         return getattr(self._target, name)
@@ -38,11 +37,12 @@ class NetworkProxy(Proxy):
         object.__setattr__(self, "_signature", signature(target))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - the network's own
+        """Hand over the arguments."""
         return self._answer(self, self._signature.bind(*args, **kwargs).arguments)
 
     def run(self, arguments: dict[str, Any]) -> Any:  # noqa: ANN401 - the network's own
         """Call the network itself."""
-        bound = inspect.BoundArguments(self._signature, arguments)  # type: ignore[arg-type]
+        bound = inspect.BoundArguments(self._signature, OrderedDict(arguments))
         return self._target(*bound.args, **bound.kwargs)
 
 
@@ -77,4 +77,5 @@ def signature(network: nn.Module) -> inspect.Signature:
 
 def is_denoiser(component: object) -> bool:
     """Whether a component of a pipeline is a network that reads a time."""
-    return isinstance(component, nn.Module) and any(name.startswith("timestep") for name in signature(component).parameters)
+    names = signature(component).parameters if isinstance(component, nn.Module) else ()
+    return any(name.startswith("timestep") for name in names)

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from piadm.integrators import Steps
 from piadm.interop.diffusers.arguments import Path, Slot, leaves, rebuilt, same
 from piadm.interop.diffusers.levels import CallLevels, Estimate, estimate, levels, steps
 from piadm.interop.diffusers.probe import UnsupportedError, probe, rebound
-from piadm.integrators import Steps
 
 #: States of the rehearsal lie between this and twice this, in steps that every floating-point type holds: what a
 #: pipeline puts in their place is far smaller.
@@ -42,6 +42,14 @@ class Fixed:
     mask: Tensor
     values: list[Tensor]
 
+    def put(self, state: Tensor, samples: Tensor, calls: Tensor) -> None:
+        """Set them in rows ``(r, *shape)`` of states, in place."""
+        for call in sorted(set(calls.tolist()) - {0}):
+            at = (calls == call).nonzero().squeeze(1)
+            whole = state.new_zeros(self.mask.shape)
+            whole[self.mask] = self.values[call - 1].to(state)
+            state[at] = torch.where(self.mask[samples[at]], whole[samples[at]], state[at])
+
 
 @dataclass(frozen=True)
 class Score:
@@ -57,7 +65,6 @@ class Score:
         scales: factor on the state before a network reads it, shape ``(J,)``.
         slots: the network calls of one step, in order.
         fixed: coordinates that are not the scheduler's; None: all are.
-        result: what the scheduler's last step returned.
     """
 
     initial: Tensor
@@ -69,17 +76,6 @@ class Score:
     scales: Tensor
     slots: list[Slot]
     fixed: Fixed | None
-    result: Any
-
-    def answer(self, state: Tensor, like: Tensor) -> Any:  # noqa: ANN401 - the scheduler's output
-        """The scheduler's output with another state, shape ``(N, *shape)``."""
-        return replaced(self.result, state.to(like.device, self.dtype))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the states that the scheduler returns."""
-        first = self.result[0]
-        return first.dtype  # type: ignore[no-any-return]
 
 
 def replaced(result: Any, state: Tensor) -> Any:  # noqa: ANN401 - a scheduler's output
@@ -98,6 +94,7 @@ class Rehearsal:
     Attributes:
         evaluated: rows of the denoising networks that were evaluated, to learn the shape of their output.
         spares: the latest stand-in of each network.
+        result: what the scheduler's latest step returned.
     """
 
     def __init__(self, scheduler: Any, timesteps: Tensor, outputs: dict[object, Any]) -> None:  # noqa: ANN401
@@ -184,7 +181,7 @@ class Rehearsal:
         if self.fixed is not None:
             self.fixed.values.append(self.state[mask].float())
             if bool((self.fixed.values[-1].abs() >= LARGE / 4).any()):
-                raise UnsupportedError("the pipeline changes the state between two steps by more than setting parts of it")
+                raise UnsupportedError("the pipeline changes the state between steps by more than setting parts of it")
 
     def _learn(self, number: int) -> None:
         """Take in the network calls of a step; only from the second on are all rows of the state known to differ."""
@@ -223,7 +220,7 @@ class Rehearsal:
         scales = self.probed.scales if self.scaled else torch.ones_like(self.probed.scales)
         return Score(
             self.first[: self.batch], self.sources, noise, recurrence, self.levels, self.estimate, scales, self.slots,
-            self.fixed, self.result,
+            self.fixed,
         )  # fmt: skip
 
 
@@ -235,9 +232,10 @@ def _sources(sample: Tensor, marker: Tensor) -> Tensor:
     """
     equal = torch.stack([(sample == row).flatten(1).sum(1) for row in marker], 1)
     own = equal.diagonal()
-    sources = torch.where(own == equal.max(1).values, torch.arange(len(sample), device=own.device), equal.argmax(1)).cpu()
+    rows = torch.arange(len(sample))
+    sources = torch.where((own == equal.max(1).values).cpu(), rows, equal.argmax(1).cpu())
     batch = int(sources.max()) + 1
-    if not torch.equal(sources, torch.arange(len(sample)) % batch):
+    if not torch.equal(sources, rows % batch):
         raise UnsupportedError("the pipeline mixes the rows of its state between two steps")
     return sources
 

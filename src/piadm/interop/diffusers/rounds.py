@@ -14,19 +14,21 @@ from piadm.denoiser import Denoiser
 from piadm.engine import rounds
 from piadm.executor import name_rows, out_of_memory
 from piadm.grid import TimeGrid
+from piadm.integrators import Integrator
 from piadm.interop.diffusers.arguments import Rows
 from piadm.interop.diffusers.probe import UnsupportedError
 from piadm.interop.diffusers.rehearsal import Score
 from piadm.linearization import Linearization
 from piadm.problem import pose
-from piadm.settings import TURNS_PER_NODE, settle
+from piadm.schedule import FlowSchedule
+from piadm.settings import TURNS_PER_NODE, Engine, settle
 from piadm.solution import NetworkError, RoundInfo, Solution
 from piadm.tally import Interrupted, Tally
 
 
 @dataclass(frozen=True)
 class Options:
-    """How ``parallelize`` samples; the arguments of ``piadm.sample``."""
+    """How a parallel pipeline samples; the arguments of ``parallelize``."""
 
     tol: float = 1e-2
     max_batch: int | None = None
@@ -37,6 +39,25 @@ class Options:
     data_mean: float = 0.0
     data_variance: float = 1.0
     raise_on_failure: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_batch is not None:
+            positive_int("max_batch", self.max_batch)
+        if self.max_rounds is not None:
+            positive_int("max_rounds", self.max_rounds)
+        anything = Denoiser(PipelineNetwork(1), FlowSchedule(), "sample", self.data_mean, self.data_variance)
+        self.engine(anything, "ode", None)
+
+    def engine(self, denoiser: Denoiser, method: str | Integrator, grid: TimeGrid | None) -> Engine:
+        """The engine's settings for a denoiser; checks what it is given."""
+        return settle(
+            denoiser, method=method, grid=grid, steps=1000, tol=self.tol, nodes=self.nodes, window=self.window,
+            guess=self.linearization,
+        )  # fmt: skip
+
+
+#: A network of the pipeline, called with its arguments by name.
+Network = Callable[[dict[str, Any]], Any]
 
 
 class PipelineNetwork:
@@ -66,13 +87,10 @@ class Rounds:
 
     def __init__(self, score: Score, options: Options, evaluated: int, progress: bool) -> None:
         self.score, self.options = score, options
-        schedule, count = score.levels, score.levels.count
+        count = score.levels.count
         network = PipelineNetwork(sum(slot.state.chunks for slot in score.slots if slot.denoises))
-        denoiser = Denoiser(network, schedule, "sample", options.data_mean, options.data_variance)
-        engine = settle(
-            denoiser, method=_Given(score.steps), grid=TimeGrid(torch.arange(count, -1.0, -1)), steps=count,  # type: ignore[arg-type]
-            tol=options.tol, nodes=options.nodes, window=options.window, guess=options.linearization,
-        )  # fmt: skip
+        denoiser = Denoiser(network, score.levels, "sample", options.data_mean, options.data_variance)
+        engine = options.engine(denoiser, _Known(score.steps), TimeGrid(torch.arange(count, -1.0, -1)))
         problem = pose(
             denoiser, tuple(score.initial.shape), engine.grid, seed=0, initial=score.initial, noise=score.noise,
             noise_count=count, condition=None, max_batch=options.max_batch, callback=None,
@@ -82,9 +100,8 @@ class Rounds:
         if evaluated:
             self.tally.rounds = 1
             problem.executor.evaluations += evaluated
-        limit = TURNS_PER_NODE * count if options.max_rounds is None else positive_int("max_rounds", options.max_rounds)
-        self.asking = rounds(engine, problem, self.tally, limit, False)
-        self.going, self.starved, self.place = True, False, 0
+        self.asking = rounds(engine, problem, self.tally, options.max_rounds or TURNS_PER_NODE * count, False)
+        self.going = True
         self._resume(lambda: next(self.asking))
 
     def _heard(self, info: RoundInfo) -> None:
@@ -98,46 +115,44 @@ class Rounds:
         except StopIteration:
             self.going = False
             return
-        score = self.score
-        calls = score.levels.calls(times)
-        state = states.reshape(-1, *score.initial.shape[1:])
-        if score.fixed is not None:
-            for number in calls.unique().tolist():
-                if number:
-                    at = calls == number
-                    whole = score.initial.new_zeros(score.initial.shape, dtype=state.dtype)
-                    whole[score.fixed.mask] = score.fixed.values[number - 1].to(state)
-                    state[at] = torch.where(score.fixed.mask[samples[at]], whole[samples[at]], state[at])
-        scales = score.scales.to(state)[calls].reshape(-1, *[1] * (state.ndim - 1))
-        self.state, self.rows, self.times = state, Rows(state * scales, samples, calls), times
+        calls = self.score.levels.calls(times)
+        self.state = states.reshape(-1, *self.score.initial.shape[1:])
+        if self.score.fixed is not None:
+            self.score.fixed.put(self.state, samples, calls)
+        scales = self.score.scales.to(self.state)[calls].reshape(-1, *[1] * (self.state.ndim - 1))
+        self.rows = Rows(self.state * scales, samples, calls)
 
     def stop(self) -> None:
         """End early, with what there is."""
         if self.going:
             self._resume(lambda: self.asking.throw(Interrupted()))
 
-    def network(self, name: str, run: Callable[[dict[str, Any]], Any], arguments: dict[str, Any], spare: Any) -> Any:  # noqa: ANN401
-        """The network's output for the rows that the engine has asked for; ``spare`` where memory runs out."""
-        slot = self.score.slots[self.place]
+    def network(self, name: str, run: Network, arguments: dict[str, Any], spare: Any) -> Any:  # noqa: ANN401
+        """A network's output for the rows that the engine has asked for; ``spare`` where there is nothing to do.
+
+        Raises:
+            NetworkError: if the network fails, naming the samples and steps of the rows it was given.
+        """
+        if self.starved or not self.going:
+            return spare
+        slot = self.score.slots[self.place % len(self.score.slots)]
         self.place += 1
         if slot.name != name:
             raise UnsupportedError(f"the pipeline calls {name} where it called {slot.name} before")
-        if self.starved or not self.going:
-            return spare
         try:
             return slot.call(run, arguments, self.rows)
+        except UnsupportedError:
+            raise
         except KeyboardInterrupt:
             self._resume(lambda: self.asking.throw(KeyboardInterrupt()))
-            return spare
         except Exception as error:
-            if out_of_memory(error) and len(self.rows.samples) > 1:
-                self.starved = True
-                if self.rows.state.is_cuda:
-                    torch.cuda.empty_cache()
-                return spare
-            if isinstance(error, UnsupportedError):
-                raise
-            raise NetworkError(f"{name} failed on {name_rows(self.rows.samples, self.rows.calls)}: {error}") from error
+            if not out_of_memory(error) or len(self.rows) == 1:
+                what = name_rows(self.rows.samples, self.rows.calls).replace("time", "step")
+                raise NetworkError(f"{name} failed on {what}: {error}") from error
+            self.starved = True
+        if self.starved and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return spare
 
     def step(self, output: Tensor) -> bool:
         """Hand the engine the guided model output; whether that ended a round."""
@@ -145,26 +160,16 @@ class Rounds:
         if self.starved:
             self._resume(lambda: self.asking.send(None))
         elif self.going:
-            count = len(self.rows.samples)
-            if output.shape[1:] != self.state.shape[1:] or len(output) % count:
+            if output.shape[1:] != self.state.shape[1:] or len(output) % len(self.rows):
                 raise UnsupportedError(
-                    f"the pipeline made model outputs of shape {tuple(output.shape)} of {count} rows of shape "
+                    f"the pipeline makes model outputs of shape {tuple(output.shape)} of {len(self.rows)} rows of shape "
                     f"{tuple(self.state.shape[1:])}"
                 )
-            found = self.score.estimate(output[:count], self.state, self.rows.calls)
-            if self.score.fixed is not None:
-                found = torch.where(self.score.fixed.mask[self.rows.samples], self.score.initial[:1].mean().to(found), found)
+            found = self.score.estimate(output[: len(self.rows)], self.state, self.rows.calls)
+            if self.score.fixed is not None:  # what the network says there is not listened to
+                found.masked_fill_(self.score.fixed.mask[self.rows.samples], 0.0)
             self._resume(lambda: self.asking.send(found.flatten(1)))
         return self.tally.rounds > before
-
-    @property
-    def state(self) -> Tensor:
-        """States that the engine has asked about, shape ``(r, *shape)``."""
-        return self._state
-
-    @state.setter
-    def state(self, value: Tensor) -> None:
-        self._state = value
 
     def end(self) -> Tensor:
         """The current final state of all the scheduler's rows, shape ``(N, *shape)``."""
@@ -181,11 +186,11 @@ class Rounds:
 
 
 @dataclass(frozen=True)
-class _Given:
-    """An integrator whose steps are known."""
+class _Known:
+    """An integrator whose steps are known already."""
 
-    given: Any
+    known: Any
 
-    def steps(self, schedule: object, grid: object) -> Any:  # noqa: ANN401 - steps
+    def steps(self, schedule: object, grid: object) -> Any:  # noqa: ANN401 - multistep recurrences are no public kind
         """The steps."""
-        return self.given
+        return self.known
