@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 import piadm
-from piadm import models
+from piadm import models, theory
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(piadm.__file__).parent
@@ -95,7 +95,7 @@ def test_versions_agree() -> None:
         assert PACKAGE.is_relative_to(ROOT)  # not installed: run from the source tree
 
 
-@pytest.mark.parametrize("module", [piadm, models], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [piadm, models, theory], ids=lambda m: m.__name__)
 def test_public_names_exist_and_are_described(module: object) -> None:
     names = module.__all__
     assert names == sorted(set(names))

@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from piadm._checks import choice, finite_float, positive_int
@@ -18,12 +17,12 @@ from piadm.theory.law import Law, pinsker
 from piadm.theory.law import kl as mode_kl
 from piadm.theory.laws import piadm_ode_law, piadm_sde_law
 from piadm.theory.search import (
+    BEYOND,
     SHARE,
     SHORTENED,
     Found,
     best,
     candidates,
-    evaluated,
     iterations_needed,
     shortest_horizon,
 )
@@ -34,6 +33,12 @@ SPACING, HORIZONS = 0.5, 3
 
 #: Most Picard iterations per block, and iterations of the corrector that are tried.
 MOST, INNER = 60, (3, 4, 5, 7, 10)
+
+#: Least divergence per coordinate: it falls with the square of the step, which would be about 1e-6.
+LEAST_PER_MODE = 1e-12
+
+#: Most steps: with more, the exact law alone would take minutes, and nobody could hold the states.
+MOST_STEPS = 3e6
 
 #: Share of the divergence that the steps may take where memory is short, and every step less is a round less.
 SHORT_OF_MEMORY = 0.8
@@ -134,14 +139,13 @@ def plan(
     block = finite_float("longest_block", longest_block, low=0.0)
     limit = None if memory_limit is None else positive_int("memory_limit", memory_limit)
     target = Target(_modes(dimension, spectrum, lipschitz), early_stop)
+    if allowed < (least := LEAST_PER_MODE * target.modes.dimension):
+        raise ValueError(f"kl must be at least {least:g} here, got {allowed:g}: less takes over 1e7 steps")
     families: Sequence[PaperSDE | PaperODE] = [PaperSDE()] if method == "sde" else [PaperODE(inner) for inner in INNER]
-    family, found = _search(families, target, allowed, block, SHARE)
-    blocks = target.blocks(found.horizon, found.count, found.step)
-    free = _evaluate(target, blocks, family.corrector(target, found.step), allowed, found.iterations)
-    assert free is not None  # the search has evaluated these very settings
+    free = _search(families, target, allowed, block, SHARE, None)
     if limit is None or free.states <= limit:
         return free
-    return replace(_within(limit, families, target, allowed, block), forbidden=free)
+    return replace(_search(families, target, allowed, block, SHORT_OF_MEMORY, limit), forbidden=free)
 
 
 def _modes(dimension: int, spectrum: Sequence[float] | Modes | None, lipschitz: float) -> Modes:
@@ -157,9 +161,14 @@ def _modes(dimension: int, spectrum: Sequence[float] | Modes | None, lipschitz: 
 
 
 def _search(
-    families: Sequence[PaperSDE | PaperODE], target: Target, allowed: float, block: float, share: float
-) -> tuple[PaperSDE | PaperODE, Found]:
-    """Settings of fewest rounds, evaluated exactly, of the first family that will do.
+    families: Sequence[PaperSDE | PaperODE],
+    target: Target,
+    allowed: float,
+    block: float,
+    share: float,
+    limit: int | None,
+) -> Plan:
+    """The plan of fewest rounds of the first family that will do, evaluated exactly.
 
     Families come with more and more iterations of the corrector: those beyond need cost a round per block each.
     """
@@ -171,37 +180,28 @@ def _search(
 
     for family in families:
         found = best(candidates(family, target, allowed, horizons, counts, MOST, share))
-        exact = None if found is None else evaluated(family, target, found, allowed)
-        if exact is not None:
-            return family, exact
+        if found is not None:
+            _check_size(target.steps(found.horizon, found.step), limit)
+        for shortening in range(SHORTENED if found is not None else 0):
+            assert found is not None
+            plan = _evaluate(family, target, replace(found, step=found.step * 0.9**shortening), allowed, limit)
+            if plan is not None:
+                return plan
     raise ValueError(
         f"kl must be one that {MOST} iterations per block can reach, got {allowed:g}; a longer early_stop or a shorter "
         "longest_block may do"
     )
 
 
-def _within(limit: int, families: Sequence[PaperSDE | PaperODE], target: Target, allowed: float, block: float) -> Plan:
-    """The plan with longer steps and every block cut into parts that fit into memory."""
-    family, found = _search(families, target, allowed, block, SHORT_OF_MEMORY)
-    least = math.ceil(target.steps(found.horizon, found.step) / MOST_BLOCKS)
-    if limit < least:
+def _check_size(steps: float, limit: int | None) -> None:
+    if steps > MOST_STEPS:
+        raise ValueError(f"kl must be one that {MOST_STEPS:g} steps can reach, got one that needs {steps:.2g}")
+    least = math.ceil(steps / MOST_BLOCKS)
+    if limit is not None and limit < least:
         raise ValueError(
             f"memory_limit must be at least {least} states for this dimension and kl, got {limit}: with fewer there "
             f"are over {MOST_BLOCKS} blocks, and next to nothing runs in parallel"
         )
-    step = found.step
-    for _ in range(SHORTENED):
-        blocks = _cut(target.blocks(found.horizon, found.count, step), limit)
-        corrector = family.corrector(target, step)
-        if corrector is not None:
-            parts = math.ceil(corrector.block_steps / limit)
-            corrector = replace(corrector, length=corrector.duration / parts)
-        for most in (8, 16, MOST):
-            plan = _evaluate(target, blocks, corrector, allowed, most)
-            if plan is not None:
-                return plan
-        step *= 0.9
-    raise ValueError(f"memory_limit must be larger for this dimension and kl, got {limit}")
 
 
 def _cut(blocks: Blocks, limit: int) -> Blocks:
@@ -215,17 +215,32 @@ def _cut(blocks: Blocks, limit: int) -> Blocks:
     return Blocks(cut)
 
 
-def _evaluate(target: Target, blocks: Blocks, corrector: Corrector | None, allowed: float, most: int) -> Plan | None:
-    """A plan on a partition with as many iterations as it needs, by the exact law; None: ``most`` are not enough."""
+def _evaluate(
+    family: PaperSDE | PaperODE, target: Target, found: Found, allowed: float, limit: int | None
+) -> Plan | None:
+    """A plan with as many iterations as it needs by the exact law; None: a few more than expected are not enough."""
+    blocks, corrector = target.blocks(found.horizon, found.count, found.step), family.corrector(target, found.step)
+    if limit is not None:
+        blocks = _cut(blocks, limit)
+        if corrector is not None:
+            parts = math.ceil(corrector.block_steps / limit)
+            corrector = replace(corrector, length=corrector.duration / parts)
+    most = found.iterations + BEYOND
     if corrector is None:
         law = piadm_sde_law(target.modes, blocks, most)
     else:
         law = piadm_ode_law(target.modes, blocks, most, corrector)
-    iterations = iterations_needed(target.kl(law), allowed)
-    if iterations is None:
+    divergence = target.kl(law)
+    iterations = iterations_needed(divergence, allowed)
+    if iterations is None or iterations == most:
         return None
-    inner = (corrector.blocks * corrector.iterations, corrector.block_steps) if corrector else (0, 0)
-    reached = float(target.kl(law[iterations - 1]))
+    return _plan(target, blocks, iterations, corrector, law[iterations - 1])
+
+
+def _plan(target: Target, blocks: Blocks, iterations: int, corrector: Corrector | None, law: Law) -> Plan:
+    """Settings with what they cost and what their law comes to."""
+    runs, steps = (corrector.blocks * corrector.iterations, corrector.block_steps) if corrector else (0, 0)
+    divergence = target.kl(law)
     data = Law(target.modes.means, target.modes.variances)
     return Plan(
         method="sde" if corrector is None else "ode",
@@ -233,10 +248,10 @@ def _evaluate(target: Target, blocks: Blocks, corrector: Corrector | None, allow
         blocks=blocks,
         iterations=iterations,
         corrector=corrector,
-        kl=reached,
-        tv=float(pinsker(torch.tensor(reached))),
-        kl_data=float(target.modes.total(mode_kl(law[iterations - 1], data))),
-        rounds=blocks.count * (iterations + inner[0]),
-        evaluations=blocks.steps * iterations + blocks.count * inner[0] * inner[1],
-        states=max(*blocks.sizes, inner[1]),
+        kl=float(divergence),
+        tv=float(pinsker(divergence)),
+        kl_data=float(target.modes.total(mode_kl(law, data))),
+        rounds=blocks.count * (iterations + runs),
+        evaluations=blocks.steps * iterations + blocks.count * runs * steps,
+        states=max(*blocks.sizes, steps),
     )

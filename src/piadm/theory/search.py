@@ -2,8 +2,8 @@
 
 What the steps leave and what the iterations leave are looked at apart, on coarse grids, where a law takes milliseconds:
 
-- the settled law is smooth in the step: three coarse grids give its expansion, and with it the largest step that keeps
-  the divergence within its share;
+- the settled law is smooth in the step: three grids give its expansion, and with it the largest step that keeps the
+  divergence within its share;
 - what iteration ``k`` is off from the settled law hardly depends on the step: one coarse grid tells how many it takes.
 
 The settings so found are then evaluated exactly, on their own grid, and the iterations are what that says.
@@ -21,11 +21,18 @@ from torch import Tensor
 from piadm.theory.families import Family, Target
 from piadm.theory.law import Law
 
-#: Steps of the grids that the settled law is expanded from, and of the grid that iterations are counted on.
-EXPANDED_FROM, COUNTED_ON = (0.04, 0.02, 0.01), 0.02
+#: The settled law is expanded from grids of steps 4, 2 and 1 times a finest one: so many times sqrt(allowed/d), which
+#: is about the step that will be found, and between these bounds.
+FINEST, FINEST_FROM, FINEST_TO = 8.0, 1e-4, 0.01
+
+#: Step of the grid that iterations are counted on.
+COUNTED_ON = 0.02
 
 #: Share of the divergence that steps and horizon may take; the rest is left to the iterations.
 SHARE = 0.5
+
+#: Part of that share that the horizon alone may take: with more of it, the steps would have to be far shorter.
+HORIZON_SHARE = 0.5
 
 #: The steps that are considered, 61 to a decade.
 STEPS = torch.logspace(-7, -1, 367, dtype=torch.float64)
@@ -79,10 +86,13 @@ class Expansion:
     variances: Tensor
 
     @classmethod
-    def of(cls, family: Family, target: Target, horizon: float, count: int) -> Expansion:
-        """Of a family at a horizon and number of blocks."""
-        laws = [family.settled(target, horizon, count, step) for step in EXPANDED_FROM]
-        inverse = torch.linalg.inv(torch.tensor(EXPANDED_FROM, dtype=torch.float64)[:, None] ** torch.arange(3))
+    def of(cls, family: Family, target: Target, horizon: float, count: int, allowed: float) -> Expansion:
+        """Of a family at a horizon and number of blocks, near the step that goes with a divergence."""
+        finest = min(FINEST_TO, max(FINEST_FROM, FINEST * math.sqrt(allowed / target.modes.dimension)))
+        steps = torch.tensor([4 * finest, 2 * finest, finest], dtype=torch.float64)
+        laws = [family.settled(target, horizon, count, step) for step in steps.tolist()]
+        # In units of the finest step, for a well-conditioned system.
+        inverse = torch.linalg.inv((steps / finest)[:, None] ** torch.arange(3)) / finest ** torch.arange(3)[:, None]
         means, variances = ([getattr(law, name) for law in laws] for name in ("mean", "variance"))
         return cls(inverse @ torch.stack(means), inverse @ torch.stack(variances))
 
@@ -92,10 +102,11 @@ class Expansion:
         return Law(powers @ self.means, powers @ self.variances)
 
     def longest_step(self, target: Target, allowed: float) -> float | None:
-        """The longest step up to which the law is within a divergence; None: not even the shortest is."""
+        """The longest step up to which the law is within a divergence; None: the horizon alone takes too much of it."""
+        if float(target.kl(self.at(0.0))) > HORIZON_SHARE * allowed:
+            return None
         above = (target.kl(self.at(STEPS)) > allowed).nonzero()
-        last = int(above[0, 0]) - 1 if len(above) else len(STEPS) - 1
-        return float(STEPS[last]) if last >= 0 else None
+        return float(STEPS[max(0, int(above[0, 0]) - 1) if len(above) else -1])
 
 
 def candidates(
@@ -120,7 +131,7 @@ def candidates(
     """
     for horizon in horizons:
         for count in counts(horizon):
-            expansion = Expansion.of(family, target, horizon, count)
+            expansion = Expansion.of(family, target, horizon, count, allowed)
             step = expansion.longest_step(target, share * allowed)
             if step is None:
                 break
@@ -188,7 +199,7 @@ def fewest_steps(
     found: list[Found] = []
     for horizon in horizons:
         count = math.ceil(horizon / longest_block)
-        expansion = Expansion.of(family, target, horizon, count)
+        expansion = Expansion.of(family, target, horizon, count, allowed)
         step = expansion.longest_step(target, allowed)
         if step is not None:
             steps = round(family.steps(target, horizon, count, step))
@@ -210,12 +221,21 @@ def shortest_horizon(family: Family, target: Target, allowed: float, spacing: fl
     Raises:
         ValueError: if none up to 60 will do.
     """
-    horizon = max(2.0, spacing * math.ceil(2 * target.early_stop / spacing))
-    while horizon <= LONGEST_HORIZON:
-        if Expansion.of(family, target, horizon, 1).longest_step(target, SHARE * allowed) is not None:
-            return horizon
-        horizon += spacing
-    raise ValueError(f"kl must be one that some horizon up to {LONGEST_HORIZON:g} can reach, got {allowed:g}")
+    first = max(2.0, spacing * math.ceil(2 * target.early_stop / spacing))
+
+    def reached(number: int) -> bool:
+        expansion = Expansion.of(family, target, first + spacing * number, 1, allowed)
+        return expansion.longest_step(target, SHARE * allowed) is not None
+
+    low, high = -1, 4
+    while not reached(high):
+        low, high = high, 2 * high
+        if first + spacing * high > LONGEST_HORIZON:
+            raise ValueError(f"kl must be one that some horizon up to {LONGEST_HORIZON:g} can reach, got {allowed:g}")
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if reached(middle) else (middle, high)
+    return first + spacing * high
 
 
 def _carried(
@@ -225,7 +245,7 @@ def _carried(
     horizon, count, step = settings
     grid = max(step, COUNTED_ON)
     coarse = family.iterates(target, horizon, count, grid, most)
-    settled, coarse_settled = expansion.at(step), expansion.at(grid)
+    settled, coarse_settled = expansion.at(step), family.settled(target, horizon, count, grid)
     return Law(
         settled.mean + coarse.mean - coarse_settled.mean,
         settled.variance * coarse.variance / coarse_settled.variance,
