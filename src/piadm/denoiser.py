@@ -75,6 +75,33 @@ class Denoiser:
         finite_float("data_mean", self.data_mean)
         finite_float("data_variance", self.data_variance, low=0.0)
 
+    @classmethod
+    def from_diffusers(
+        cls,
+        network: object,
+        scheduler: object,
+        *,
+        data_mean: float = 0.0,
+        data_variance: float = 1.0,
+    ) -> Denoiser:
+        """A bare diffusers network with the noise levels and the prediction type of its scheduler.
+
+        Args:
+            network: a diffusers model called as ``network(x, timestep=t, **condition)``.  Its other arguments are
+                conditions for ``sample``; of an output with a learned variance the first half of the channels counts.
+            scheduler: a diffusers scheduler with a table ``alphas_cumprod``, or one of the EDM or the flow-matching
+                schedulers; its steps are not used.
+            data_mean: as above.
+            data_variance: as above.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was received and what is accepted.
+            ImportError: if diffusers is missing or too old.
+        """
+        from piadm.interop.diffusers.bare import denoiser
+
+        return denoiser(network, scheduler, data_mean, data_variance)
+
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """The scalars ``(p, q)`` of ``x0_hat = p x + q F`` at times ``t``, float64, of the shape of ``t``."""
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)

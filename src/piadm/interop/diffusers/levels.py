@@ -120,7 +120,7 @@ def levels(scheduler: Any, times: Tensor, scales: Tensor) -> CallLevels:  # noqa
                 found[row, j] = noisy.item()
         except (AttributeError, TypeError, ValueError, RuntimeError, IndexError) as error:
             name = type(scheduler).__name__
-            raise UnsupportedError(f"{name} has no readable noise levels ({error}); what works: {WORKS}") from error
+            raise UnsupportedError(f"{name} tells no noise levels ({error}); what works: {WORKS}") from error
     exploding = bool((found[0] == 1).all() and (scales < 1).all()) and not hasattr(scheduler, "precondition_outputs")
     if exploding:
         found[1, :-1] = (scales.pow(-2) - 1).sqrt()

@@ -69,7 +69,7 @@ class Run:
         parts: dict[str, Any] = {"scheduler": SchedulerProxy(self.scheduler, self.step, self._scaled)}
         for name, component in self.pipe.components.items():
             if getattr(component, "is_cache_enabled", False):
-                raise UnsupportedError(f"the cache of {self.name}.{name} remembers earlier steps; disable_cache() first")
+                raise UnsupportedError(f"{self.name}.{name} has a cache of earlier steps; disable_cache() first")
             if is_denoiser(component):
                 parts[name] = NetworkProxy(component, name, self.network)
         parts["progress_bar"] = self.progress_bar
@@ -189,8 +189,8 @@ class ParallelPipeline:
     Attributes:
         pipe: the pipeline, never changed; what is changed in it holds for the next call.
         options: how to sample.
-        last_solution: the ``piadm.Solution`` of the last call: rounds, evaluations, status and error estimate per sample;
-            its sample is the scheduler's final state.
+        last_solution: the ``piadm.Solution`` of the last call: rounds, evaluations, status and error estimate per
+            sample; its sample is the scheduler's final state.
         last_round: the ``piadm.RoundInfo`` of the latest round, for a ``callback_on_step_end``.
     """
 
@@ -208,8 +208,8 @@ class ParallelPipeline:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - the pipeline's own
         """The pipeline's own call: its arguments, its output.
 
-        ``callback_on_step_end`` is called once per round, with the number of the round; the ``latents`` that it is given
-        are the current estimate of the final ones, a preview.  Setting ``pipe._interrupt`` there, or Ctrl-C, ends the
+        ``callback_on_step_end`` is called once per round, with the number of the round; the ``latents`` that it is
+        given are the current estimate of the final ones, a preview.  Setting ``pipe._interrupt`` there, or Ctrl-C, ends the
         run with the estimate so far.
 
         Raises:
@@ -253,7 +253,8 @@ def parallelize(
         window: rows per sample evaluated in a round, as for ``piadm.sample``.
         linearization: as for ``piadm.sample``.
         max_rounds: most rounds; None: twice as many as steps.
-        data_mean, data_variance: of the latents; wrong values cost rounds, never exactness.
+        data_mean: mean of the latents over all coordinates; a wrong value costs rounds, never exactness.
+        data_variance: variance of the latents about it, likewise.
         raise_on_failure: raise ``NotConvergedError`` unless every sample is CONVERGED.
 
     Returns:

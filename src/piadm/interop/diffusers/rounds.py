@@ -162,8 +162,8 @@ class Rounds:
         elif self.going:
             if output.shape[1:] != self.state.shape[1:] or len(output) % len(self.rows):
                 raise UnsupportedError(
-                    f"the pipeline makes model outputs of shape {tuple(output.shape)} of {len(self.rows)} rows of shape "
-                    f"{tuple(self.state.shape[1:])}"
+                    f"the pipeline makes model outputs of shape {tuple(output.shape)} of {len(self.rows)} rows of "
+                    f"shape {tuple(self.state.shape[1:])}"
                 )
             found = self.score.estimate(output[: len(self.rows)], self.state, self.rows.calls)
             if self.score.fixed is not None:  # what the network says there is not listened to
