@@ -109,6 +109,7 @@ class Rehearsal:
         self.scaled = False
         self.evaluated = 0
         self.spares: dict[str, Any] = {}
+        self._read({})  # what is not supported is refused before any network runs
 
     def network(self, name: str, run: Callable[[dict[str, Any]], Any], arguments: dict[str, Any]) -> Any:  # noqa: ANN401
         """An output of the right shape; the network itself runs only where that is not known yet."""
@@ -151,14 +152,19 @@ class Rehearsal:
         self.result = rebound(step, randn_tensor=kept)(self.scheduler, output, timestep, sample, **options)
         self.noise.append(drawn[0] if drawn else None)
 
-    def _begin(self, output: Tensor, sample: Tensor, options: dict[str, Any]) -> None:
-        """The first step: read the scheduler, keep the initial state."""
-        self.output, self.first, self.options = output, sample, options
+    def _read(self, options: dict[str, Any]) -> None:
+        """Read the scheduler, as it is with these options of ``step``."""
         self.probed = probe(self.unused, self.timesteps, options)
         self.levels = levels(self.unused, self.timesteps, self.probed.scales)
         self.estimate = estimate(self.unused, self.timesteps, self.levels, self.probed, options)
+
+    def _begin(self, output: Tensor, sample: Tensor, options: dict[str, Any]) -> None:
+        """The first step: keep the initial state."""
+        self.output, self.options = output, options
+        self.first = self.state = sample
         self.sources = torch.arange(len(sample))
-        self.state = sample
+        if options.keys() - {"generator", "return_dict"}:
+            self._read(options)
 
     def _compare(self, output: Tensor, sample: Tensor, options: dict[str, Any], number: int) -> None:
         """A later step: it may differ from the first one only in ways in which rows can differ."""

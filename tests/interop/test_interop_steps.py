@@ -1,0 +1,163 @@
+"""Schedulers as data: coefficients read by probing, multistep recurrences condensed, and bare networks."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import diffusers as df
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import SCALED, flux, normals, pixels
+from torch import Tensor
+
+import piadm
+from piadm.condense import condense
+from piadm.integrators import AffineSteps, MultistepSteps
+from piadm.interop.diffusers.levels import estimate, levels, steps
+from piadm.interop.diffusers.probe import UnsupportedError, probe
+from piadm.nodes import every_step, spread
+
+EPS = float(np.finfo(np.float64).eps)
+
+
+def triangular(rng: np.random.Generator, count: int) -> Tensor:
+    """Rows whose magnitudes add up to at most one: nothing grows."""
+    return torch.tensor(np.tril(rng.uniform(-1, 1, (count, count))) / np.arange(1, count + 1)[:, None])
+
+
+@settings(max_examples=40, deadline=None)
+@given(count=st.integers(2, 30), seed=st.integers(0, 2**32 - 1), few=st.booleans())
+def test_a_condensed_multistep_path_is_the_recurrence(count: int, seed: int, few: bool) -> None:
+    rng = np.random.default_rng(seed)
+    clock = torch.tensor(rng.uniform(0.1, 1.0, count)).cumsum(0)
+    nodes = spread(clock, max(2, count // 3)) if few else every_step(count)
+    multi = MultistepSteps(clock, *(triangular(rng, count) for _ in range(2)), triangular(rng, count)[..., None])
+    slopes, constants = torch.tensor(rng.uniform(-0.5, 0.5, count)), torch.tensor(rng.normal(size=count))
+    start, residuals = float(rng.normal()), torch.tensor(rng.normal(size=nodes.count))
+    noise = torch.tensor(rng.normal(size=count))
+
+    x, told = [torch.tensor(start, dtype=torch.float64)], constants + nodes.weights @ residuals
+    for j in range(count):
+        known = torch.stack(x)
+        estimates = slopes[: j + 1] * known + told[: j + 1]
+        own = slice(0, j + 1)
+        x.append(multi.a[j, own] @ known + multi.b[j, own] @ estimates + multi.c[j, own, 0] @ noise[own])
+
+    path = condense(multi, slopes, nodes, constants)
+    known = path.start[:, 0, 0] * start + path.offset[:, 0]
+    got = known + path.response[:, 0] @ residuals + path.noise[:, 0, :, 0] @ noise
+    wanted = torch.stack([x[j] for j in [*nodes.indices.tolist(), count]])
+    # Some thirty steps, of at most ninety products each, of numbers below 1.5^30 where slopes make states grow.
+    assert torch.allclose(got, wanted, rtol=1e4 * EPS, atol=1e4 * EPS * float(torch.stack(x).abs().max()))
+
+
+def test_one_step_is_the_diagonal_case() -> None:
+    rng = np.random.default_rng(0)
+    a, b, c, slopes = (torch.tensor(rng.uniform(0.1, 0.9, 20)) for _ in range(4))
+    times = torch.arange(20, 0, -1, dtype=torch.float64)
+    one = AffineSteps(times, a[:, None, None], b[:, None], c[:, None, None])
+    many = MultistepSteps(times, a.diag(), b.diag(), c.diag()[..., None])
+    nodes = every_step(20)
+    paths = [vars(condense(given, slopes, nodes)).values() for given in (one, many)]
+    assert all(torch.allclose(*pair, rtol=1e-12, atol=1e-300) for pair in zip(*paths, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(one.own(), many.own(), strict=True))
+
+
+PROBED: list[tuple[type, dict[str, Any]]] = [
+    (df.DDPMScheduler, dict(clip_sample=False)),
+    (df.DDIMScheduler, dict(clip_sample=False)),
+    (df.PNDMScheduler, {}),
+    (df.HeunDiscreteScheduler, {}),
+    (df.EulerAncestralDiscreteScheduler, {}),
+    (df.DPMSolverMultistepScheduler, dict(solver_order=3)),
+    (df.DPMSolverMultistepScheduler, dict(algorithm_type="sde-dpmsolver++")),
+    (df.DEISMultistepScheduler, {}),
+    (df.UniPCMultistepScheduler, dict(solver_order=3)),
+]
+
+
+@pytest.mark.parametrize("kind, more", PROBED, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_probed_scheduler_walks_as_the_scheduler_does(kind: type, more: dict[str, Any]) -> None:
+    scheduler = kind(**SCALED, **more)
+    scheduler.set_timesteps(10)
+    times = scheduler.timesteps
+    probed = probe(scheduler, times, {})
+    of = estimate(scheduler, times, levels(scheduler, times, probed.scales), probed, {})
+    recurrence = steps(probed, of)
+    if isinstance(recurrence, AffineSteps):
+        a, b, c = (getattr(recurrence, name).reshape(len(times), -1) for name in "abc")
+        c = c.reshape(-1).diag() if c.numel() else torch.zeros(len(times), len(times))
+        a, b = a[:, 0].diag(), b[:, 0].diag()
+    else:
+        a, b, c = recurrence.a, recurrence.b, recurrence.c.reshape(len(times), len(times), -1).sum(2)
+
+    outputs = normals(1, len(times), 1, 3).double()  # a network's answers, whatever they are
+    walker, generator, x = copy.deepcopy(scheduler), torch.Generator().manual_seed(2), normals(3, 1, 3).double()
+    drawn = torch.Generator().manual_seed(2)
+    noisy = "generator" in kind.step.__code__.co_varnames and bool(c.any())
+    dtype = torch.float32 if kind is df.DPMSolverMultistepScheduler else torch.float64  # what it draws in
+    noise = [torch.randn(1, 3, generator=drawn, dtype=dtype).double() for _ in times]
+    states, estimates = [x], []
+    for j, t in enumerate(times):
+        options = dict(generator=generator) if noisy else {}
+        if hasattr(walker, "scale_model_input"):
+            walker.scale_model_input(x, t)
+        estimates.append(of(outputs[j], x, torch.tensor([j])))
+        x = walker.step(outputs[j], t, x, **options).prev_sample.double()
+        mine = sum(a[j, i] * states[i] + b[j, i] * estimates[i] + c[j, i] * noise[i] for i in range(j + 1))
+        # Some schedulers compute in single precision; sums of terms of up to ten states.
+        assert torch.allclose(mine, x, rtol=1e-4, atol=1e-4 * float(torch.stack(states).abs().max()))
+        states.append(x)
+
+
+def test_a_prediction_that_says_nothing_of_the_data_is_refused() -> None:
+    scheduler = df.DDIMScheduler(**SCALED, rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False)
+    scheduler.set_timesteps(5)  # noise predicted where there is nothing but noise
+    with pytest.raises(UnsupportedError, match="DDIMScheduler steps by numbers that are not finite at timestep 999"):
+        probe(scheduler, scheduler.timesteps, {})
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_a_bare_network_samples_as_its_pipeline(prediction: str) -> None:
+    scheduler = df.DDIMScheduler(prediction_type=prediction, clip_sample=False)
+    pipe = pixels(df.DDIMPipeline, scheduler)
+    x = normals(1, 1, 3, 8, 8)
+    scheduler.set_timesteps(20)
+    denoiser = piadm.Denoiser.from_diffusers(pipe.unet, scheduler)
+    grid = piadm.TimeGrid([*scheduler.timesteps.tolist(), -1.0])
+    got = piadm.sample_sequential(denoiser, x.shape, method="ode", grid=grid, initial=x).sample
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x = scheduler.step(pipe.unet(x, t).sample, t, x).prev_sample
+    # diffusers' table is single precision: see the parity of the shipped model.
+    assert float((got - x).square().mean().sqrt()) <= 1e-3 * float(x.square().mean().sqrt())
+
+
+def test_a_bare_flow_network_and_a_preconditioned_one() -> None:
+    transformer, x, t = flux().transformer, normals(1, 2, 4, 4), torch.tensor([0.7, 0.2])
+    condition = dict(encoder_hidden_states=normals(2, 2, 5, 16), pooled_projections=normals(3, 2, 16))
+    condition |= dict(img_ids=torch.zeros(4, 3), txt_ids=torch.zeros(5, 3))
+    denoiser = piadm.Denoiser.from_diffusers(transformer, df.FlowMatchEulerDiscreteScheduler())
+    velocity = transformer(x, timestep=1000 * t, **condition).sample
+    assert torch.allclose(denoiser(x, t, **condition), x - t[:, None, None] * velocity, atol=1e-5)
+
+    scheduler, network = df.EDMEulerScheduler(sigma_data=0.5), pixels(df.DDPMPipeline, df.DDPMScheduler()).unet
+    x, t = normals(4, 2, 3, 8, 8), torch.tensor([2.0, 0.3])
+    sigma = t[:, None, None, None]
+    inner = network(x / (sigma**2 + 0.25).sqrt(), 0.25 * t.log()).sample
+    want = 0.25 / (sigma**2 + 0.25) * x + 0.5 * sigma / (sigma**2 + 0.25).sqrt() * inner
+    assert torch.allclose(piadm.Denoiser.from_diffusers(network, scheduler)(x, t), want, atol=1e-5)
+
+
+def test_from_diffusers_names_what_it_cannot_use() -> None:
+    network = pixels(df.DDPMPipeline, df.DDPMScheduler()).unet
+    with pytest.raises(TypeError, match="network must be a diffusers model that reads a timestep"):
+        piadm.Denoiser.from_diffusers(torch.nn.Linear(1, 1), df.DDPMScheduler())
+    with pytest.raises(TypeError, match="scheduler must be a diffusers scheduler"):
+        piadm.Denoiser.from_diffusers(network, "ddpm")
+    with pytest.raises(ValueError, match="table alphas_cumprod"):
+        piadm.Denoiser.from_diffusers(network, df.IPNDMScheduler())
