@@ -25,7 +25,7 @@ GRIDS = {
     "ode": piadm.TimeGrid.log_snr(SCHEDULE, 64, end=0.04),
     "paper-sde": BLOCKS.grid(SCHEDULE),
 }
-FINE = piadm.TimeGrid.log_snr(SCHEDULE, 200, end=0.04)  # so many steps that fewer nodes are used
+FINE = piadm.TimeGrid.log_snr(SCHEDULE, 330, end=0.04)  # so many steps that fewer nodes are used
 SAMPLERS = ["sequential sde", "sequential ode", "parallel sde", "parallel ode", "piadm paper-sde"]
 ROWS = 1 << 15  # rows per network call: the closed-form networks like large ones
 ITERATIONS = 10

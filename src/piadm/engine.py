@@ -87,11 +87,12 @@ def _rules(
     count = path.path.count
     influence = _influence(engine, problem, path.path, nodes)
     # Rows that have settled may together leave this share of the tolerance.
-    threshold = SETTLED_SHARE * engine.tol / count / influence
+    threshold = SETTLED_SHARE * engine.aim / count / influence
     rule = CarriedResidual(
         influence,
         threshold,
         engine.tol,
+        aim=engine.aim,
         refinable=refinable,
         earliest=1 if coarse is None else FINER_ROUNDS,
         exact_after=TURNS_PER_NODE * count if count == engine.steps.count else math.inf,

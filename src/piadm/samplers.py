@@ -15,7 +15,7 @@ from piadm.integrators import Integrator
 from piadm.linearization import Linearization
 from piadm.noise import Seed
 from piadm.problem import Callback, pose
-from piadm.settings import TURNS_PER_NODE, settle
+from piadm.settings import settle
 from piadm.solution import Solution
 from piadm.tally import Tally
 
@@ -69,7 +69,7 @@ def sample(
             these; "auto": as many as take the least time, by a cost model of the network, whose first run times its
             first rounds.  A window saves evaluations and may cost rounds.
         linearization: "secant" (None), "gaussian", "score", "identity", "data", or an object with ``slopes``.
-        max_rounds: most network rounds; None: twice as many as the path has steps.
+        max_rounds: most network rounds; None: twice as many as the path has steps, or nodes where you have set these.
         max_batch: most rows in one network call; None chooses.
         callback: called with a ``RoundInfo`` after each round; a true return value ends the run.
         progress: show a progress bar.
@@ -89,7 +89,7 @@ def sample(
     engine = settle(
         denoiser, method=method, grid=grid, steps=steps, tol=tol, nodes=nodes, window=window, guess=linearization
     )
-    limit = TURNS_PER_NODE * engine.steps.count if max_rounds is None else positive_int("max_rounds", max_rounds)
+    limit = engine.most_rounds if max_rounds is None else positive_int("max_rounds", max_rounds)
     problem = pose(
         denoiser, shape, engine.grid, seed=seed, initial=initial, noise=noise,
         noise_count=engine.steps.count * max(1, engine.steps.normals), condition=condition, max_batch=max_batch,
