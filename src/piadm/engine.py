@@ -24,9 +24,9 @@ from piadm.tally import Tally
 #: Estimated interpolation error per RMS of the probe, the change of the end with a poorer interpolation: linear instead
 #: of cubic (ODE), on half the nodes and without averages (SDE).  On trained networks the error was up to 5 times the
 #: change for the ODE with up to 33 nodes, and more with more: they are smooth only down to some scale, below which the
-#: change, of second order, falls faster than the error.  For the SDE it was 0.03 to 0.24 times, but 0.4 and more for one
-#: sample in five of a network with autoguidance; on mixtures 0.2 and 0.04.  What averages leave is of second order: with
-#: nodes far apart in log-SNR the share grows with their mean distance.
+#: change, of second order, falls faster than the error.  For the SDE it was 0.03 to 0.24 times, but 0.4 and more for
+#: one sample in five of a network with autoguidance; on mixtures 0.2 and 0.04.  What averages leave is of second order:
+#: with nodes far apart in log-SNR the share grows with their mean distance.
 PROBE_SHARE_SMOOTH, PROBE_SHARE_PER_NODE = 4.0, 1 / 12
 PROBE_SHARE_ROUGH, PROBE_SHARE_PER_GAP = 0.4, 0.8
 
