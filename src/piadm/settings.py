@@ -21,10 +21,10 @@ from piadm.problem import check_denoiser, check_grid
 #: Degree of the interpolation between nodes, for the ODE and for the SDE, whose residuals are as rough as its noise.
 SMOOTH_ORDER, ROUGH_ORDER = 3, 1
 
-#: Nodes of the first node set that the library chooses: at least so many, and ``factor (std of the data/tol)^power``,
-#: so that few samples need a second one.  Grids of fewer than twice as many steps are solved with every step a node.
-FEWEST_SMOOTH, FACTOR_SMOOTH, POWER_SMOOTH = 17, 1.38, 0.75
-FEWEST_ROUGH, FACTOR_ROUGH, POWER_ROUGH = 64, 3.2, 1.0
+#: Nodes of the first node set that the library chooses: ``factor (std of the data/aim)^power``, so that few samples
+#: need a second one.  Grids of fewer than twice as many steps are solved with every step a node.
+FACTOR_SMOOTH, POWER_SMOOTH = 1.38, 0.75
+FACTOR_ROUGH, POWER_ROUGH = 3.2, 1.0
 
 #: Errors that can be helped are brought below this, relative to the data, even where the tolerance is looser: near a
 #: border between two outcomes the error is as large as the data or far smaller, and a looser aim does not see the
@@ -141,17 +141,15 @@ def _window(window: object, steps: int) -> int | str | None:
     return None if window is None else min(positive_int("window", window, minimum=2), steps)
 
 
-def _first_nodes(nodes: object, clock: Tensor, tol: float, *, noisy: bool) -> tuple[NodeSet, bool]:
-    """The first node set for a tolerance relative to the data, and whether finer ones may follow."""
+def _first_nodes(nodes: object, clock: Tensor, aim: float, *, noisy: bool) -> tuple[NodeSet, bool]:
+    """The first node set for an aim relative to the data, and whether finer ones may follow."""
     count, order = len(clock), ROUGH_ORDER if noisy else SMOOTH_ORDER
     if isinstance(nodes, str) and nodes == "all":
         return every_step(count), False
     distinct = bool((clock.diff() > 0).all())
     if nodes is None:
-        fewest, factor, power = (
-            (FEWEST_ROUGH, FACTOR_ROUGH, POWER_ROUGH) if noisy else (FEWEST_SMOOTH, FACTOR_SMOOTH, POWER_SMOOTH)
-        )
-        first = max(fewest, math.ceil(min(factor * tol**-power, count)))
+        factor, power = (FACTOR_ROUGH, POWER_ROUGH) if noisy else (FACTOR_SMOOTH, POWER_SMOOTH)
+        first = math.ceil(min(factor * aim**-power, count))
         return (every_step(count), False) if count < 2 * first or not distinct else (spread(clock, first, order), True)
     accepted = "'all', an integer >= 2 or None"
     if isinstance(nodes, bool) or not isinstance(nodes, (str, Integral)):
