@@ -3,8 +3,8 @@
     python benchmarks/diffusers_paradigms.py [--num 2] [--threads 2] [--json paradigms.json]
 
 All three are Stable Diffusion pipelines around the shipped U-Net, which ignores the prompt, without guidance, with
-the same scheduler, initial latents and noise.  Rounds are calls of the network in a row and evaluations its rows per sample,
-counted in the network itself; the error is the worst sample's RMS difference from the sequential pipeline.
+the same scheduler, initial latents and noise.  Rounds are calls of the network in a row and evaluations its rows per
+sample, counted in the network itself; the error is the worst sample's RMS difference from the sequential pipeline.
 """
 
 from __future__ import annotations

@@ -35,12 +35,13 @@ def images(pipe: Any, steps: int, num: int) -> Tensor:  # noqa: ANN401 - a pipel
 @pytest.mark.parametrize(
     "scheduler, steps, num, most, bound",
     [
-        # Rounds of ``piadm.sample`` on the same steps (10 to 11 and 15 to 17), one more where the shape of the output
-        # is learnt, and a third of reserve for samples near a border.
+        # Rounds of ``piadm.sample`` on the same steps (9 to 11), one more where the shape of the output is learnt, and
+        # a third of reserve for samples near a border.
         (df.DDIMScheduler(**TABLE, clip_sample=False), 50, 4, 15, 1e-2),
         (df.DPMSolverMultistepScheduler(**TABLE), 50, 4, 15, 1e-2),
-        # An estimate is no bound: of many samples one in a hundred is beyond the tolerance (benchmarks/engine.py).
-        (df.DDPMScheduler(**TABLE), 1000, 1, 24, 3e-2),
+        # An estimate is no bound: samples near a border between two outcomes were off by up to 7e-2 (of
+        # ``piadm.sample`` as well), at 25 rounds; a wrong recurrence or other noise leaves an error of order one.
+        (df.DDPMScheduler(**TABLE), 1000, 1, 33, 1e-1),
     ],
     ids=["DDIM-50", "DPM-Solver++-50", "DDPM-1000"],
 )

@@ -213,6 +213,22 @@ def test_prompts_and_images(tmp_path: Path) -> None:
 
 
 
+def replaced(pipe: Any, scheduler: Any) -> Any:  # noqa: ANN401 - a pipeline with another scheduler
+    pipe.scheduler = scheduler
+    return pipe
+
+
+class Blending(df.StableDiffusionPipeline):
+    """A pipeline that mixes its state with something else after every step."""
+
+    def __call__(self, latents: Tensor, prompt_embeds: Tensor, num_inference_steps: int, **ignored: Any) -> Tensor:  # noqa: ANN401
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.progress_bar(self.scheduler.timesteps):
+            output = self.unet(latents, t, encoder_hidden_states=prompt_embeds).sample
+            latents = 0.9 * self.scheduler.step(output, t, latents).prev_sample + 0.1
+        return latents
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "a scheduler that is not affine": (
         lambda: stable_diffusion(scheduler=df.DPMSolverSDEScheduler(**SCALED)), CALL, "DPMSolverSDE.*what works",
@@ -224,6 +240,13 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "guidance at some steps": (
         CASES["SD3"].build, dict(SQUARE, **XL, num_inference_steps=12, skip_guidance_layers=[0]),
         "guidance changes|other networks",
+    ),
+    "a step from a scaled state": (
+        lambda: replaced(CASES["DiT"].build(), df.EulerDiscreteScheduler()),
+        CASES["DiT"].call | dict(num_inference_steps=12), "steps from the scaled state.*such as DDIM",
+    ),
+    "soft blending": (
+        lambda: stable_diffusion(Blending), CALL, "more than setting parts of it",
     ),
     "a callback of old": (stable_diffusion, CALL | dict(callback=print), "use callback_on_step_end"),
     "a callback that changes": (

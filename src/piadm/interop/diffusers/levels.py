@@ -101,8 +101,8 @@ class Estimate:
 def levels(scheduler: Any, times: Tensor, scales: Tensor) -> CallLevels:  # noqa: ANN401 - any scheduler
     """Levels at timesteps ``(J,)``, from what the scheduler makes of data alone and of noise alone.
 
-    A scheduler of variance-exploding states scales them by ``1/sqrt(1 + sigma^2)``: this factor is the surer source, for
-    it knows of calls between two levels of the schedule.
+    A scheduler of variance-exploding states scales them by ``1/sqrt(1 + sigma^2)``: this factor is the surer source,
+    for it knows of calls between two levels of the schedule.
 
     Raises:
         UnsupportedError: if it cannot add noise.

@@ -66,7 +66,7 @@ class Run:
 
     def _staged(self) -> Any:  # noqa: ANN401 - a pipeline
         stage = copy.copy(self.pipe)
-        parts: dict[str, Any] = {"scheduler": SchedulerProxy(self.scheduler, self.step, self._scaled)}
+        parts: dict[str, Any] = {"scheduler": SchedulerProxy(self.scheduler, self.step, self.scale)}
         for name, component in self.pipe.components.items():
             if getattr(component, "is_cache_enabled", False):
                 raise UnsupportedError(f"{self.name}.{name} has a cache of earlier steps; disable_cache() first")
@@ -137,9 +137,11 @@ class Run:
         self.ended_round = self.rounds.step(output)
         return replaced(self.rehearsal.result, self.rounds.end().to(self.rehearsal.result[0].dtype))
 
-    def _scaled(self) -> None:
+    def scale(self, sample: Tensor) -> Tensor:
+        """The scheduler's ``scale_model_input``: rows are scaled when the network is called, each by its own factor."""
         if self.rehearsal is not None:
-            self.rehearsal.scaled = True
+            self.rehearsal.scaled = sample = sample.view_as(sample)  # another object, to be recognised
+        return sample
 
     # -- the course of the loop --------------------------------------------------------------------------------------
 
@@ -209,8 +211,8 @@ class ParallelPipeline:
         """The pipeline's own call: its arguments, its output.
 
         ``callback_on_step_end`` is called once per round, with the number of the round; the ``latents`` that it is
-        given are the current estimate of the final ones, a preview.  Setting ``pipe._interrupt`` there, or Ctrl-C, ends the
-        run with the estimate so far.
+        given are the current estimate of the final ones, a preview.  Setting ``pipe._interrupt`` there, or Ctrl-C, ends
+        the run with the estimate so far.
 
         Raises:
             UnsupportedError: naming what cannot be run in parallel.

@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class Proxy:
@@ -47,9 +47,9 @@ class NetworkProxy(Proxy):
 
 
 class SchedulerProxy(Proxy):
-    """A scheduler whose steps are taken by ``step``, and which leaves scaling to whoever calls the network."""
+    """A scheduler whose steps are taken by ``step``; ``scaled`` hears of what it should have scaled, and answers."""
 
-    def __init__(self, target: Any, step: Callable[..., Any], scaled: Callable[[], None]) -> None:  # noqa: ANN401
+    def __init__(self, target: Any, step: Callable[..., Any], scaled: Callable[[Tensor], Tensor]) -> None:  # noqa: ANN401
         super().__init__(target)
         wrapped = functools.wraps(target.step)(lambda *args, **kwargs: step(*args, **kwargs))
         object.__setattr__(self, "step", wrapped)  # pipelines read its signature
@@ -61,9 +61,9 @@ class SchedulerProxy(Proxy):
             return value
 
         @functools.wraps(value)
-        def unscaled(sample: Any, *args: object, **kwargs: object) -> Any:  # noqa: ANN401 - a tensor
-            self._scaled()
-            return sample
+        def unscaled(sample: Tensor, *args: object, **kwargs: object) -> Tensor:
+            shown: Tensor = self._scaled(sample)
+            return shown
 
         return unscaled
 

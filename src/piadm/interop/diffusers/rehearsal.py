@@ -106,7 +106,7 @@ class Rehearsal:
         self.slots: list[Slot] = []
         self.noise: list[Tensor | None] = []
         self.fixed: Fixed | None = None
-        self.scaled = False
+        self.scaled: Tensor | None = None
         self.evaluated = 0
         self.spares: dict[str, Any] = {}
         self._read({})  # what is not supported is refused before any network runs
@@ -165,6 +165,10 @@ class Rehearsal:
         self.sources = torch.arange(len(sample))
         if options.keys() - {"generator", "return_dict"}:
             self._read(options)
+        if sample is self.scaled and bool((self.probed.scales != 1).any()):
+            raise UnsupportedError(
+                "the pipeline steps from the scaled state; it needs a scheduler that does not scale, such as DDIM"
+            )
 
     def _compare(self, output: Tensor, sample: Tensor, options: dict[str, Any], number: int) -> None:
         """A later step: it may differ from the first one only in ways in which rows can differ."""
@@ -223,7 +227,7 @@ class Rehearsal:
             drawn = next(normals for normals in self.noise if normals is not None)
             kept = [torch.zeros_like(drawn) if normals is None else normals for normals in self.noise]
             noise = torch.stack(kept)[:, : self.batch]
-        scales = self.probed.scales if self.scaled else torch.ones_like(self.probed.scales)
+        scales = torch.ones_like(self.probed.scales) if self.scaled is None else self.probed.scales
         return Score(
             self.first[: self.batch], self.sources, noise, recurrence, self.levels, self.estimate, scales, self.slots,
             self.fixed,
