@@ -138,7 +138,7 @@ def test_types_are_shipped() -> None:
 
 
 SHARED = dict(seed=0, initial=None, noise=None, condition=None, max_batch=None, callback=None, progress=None)
-LAST = dict(return_states=False, raise_on_failure=False)
+LAST = dict(return_states=False, raise_on_failure=False, workers=None)
 GRID = dict(method="sde", grid=None, steps=1000)
 PARALLEL = dict(tol=1e-2, nodes=None, window=None, linearization=None, max_rounds=None)
 NEEDED = inspect.Parameter.empty

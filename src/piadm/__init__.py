@@ -21,6 +21,7 @@ from piadm.schedule import (
 from piadm.sequential import sample_sequential
 from piadm.solution import NetworkError, NotConvergedError, RoundInfo, Solution, Stats, Status
 from piadm.theory import Plan, plan
+from piadm.workers import Devices, Ranks
 
 __version__ = "0.1.0"
 
@@ -31,6 +32,7 @@ __all__ = [
     "DataExponential",
     "DataFrozen",
     "Denoiser",
+    "Devices",
     "DiscreteSchedule",
     "FlowSchedule",
     "Gaussian",
@@ -43,6 +45,7 @@ __all__ = [
     "NotConvergedError",
     "OUSchedule",
     "Plan",
+    "Ranks",
     "RoundInfo",
     "ScoreExponential",
     "ScoreFrozen",

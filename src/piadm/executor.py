@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, final
 
 import torch
 from torch import Tensor
@@ -38,6 +39,36 @@ def drive(asking: Asking[_T], answer: Callable[[Tensor, Tensor, Tensor], Tensor 
             resume = partial(asking.throw, error)
 
 
+class Team(ABC):
+    """Those who evaluate the rows of one run.
+
+    Attributes:
+        count: number of workers among whom the rows of a call are shared out.
+        first: number of this run's first sample in the whole batch, for messages.
+    """
+
+    count: int
+    first: int
+
+    @abstractmethod
+    def answer(self, executor: Executor, x: Tensor, samples: Tensor, times: Tensor) -> Tensor | None:
+        """Denoised estimates ``(r, d)`` of some rows, or None for want of memory."""
+
+
+@final
+class Here(Team):
+    """One worker, this process, and the network as it was handed in."""
+
+    count = 1
+
+    def __init__(self, first: int = 0) -> None:
+        self.first = first
+
+    def answer(self, executor: Executor, x: Tensor, samples: Tensor, times: Tensor) -> Tensor | None:
+        """Those of the executor's own network."""
+        return executor.evaluate(x, samples, times)
+
+
 class Executor:
     """Evaluates denoised estimates of rows, each a (sample, time) pair.
 
@@ -49,7 +80,8 @@ class Executor:
         shape: ``(B, *sample_shape)``.
         condition: tensors with one row per sample, handed to the network row by row; any other value goes to
             every call as it is.
-        max_batch: most rows in one network call; None chooses by the device.
+        max_batch: most rows in one network call of one worker; None chooses by the device.
+        team: who evaluates the rows; None: this process.
     """
 
     def __init__(
@@ -58,8 +90,10 @@ class Executor:
         shape: tuple[int, ...],
         condition: Mapping[str, Any] | None = None,
         max_batch: int | None = None,
+        team: Team | None = None,
     ) -> None:
         self.denoiser, self.shape, self.condition = denoiser, shape, dict(condition or {})
+        self.team = Here() if team is None else team
         self.max_batch = self.given_max_batch = max_batch
         self.peak_batch = 0
         self.evaluations = torch.zeros(shape[0], dtype=torch.int64)
@@ -93,17 +127,17 @@ class Executor:
             fetch: gives the states of a slice of the rows, shape ``(r, d)``.
             store: takes the denoised estimates of that slice, shape ``(r, d)``.
         """
-        rows = len(samples)
-        if self.max_batch is None:
-            self.max_batch = CPU_ROWS if samples.device.type == "cpu" else rows
-        first = 0
+        rows, first = len(samples), 0
+        usual = CPU_ROWS if samples.device.type == "cpu" else rows * self.denoiser.rows_per_call
         while first < rows:
-            part = slice(first, min(rows, first + max(1, self.max_batch // self.denoiser.rows_per_call)))
+            most = usual if self.max_batch is None else self.max_batch
+            part = slice(first, min(rows, first + self.team.count * max(1, most // self.denoiser.rows_per_call)))
             estimate = yield fetch(part), samples[part], times[part]
             if estimate is None:
                 self.max_batch = max(1, (part.stop - part.start) * self.denoiser.rows_per_call // 2)
                 continue
-            self.peak_batch = max(self.peak_batch, (part.stop - part.start) * self.denoiser.rows_per_call)
+            if self.team.count == 1:  # several note themselves what each of them was handed
+                self.peak_batch = max(self.peak_batch, (part.stop - part.start) * self.denoiser.rows_per_call)
             store(part, estimate)
             first = part.stop
 
@@ -113,7 +147,38 @@ class Executor:
         self.evaluations += counted * self.denoiser.rows_per_call
 
     def answer(self, x: Tensor, samples: Tensor, times: Tensor) -> Tensor | None:
-        """Denoised estimates ``(r, d)`` of some rows by the network, or None for want of memory.
+        """Denoised estimates ``(r, d)`` of some rows by the team, or None for want of memory.
+
+        Raises:
+            NetworkError: if the network fails, naming the times and samples of the rows it was given.
+        """
+        return self.team.answer(self, x, samples, times)
+
+    def alone(self, denoiser: Denoiser | None = None, device: torch.device | None = None) -> Executor:
+        """One worker's own executor, in which memory that runs out shrinks its own micro-batches only.
+
+        Args:
+            denoiser: a copy of the denoiser on the worker's device; None: the same one.
+            device: that device; None: where the conditions are.
+        """
+        condition = {
+            name: value.to(device) if device is not None and isinstance(value, Tensor) else value
+            for name, value in self.condition.items()
+        }
+        return Executor(denoiser or self.denoiser, self.shape, condition, self.given_max_batch, Here(self.team.first))
+
+    def whole(self, x: Tensor, samples: Tensor, times: Tensor) -> Tensor:
+        """Denoised estimates ``(r, d)`` of all of some rows, in as many micro-batches as it takes.
+
+        Raises:
+            NetworkError: if the network fails, naming the times and samples of the rows it was given.
+        """
+        found = torch.empty_like(x)
+        self.run(samples, times, x.__getitem__, found.__setitem__)
+        return found
+
+    def evaluate(self, x: Tensor, samples: Tensor, times: Tensor) -> Tensor | None:
+        """Denoised estimates ``(r, d)`` of some rows by the network itself, or None for want of memory.
 
         Raises:
             NetworkError: if the network fails, naming the times and samples of the rows it was given.
@@ -129,7 +194,8 @@ class Executor:
                 if x.is_cuda:
                     torch.cuda.empty_cache()
                 return None
-            raise NetworkError(f"the network failed on {name_rows(samples, times)}: {error}") from error
+            named = name_rows(samples + self.team.first, times)
+            raise NetworkError(f"the network failed on {named}: {error}") from error
         return estimate.reshape(len(samples), -1)
 
 

@@ -32,8 +32,10 @@ from piadm.problem import Callback, Problem, check_denoiser, pose
 from piadm.solution import Solution
 from piadm.stopping import FixedIterations
 from piadm.tally import Tally
+from piadm.workers.base import Workers, on_workers
 
 
+@on_workers
 def piadm_sde(
     denoiser: Denoiser,
     shape: tuple[int, ...],
@@ -49,6 +51,7 @@ def piadm_sde(
     progress: bool | None = None,
     return_states: bool = False,
     raise_on_failure: bool = False,
+    workers: Workers | None = None,
 ) -> Solution:
     """PIADM-SDE, Algorithm 1: K Picard iterations of the reverse SDE on each block.
 
@@ -75,6 +78,7 @@ def piadm_sde(
         progress: show a progress bar.
         return_states: keep the states at every step (of an interrupted run: of the blocks that were finished).
         raise_on_failure: raise ``NotConvergedError`` unless every sample is CONVERGED.
+        workers: who evaluates the network: ``piadm.Devices``, ``piadm.Ranks``, or None: this process.
 
     Returns:
         A ``Solution``; CONVERGED means that the prescribed iterations are done, the error estimate is NaN.
@@ -87,11 +91,13 @@ def piadm_sde(
     problem = pose(
         denoiser, shape, blocks.grid(denoiser.schedule), seed=seed, initial=initial, noise=noise,
         noise_count=steps.count, condition=condition, max_batch=max_batch, callback=callback,
+        workers=workers,
     )  # fmt: skip
     tally = Tally(problem, blocks.count * iterations, callback, progress)
     return _run(problem, tally, steps, blocks, iterations, None, return_states, raise_on_failure)
 
 
+@on_workers
 def piadm_ode(
     denoiser: Denoiser,
     shape: tuple[int, ...],
@@ -108,6 +114,7 @@ def piadm_ode(
     progress: bool | None = None,
     return_states: bool = False,
     raise_on_failure: bool = False,
+    workers: Workers | None = None,
 ) -> Solution:
     """PIADM-ODE, Algorithm 2: Picard iterations of the probability-flow ODE, then Langevin, on each block.
 
@@ -132,6 +139,7 @@ def piadm_ode(
         progress: show a progress bar.
         return_states: keep the predictor's states at every step (of an interrupted run: of the finished blocks).
         raise_on_failure: raise ``NotConvergedError`` unless every sample is CONVERGED.
+        workers: who evaluates the network: ``piadm.Devices``, ``piadm.Ranks``, or None: this process.
 
     Returns:
         A ``Solution``; CONVERGED means that the prescribed iterations are done, the error estimate is NaN.
@@ -146,7 +154,7 @@ def piadm_ode(
     problem = pose(
         denoiser, shape, blocks.grid(denoiser.schedule), seed=seed, initial=initial, noise=noise,
         noise_count=blocks.count * corrector.normals if corrector else 0, condition=condition,
-        max_batch=max_batch, callback=callback,
+        max_batch=max_batch, callback=callback, workers=workers,
     )  # fmt: skip
     if corrector is not None and not bool(denoiser.schedule.sigma(problem.grid.times[-1]) > 0):
         raise ValueError(

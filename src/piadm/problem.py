@@ -11,7 +11,7 @@ from torch import Tensor
 
 from piadm._checks import described, positive_int, shown
 from piadm.denoiser import Denoiser, network_device, network_dtype
-from piadm.executor import Executor
+from piadm.executor import Executor, Team
 from piadm.grid import TimeGrid
 from piadm.noise import GivenNoise, NoiseSource, Seed, SeededNoise, given_array, seed_keys
 from piadm.schedule import NoiseSchedule
@@ -58,11 +58,12 @@ def pose(
     condition: Mapping[str, Any] | None,
     max_batch: int | None,
     callback: Callback | None,
+    workers: object = None,
 ) -> Problem:
     """Check the arguments that all samplers share and lay out states and noise.
 
     The arguments are those of ``piadm.sample``; ``noise_count`` is the number of standard normals per coordinate,
-    the leading size of ``noise``, and 0 where none is taken.
+    the leading size of ``noise``, and 0 where none is taken; ``workers`` a ``Team`` that is at work, or None.
 
     Raises:
         TypeError, ValueError: naming the argument, what was received and what is accepted.
@@ -90,7 +91,8 @@ def pose(
         start = given.reshape(shape[0], -1).to(device, dtype)
     else:
         start = source.initial() * _prior_scale(denoiser, grid)
-    return Problem(denoiser, shape, grid, start, source, Executor(denoiser, shape, condition, max_batch))
+    team = workers if isinstance(workers, Team) else None
+    return Problem(denoiser, shape, grid, start, source, Executor(denoiser, shape, condition, max_batch, team))
 
 
 def check_denoiser(denoiser: object) -> Denoiser:

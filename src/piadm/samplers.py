@@ -18,8 +18,10 @@ from piadm.problem import Callback, pose
 from piadm.settings import settle
 from piadm.solution import Solution
 from piadm.tally import Tally
+from piadm.workers.base import Workers, on_workers
 
 
+@on_workers
 def sample(
     denoiser: Denoiser,
     shape: tuple[int, ...],
@@ -41,6 +43,7 @@ def sample(
     progress: bool | None = None,
     return_states: bool = False,
     raise_on_failure: bool = False,
+    workers: Workers | None = None,
 ) -> Solution:
     """Sample in parallel over time: the result of ``sample_sequential`` within ``tol``, in few rounds.
 
@@ -75,6 +78,7 @@ def sample(
         progress: show a progress bar.
         return_states: keep the states at every step.
         raise_on_failure: raise ``NotConvergedError`` unless every sample is CONVERGED.
+        workers: who evaluates the network: ``piadm.Devices``, ``piadm.Ranks``, or None: this process.
 
     Returns:
         A ``Solution``, with a status and an error estimate per sample.
@@ -93,7 +97,7 @@ def sample(
     problem = pose(
         denoiser, shape, engine.grid, seed=seed, initial=initial, noise=noise,
         noise_count=engine.steps.count * max(1, engine.steps.normals), condition=condition, max_batch=max_batch,
-        callback=callback,
+        callback=callback, workers=workers,
     )  # fmt: skip
     tally = Tally(problem, None, callback, progress)
     states = run(engine, problem, tally, limit, return_states)

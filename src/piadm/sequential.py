@@ -16,8 +16,10 @@ from piadm.path import NOISE_CHUNK
 from piadm.problem import Callback, check_denoiser, check_grid, pose
 from piadm.solution import Solution
 from piadm.tally import Tally
+from piadm.workers.base import Workers, on_workers
 
 
+@on_workers
 @torch.no_grad()
 def sample_sequential(
     denoiser: Denoiser,
@@ -35,6 +37,7 @@ def sample_sequential(
     progress: bool | None = None,
     return_states: bool = False,
     raise_on_failure: bool = False,
+    workers: Workers | None = None,
 ) -> Solution:
     """Sample step by step: ``x_{j+1} = a_j x_j + b_j x0_hat(x_j, t_j) + c_j xi_j`` for ``j = 0 .. J-1``.
 
@@ -53,6 +56,7 @@ def sample_sequential(
         progress: show a progress bar.
         return_states: keep every state (of an interrupted run: those that were reached).
         raise_on_failure: raise ``NotConvergedError`` unless every sample is CONVERGED.
+        workers: who evaluates the network: ``piadm.Devices``, ``piadm.Ranks``, or None: this process.
 
     Returns:
         A ``Solution``; its error estimate is 0, it being what errors are measured against.
@@ -67,7 +71,7 @@ def sample_sequential(
     problem = pose(
         denoiser, shape, grid, seed=seed, initial=initial, noise=noise,
         noise_count=coefficients.count * max(1, coefficients.normals), condition=condition, max_batch=max_batch,
-        callback=callback,
+        callback=callback, workers=workers,
     )  # fmt: skip
     tally = Tally(problem, coefficients.count, callback, progress)
     tally.error.zero_()

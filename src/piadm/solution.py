@@ -89,6 +89,19 @@ class Solution:
         return all(status is Status.CONVERGED for status in self.status)
 
 
+def demand(solution: Solution) -> Solution:
+    """The solution itself.
+
+    Raises:
+        NotConvergedError: if a sample is not CONVERGED.
+    """
+    if solution.converged:
+        return solution
+    counted = {status.name: solution.status.count(status) for status in Status if status in solution.status}
+    said = ", ".join(f"{count} {name}" for name, count in counted.items())
+    raise NotConvergedError(f"not every sample converged: {said}", solution)
+
+
 @dataclass(frozen=True)
 class RoundInfo:
     """What a callback sees after each round (of the sequential sampler: each step).

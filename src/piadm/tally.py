@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from piadm.problem import Callback, Problem
-from piadm.solution import NotConvergedError, RoundInfo, Solution, Stats, Status
+from piadm.solution import RoundInfo, Solution, Stats, Status, demand
 
 
 class Interrupted(Exception):  # noqa: N818 - a request, not an error
@@ -88,7 +88,7 @@ class Tally:
             return
         self.status[sample] = Status.NONFINITE
         self.error[sample] = torch.inf
-        self.failures.append(f"sample {sample}: {message}")
+        self.failures.append(f"sample {self.problem.executor.team.first + sample}: {message}")
 
     @property
     def failed(self) -> Tensor:
@@ -147,11 +147,7 @@ class Tally:
         solution = Solution(sample, tuple(self.status), self.error, stats, states, tuple(self.failures))
         if self.failures:
             warnings.warn("; ".join(self.failures), RuntimeWarning, stacklevel=_caller_level())
-        if raise_on_failure and not solution.converged:
-            counted = {status.name: self.status.count(status) for status in Status if status in self.status}
-            said = ", ".join(f"{count} {name}" for name, count in counted.items())
-            raise NotConvergedError(f"not every sample converged: {said}", solution)
-        return solution
+        return demand(solution) if raise_on_failure else solution
 
 
 def _caller_level() -> int:

@@ -1,0 +1,36 @@
+"""The small protocol: a sampler asks for the denoised estimates of rows, and a team of workers answers."""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ParamSpec
+
+from piadm._checks import described
+from piadm.solution import Solution
+
+P = ParamSpec("P")
+
+
+class Workers(ABC):
+    """Where a sampler's network calls run: the argument ``workers`` of every sampler."""
+
+    @abstractmethod
+    def run(self, sampler: Callable[..., Solution], *args: Any, **kwargs: Any) -> Solution:  # noqa: ANN401
+        """Call the sampler with these arguments and with a ``Team`` of these workers as ``workers``."""
+
+
+def on_workers(sampler: Callable[P, Solution]) -> Callable[P, Solution]:
+    """A sampler that hands itself to its argument ``workers``; without one it runs here."""
+
+    @functools.wraps(sampler)
+    def call(*args: P.args, **kwargs: P.kwargs) -> Solution:
+        workers = kwargs.get("workers")
+        if workers is None:
+            return sampler(*args, **kwargs)
+        if not isinstance(workers, Workers):
+            raise TypeError(f"workers must be a piadm.Devices, a piadm.Ranks or None, got {described(workers)}")
+        return workers.run(sampler, *args, **kwargs)
+
+    return call

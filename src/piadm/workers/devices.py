@@ -1,0 +1,125 @@
+"""Several devices of this process: a copy of the network on each, and a thread that feeds it."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from piadm._checks import described, shown
+from piadm.denoiser import Denoiser, network_device
+from piadm.executor import Executor, Team
+from piadm.problem import check_denoiser
+from piadm.solution import NetworkError, Solution
+from piadm.workers.base import Workers
+from piadm.workers.shares import Shares
+
+
+@final
+@dataclass(frozen=True)
+class Devices(Workers):
+    """Several devices of one machine, in one process: every network call is shared out among them.
+
+    Rows are cut in proportion to the speed that the devices have shown.  The state, which is small, stays where the
+    network that is handed in lives; the others get copies of the network, made anew for every run.
+
+    Args:
+        devices: two or more torch devices, such as ``["cuda:0", "cuda:1"]``.  A device may come twice, as
+            ``["cpu", "cpu"]`` for two threads with a copy each.
+
+    Raises:
+        TypeError, ValueError: if they are none of this machine's devices, or fewer than two.
+    """
+
+    devices: Sequence[str | torch.device]
+
+    def __post_init__(self) -> None:
+        accepted = "a list of at least two torch devices"
+        if isinstance(self.devices, str) or not isinstance(self.devices, Sequence):
+            raise TypeError(f"devices must be {accepted}, got {described(self.devices)}")
+        if len(self.devices) < 2:
+            raise ValueError(f"devices must be {accepted}, got {shown(list(self.devices))}")
+        for number, name in enumerate(self.devices):
+            try:
+                torch.empty(0, device=name)
+            except (RuntimeError, AssertionError, TypeError) as error:  # a torch without CUDA asserts
+                reason = f"got {name!r}: {str(error).splitlines()[0]}"
+                raise ValueError(f"devices[{number}] must be a device of this machine, {reason}") from error
+
+    def run(self, sampler: Callable[..., Solution], *args: Any, **kwargs: Any) -> Solution:  # noqa: ANN401
+        """Run a sampler with its network copied to every device."""
+        arguments = inspect.signature(sampler).bind(*args, **kwargs).arguments
+        denoiser = check_denoiser(arguments["denoiser"])
+        places = [torch.device(name) for name in self.devices]
+        with ThreadPoolExecutor(len(places), thread_name_prefix="piadm") as threads:
+            team = _Devices([(place, replica(denoiser, place)) for place in places], threads)
+            return sampler(**arguments | {"workers": team})
+
+
+@final
+class _Devices(Team):
+    """The devices at work on one run.
+
+    Args:
+        places: every device and its copy of the denoiser.
+        threads: one for each.
+    """
+
+    first = 0
+
+    def __init__(self, places: Sequence[tuple[torch.device, Denoiser]], threads: ThreadPoolExecutor) -> None:
+        self.places, self.threads, self.count = places, threads, len(places)
+        self.shares = Shares(self.count)
+        self.executors: list[Executor] = []
+
+    def answer(self, executor: Executor, x: Tensor, samples: Tensor, times: Tensor) -> Tensor:
+        """The denoised estimates of rows, each device's share by its own executor."""
+        if not self.executors:
+            self.executors = [executor.alone(denoiser, place) for place, denoiser in self.places]
+        shares = self.shares.cut(len(samples))
+        modes = torch.is_inference_mode_enabled()
+
+        def work(worker: int) -> tuple[Tensor, float]:
+            part, (place, _) = shares[worker], self.places[worker]
+            began = time.perf_counter()
+            with torch.inference_mode(modes), torch.no_grad():  # both are settings of a thread
+                try:
+                    rows = (table[part].to(place) for table in (x, samples, times))
+                    found = self.executors[worker].whole(*rows).to(x.device)
+                except NetworkError as error:
+                    raise NetworkError(f"device {worker} ({place}): {error}") from error
+            return found, time.perf_counter() - began
+
+        found, seconds = zip(*self.threads.map(work, range(self.count)), strict=True)
+        self.shares.learn(shares, seconds)
+        executor.peak_batch = max(executor.peak_batch, *(one.peak_batch for one in self.executors))
+        return torch.cat(found)
+
+
+def replica(denoiser: Denoiser, device: torch.device) -> Denoiser:
+    """The denoiser with a copy of its network on a device.
+
+    Raises:
+        TypeError: if the network has parameters elsewhere and cannot be moved.
+    """
+    return replace(denoiser, network=_copied(denoiser.network, device))
+
+
+def _copied(network: Any, device: torch.device) -> Any:  # noqa: ANN401 - any callable
+    if callable(getattr(network, "to", None)):
+        return copy.deepcopy(network).to(device)
+    if callable(getattr(network, "network", None)):  # a wrapper such as GuidedNetwork
+        wrapper = copy.copy(network)
+        wrapper.network = _copied(network.network, device)
+        return wrapper
+    if network_device(network) not in (None, device):
+        kind = type(network).__name__
+        raise TypeError(f"network must have a method .to(device) to be copied to {device}, got {kind}")
+    return network

@@ -1,0 +1,192 @@
+"""A group of processes: the same program on every rank, with network rows or samples dealt out among them."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import json
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, final
+
+import torch
+import torch.distributed as dist
+
+from piadm._checks import choice, described, finite_float
+from piadm.denoiser import network_device
+from piadm.problem import check_denoiser, check_shape
+from piadm.solution import NetworkError, NotConvergedError, Solution, demand
+from piadm.workers.base import Workers
+from piadm.workers.exchange import Exchange
+from piadm.workers.fingerprint import fingerprint
+from piadm.workers.merge import merged, part_of
+from piadm.workers.pulse import LOOK, Pulse
+from piadm.workers.teams import RowTeam, SampleTeam
+
+#: Seconds between two beats, at most, and as a share of the time limit.
+BEAT, BEATS = 1.0, 1 / 20
+
+#: Samples are dealt out, instead of rows, if the ranks with fewer of them then idle for no more than this factor.
+IDLE = 1.25
+
+#: Arguments that may differ between ranks.
+OWN = ("workers", "callback", "progress", "max_batch")
+
+
+@final
+class Ranks(Workers):
+    """The processes of a ``torch.distributed`` group, as torchrun starts them.
+
+    Every rank calls the sampler with the same arguments and gets the same solution.  Either the ranks share out the
+    rows of every network call, gather the denoised estimates to all and do the rest, which is small, each for
+    themselves; or they share out the samples, and gather the solutions at the end.
+
+    A rank that dies, hangs or meets an exception ends the run on all of them, with a ``NetworkError`` that names it.
+
+    Args:
+        group: the process group, gloo or NCCL; None: all processes.
+        timeout: seconds that a rank waits for the others at most, and that one network call may take longer on one
+            rank than on another, > 0.
+        split: "rows", "samples", or "auto": samples if every rank has about as many of them, else rows.
+
+    Raises:
+        TypeError, ValueError: for other arguments.
+        RuntimeError: at the call, if ``torch.distributed`` has not been initialised.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None, timeout: float = 30.0, split: str = "auto") -> None:
+        if group is not None and not isinstance(group, dist.ProcessGroup):
+            raise TypeError(f"group must be a torch.distributed process group or None, got {described(group)}")
+        self.group, self.timeout = group, finite_float("timeout", timeout, low=0.0)
+        self.split = choice("split", split, ("auto", "rows", "samples"))
+        self._control: dist.ProcessGroup | None = None
+        self._broken = ""
+
+    def by_samples(self, batch: int) -> bool:
+        """Whether samples are dealt out, for a batch of so many."""
+        count = dist.get_world_size(self.group)
+        return self.split == "samples" or (self.split == "auto" and math.ceil(batch / count) * count <= IDLE * batch)
+
+    def run(self, sampler: Callable[..., Solution], *args: Any, **kwargs: Any) -> Solution:  # noqa: ANN401
+        """Run a sampler on all ranks."""
+        bound = inspect.signature(sampler).bind(*args, **kwargs)
+        bound.apply_defaults()
+        arguments = dict(bound.arguments)
+        check_denoiser(arguments["denoiser"])
+        batch = check_shape(arguments["shape"])[0]
+        with self._joined() as exchange:
+            _compare(exchange, sampler.__name__, arguments)
+            deal = self._samples if self.by_samples(batch) else self._rows
+            return deal(exchange, sampler, arguments)
+
+    def _rows(self, exchange: Exchange, sampler: Callable[..., Solution], arguments: dict[str, Any]) -> Solution:
+        """Run it here as everywhere, with every network call shared out."""
+        if arguments.get("window") == "auto":
+            raise ValueError("window must be None or an integer where ranks share out rows, got 'auto': clocks differ")
+        team = RowTeam(exchange)
+        arguments["progress"] = arguments["progress"] and exchange.pulse.rank == 0
+        if callable(arguments["callback"]):
+            arguments["callback"] = team.agreed(arguments["callback"])
+        with _interrupts(exchange.pulse, team):
+            return sampler(**arguments | {"workers": team})
+
+    def _samples(self, exchange: Exchange, sampler: Callable[..., Solution], arguments: dict[str, Any]) -> Solution:
+        """Run it here on some of the samples, and put all together."""
+        rank, count, batch = exchange.pulse.rank, exchange.count, check_shape(arguments["shape"])[0]
+        first, last = batch * rank // count, batch * (rank + 1) // count
+        own = part_of(arguments, first, last) | {"raise_on_failure": False, "workers": SampleTeam(exchange, first)}
+        own["progress"] = arguments["progress"] and rank == 0
+        data = io.BytesIO()
+        try:
+            with _interrupts(exchange.pulse, None):
+                torch.save(sampler(**own) if last > first else None, data)
+        except NetworkError as error:
+            torch.save(str(error), data)
+        exchange.pulse.meet(self.timeout)
+        place = network_device(arguments["denoiser"].network) or torch.device("cpu")
+        # Written a moment ago by this very program.
+        parts = [
+            torch.load(io.BytesIO(text), map_location=place, weights_only=False)
+            for text in exchange.texts(data.getvalue())
+        ]
+        if failed := [f"rank {number}: {part}" for number, part in enumerate(parts) if isinstance(part, str)]:
+            raise NetworkError("; ".join(failed))
+        whole = merged([part for part in parts if part is not None])
+        return demand(whole) if arguments["raise_on_failure"] else whole
+
+    @contextmanager
+    def _joined(self) -> Iterator[Exchange]:
+        """The ranks of the group, in touch with each other; a fault is everyone's."""
+        if not (dist.is_available() and dist.is_initialized()):
+            raise RuntimeError("call torch.distributed.init_process_group first, in processes started by torchrun")
+        if self._broken:
+            raise NetworkError(f"the group cannot go on after a fault: {self._broken}")
+        # torch has no public way to the store of a group, and another one would need an address of its own.
+        from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+
+        interval = min(BEAT, BEATS * self.timeout)
+        ranks = dist.get_process_group_ranks(self.group or dist.group.WORLD)
+        if self._control is None:
+            limit = timedelta(seconds=self.timeout - (LOOK + 2) * interval)
+            self._control = dist.new_group(ranks, limit, "gloo", use_local_synchronization=True)
+        name = "-".join(map(str, ranks))
+        store = PrefixStore(f"piadm/{name}", _get_default_store())
+        pulse = Pulse(store, dist.get_rank(self.group), len(ranks), interval)
+        nccl = dist.get_backend(self.group) == "nccl"
+        pulse.start()
+        try:
+            yield Exchange(self._control, (self.group or dist.group.WORLD) if nccl else None, pulse)
+        except BaseException as error:
+            self._broken = pulse.verdict
+            pulse.stop("" if isinstance(error, NotConvergedError) else f"{type(error).__name__}: {error}")
+            if pulse.verdict and not isinstance(error, NetworkError):
+                raise NetworkError(pulse.verdict) from error
+            raise
+        pulse.stop()
+        if pulse.verdict:
+            self._broken = pulse.verdict
+            raise NetworkError(pulse.verdict)
+
+
+def _compare(exchange: Exchange, sampler: str, arguments: dict[str, Any]) -> None:
+    """Every rank must run the same program on the same data.
+
+    Raises:
+        ValueError: naming the first argument that differs.
+    """
+    own = {"sampler": sampler} | {name: fingerprint(value) for name, value in arguments.items() if name not in OWN}
+    told = [json.loads(text) for text in exchange.texts(json.dumps(own).encode())]
+    exchange.pulse.go_on()
+    for rank, other in enumerate(told):
+        for name, value in told[0].items():
+            if other.get(name) != value:
+                raise ValueError(
+                    f"{name} must be the same on every rank, got {value} on rank 0 and {other.get(name)} on rank {rank}"
+                )
+
+
+@contextmanager
+def _interrupts(pulse: Pulse, team: RowTeam | None) -> Iterator[None]:
+    """Ctrl-C, once: ranks that share out rows stop together, after the call that they are at.
+
+    Python gives signals to the main thread alone; a run in another one goes on to its end.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def heard(number: int, frame: object) -> None:
+        if pulse.verdict or team is None or team.stop:
+            raise KeyboardInterrupt
+        team.stop = True
+
+    before = signal.signal(signal.SIGINT, heard)
+    try:
+        yield
+    finally:
+        pulse.wait()  # no signal from it any more
+        signal.signal(signal.SIGINT, before)

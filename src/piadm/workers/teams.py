@@ -1,0 +1,110 @@
+"""The ranks of a group at work on one run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from piadm.executor import Executor, Team, name_rows
+from piadm.solution import NetworkError
+from piadm.workers.exchange import Exchange, Header, digest
+from piadm.workers.shares import Shares
+
+
+@final
+class RowTeam(Team):
+    """The ranks of a group at work on one run, of which each evaluates a share of the rows."""
+
+    first = 0
+
+    def __init__(self, exchange: Exchange) -> None:
+        self.exchange, self.rank, self.count = exchange, exchange.pulse.rank, exchange.count
+        self.shares = Shares(self.count)
+        self.own: Executor | None = None
+        self.stop = False
+
+    def answer(self, executor: Executor, x: Tensor, samples: Tensor, times: Tensor) -> Tensor:
+        """The denoised estimates of rows, this rank's by its own network."""
+        self.own = self.own or executor.alone()
+        shares = self.shares.cut(len(samples))
+        mine, failure, found = shares[self.rank], None, x[:0]
+        began = time.perf_counter()
+        try:
+            if mine.stop > mine.start:
+                self.exchange.pulse.work(_named(samples[mine], times[mine]))
+                found = self.own.whole(x[mine], samples[mine], times[mine])
+                if x.is_cuda:
+                    torch.cuda.synchronize(x.device)
+        except NetworkError as error:
+            failure = error
+        header = Header(
+            time.perf_counter() - began, len(samples), digest(samples, times), 0, failure is not None, self.stop,
+            str(failure or ""),
+        )  # fmt: skip
+        headers = self.exchange.headers(header)
+        check(headers, failure)
+        found = self.exchange.rows(found, shares)
+        self.exchange.pulse.go_on()
+        self.shares.learn(shares, [one.seconds for one in headers])
+        executor.peak_batch = max(executor.peak_batch, self.own.peak_batch)
+        return found
+
+    def agreed(self, callback: Callable[[Any], Any]) -> Callable[[Any], bool]:
+        """The callback, whose request to stop on any rank holds for all."""
+
+        def call(info: object) -> bool:
+            failure, wanted = None, False
+            try:
+                wanted = bool(callback(info))
+            except Exception as error:
+                failure = error
+            text = "" if failure is None else f"its callback raised {type(failure).__name__}: {failure}"
+            headers = self.exchange.headers(Header(failed=failure is not None, stop=wanted, text=text))
+            self.exchange.pulse.go_on()
+            if failure is not None:
+                raise failure
+            check(headers, None)
+            return any(header.stop for header in headers)
+
+        return call
+
+
+@final
+class SampleTeam(Team):
+    """One rank at work on its own samples, of which it tells the others only that it goes on."""
+
+    count = 1
+
+    def __init__(self, exchange: Exchange, first: int) -> None:
+        self.pulse, self.first = exchange.pulse, first
+
+    def answer(self, executor: Executor, x: Tensor, samples: Tensor, times: Tensor) -> Tensor | None:
+        """Those of the executor's own network."""
+        self.pulse.work(_named(samples + self.first, times))
+        try:
+            return executor.evaluate(x, samples, times)
+        finally:
+            self.pulse.go_on()
+
+
+def _named(samples: Tensor, times: Tensor) -> str:
+    """The rows, for a message; only counted where their names would have to be fetched from an accelerator."""
+    return f"{len(samples)} rows" if samples.is_cuda else name_rows(samples, times)
+
+
+def check(headers: list[Header], failure: Exception | None) -> None:
+    """Refuse to go on after a failure on any rank, or where the ranks have come apart; stop where one was asked to."""
+    if failed := [f"rank {rank}: {header.text}" for rank, header in enumerate(headers) if header.failed]:
+        raise NetworkError("; ".join(failed)) from failure
+    for rank, header in enumerate(headers):
+        if (header.rows, header.digest) != (headers[0].rows, headers[0].digest):
+            raise NetworkError(
+                f"the ranks have come apart: rank {rank} asks for {header.rows} rows where rank 0 asks for "
+                f"{headers[0].rows}, or for others; their machines round differently: use split='samples'"
+            )
+    if any(header.stop for header in headers) and headers[0].rows:
+        raise KeyboardInterrupt
