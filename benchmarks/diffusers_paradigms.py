@@ -1,6 +1,6 @@
 """``parallelize`` beside diffusers' own ParaDiGMS pipeline and the sequential one, on the shipped network.
 
-    python benchmarks/diffusers_paradigms.py [--num 2] [--threads 2] [--json paradigms.json]
+    python benchmarks/diffusers_paradigms.py [--num 2] [--long] [--threads 2] [--json paradigms.json]
 
 All three are Stable Diffusion pipelines around the shipped U-Net, which ignores the prompt, without guidance, with
 the same scheduler, initial latents and noise.  Rounds are calls of the network in a row and evaluations its rows per
@@ -9,7 +9,6 @@ sample, counted in the network itself; the error is the worst sample's RMS diffe
 
 from __future__ import annotations
 
-import argparse
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -100,7 +99,7 @@ def compare(name: str, steps: int, num: int) -> Iterator[Row]:
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--num", type=int, default=2, help="samples (default %(default)s)")
-    parser.add_argument("--long", action=argparse.BooleanOptionalAction, default=True, help="the longer runs too")
+    parser.add_argument("--long", action="store_true", help="200 steps of DDIM and 1000 of DDPM too; takes long")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     warnings.simplefilter("ignore")

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from piadm.interop.diffusers.probe import UnsupportedError
 
-#: All that is known of single networks, by the names of their arguments.  Positions, which all rows share even where
-#: their first axis happens to be as long as the batch; and conditions with several rows per network row, one per frame.
+#: All that is known of single networks, by the names of their arguments.  Positions, tables of two axes which all rows
+#: share even where the first happens to be as long as the batch; and conditions with several rows per network row, one
+#: per frame.
 SHARED = ("img_ids", "txt_ids", "image_rotary_emb", "freqs_cis", "img_shapes", "txt_seq_lens")
 PER_FRAME = ("encoder_hidden_states",)
 
@@ -194,7 +195,8 @@ class Slot:
             return whole
         if len(table) > 1 and table[0].numel() == 1:
             return table.flatten()[step]
-        if table.ndim > 1 and not set(path) & set(SHARED):
+        shared = table.ndim <= 3 and bool(set(path) & set(SHARED))
+        if table.ndim > 1 and not shared:
             if table.shape[1] == total:
                 return table[step, row]
             if table.shape[1] == self.batch:
