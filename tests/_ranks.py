@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["torch", "torch.distributed", "piadm"])
+SERVER.set_forkserver_preload(["torch.distributed", "torch.testing", "pytest", "piadm.cli.app"])
 
 #: Seconds after which a rank that has not ended counts as hanging; the tests' own time limits are far below.
 PATIENCE = 60.0

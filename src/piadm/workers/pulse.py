@@ -6,6 +6,7 @@ import json
 import signal
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -57,6 +58,7 @@ class Pulse:
         self.store, self.rank, self.count, self.interval = store, rank, count, interval
         self.sign = Sign(doing=BETWEEN)
         self.verdict = ""
+        self.others: Callable[[int], str] | None = None
         self._beats = 0
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="piadm-pulse", daemon=True)
@@ -71,16 +73,26 @@ class Pulse:
 
     def stop(self, left: str = "") -> None:
         """End, and say why if it is before the run is over."""
+        if self.verdict:
+            time.sleep(2 * self.interval)  # the store may go with this process: those who hang are to hear before
         self._over.set()
         self._thread.join()
-        self.sign = replace(self.sign, doing="", left=left, done=not left)
+        if not left:
+            return
+        self.sign = replace(self.sign, doing="", left=left)
         try:
             self._tell()
         except RuntimeError:
             return  # the store has gone with its host: nobody is left to tell
 
-    def work(self, doing: str) -> None:
-        """Begin a network call."""
+    def work(self, doing: str, others: Callable[[int], str] | None = None) -> None:
+        """Begin a network call.
+
+        Args:
+            doing: which rows this rank evaluates.
+            others: which rows every rank does, where that is known: a sign is as old as the last beat.
+        """
+        self.others = others
         self.sign = replace(self.sign, call=self.sign.call + 1, doing=f"evaluating {doing}")
 
     def wait(self) -> None:
@@ -89,6 +101,7 @@ class Pulse:
 
     def go_on(self) -> None:
         """Begin what comes between two calls."""
+        self.others = None
         self.sign = replace(self.sign, doing=BETWEEN)
 
     def meet(self, timeout: float) -> None:
@@ -116,8 +129,9 @@ class Pulse:
             try:
                 self._tell()
                 self._hear()
-            except RuntimeError:
-                return  # the store has gone with its host; the run will notice by itself
+            except RuntimeError as error:
+                # The others wait for this rank as long as it evaluates rows: one of them has not ended in peace.
+                self.verdict = _STORE_GONE + str(error).splitlines()[0] if self.sign.doing not in ("", BETWEEN) else ""
             if self.verdict and self.sign.doing and self._runner is not None:
                 signal.pthread_kill(self._runner, signal.SIGINT)
                 self._runner = None
@@ -169,14 +183,15 @@ class Pulse:
         """What the signs say, between two looks at them."""
         gone, late = [], []
         for rank, (old, new) in enumerate(zip(before, now, strict=True)):
+            doing = f"evaluating {self.others(rank)}" if self.others is not None else new.doing
             if new.beat == 0:
                 gone.append(f"rank {rank} has not joined")
             elif new.left:
                 gone.append(f"rank {rank} left the run: {new.left}")
             elif rank != self.rank and old.beat == new.beat and not new.done:
-                gone.append(f"rank {rank} died, {new.doing or 'waiting for the others'}")
+                gone.append(f"rank {rank} died, last seen {doing or 'waiting for the others'}")
             elif rank != self.rank and new.doing and old.call == new.call:
-                late.append(f"rank {rank} has not finished {new.doing}")
+                late.append(f"rank {rank} has not finished {doing}")
         return "; ".join(gone or late)
 
 

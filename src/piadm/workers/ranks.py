@@ -21,7 +21,7 @@ from piadm.denoiser import network_device
 from piadm.problem import check_denoiser, check_shape
 from piadm.solution import NetworkError, NotConvergedError, Solution, demand
 from piadm.workers.base import Workers
-from piadm.workers.exchange import Exchange
+from piadm.workers.exchange import Exchange, Header
 from piadm.workers.fingerprint import fingerprint
 from piadm.workers.merge import merged, part_of
 from piadm.workers.pulse import LOOK, Pulse
@@ -66,6 +66,16 @@ class Ranks(Workers):
         self._control: dist.ProcessGroup | None = None
         self._broken = ""
 
+    @property
+    def _interval(self) -> float:
+        """Seconds between two signs of life."""
+        return min(BEAT, BEATS * self.timeout)
+
+    @property
+    def _patience(self) -> float:
+        """Seconds to wait: what the time limit leaves beside finding out who has failed."""
+        return self.timeout - (LOOK + 2) * self._interval
+
     def by_samples(self, batch: int) -> bool:
         """Whether samples are dealt out, for a batch of so many."""
         count = dist.get_world_size(self.group)
@@ -92,7 +102,9 @@ class Ranks(Workers):
         if callable(arguments["callback"]):
             arguments["callback"] = team.agreed(arguments["callback"])
         with _interrupts(exchange.pulse, team):
-            return sampler(**arguments | {"workers": team})
+            solution = sampler(**arguments | {"workers": team})
+            exchange.headers(Header())  # nobody leaves, and takes the store away, before all are done
+            return solution
 
     def _samples(self, exchange: Exchange, sampler: Callable[..., Solution], arguments: dict[str, Any]) -> Solution:
         """Run it here on some of the samples, and put all together."""
@@ -106,7 +118,7 @@ class Ranks(Workers):
                 torch.save(sampler(**own) if last > first else None, data)
         except NetworkError as error:
             torch.save(str(error), data)
-        exchange.pulse.meet(self.timeout)
+        exchange.pulse.meet(self._patience)
         place = network_device(arguments["denoiser"].network) or torch.device("cpu")
         # Written a moment ago by this very program.
         parts = [
@@ -128,14 +140,13 @@ class Ranks(Workers):
         # torch has no public way to the store of a group, and another one would need an address of its own.
         from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
-        interval = min(BEAT, BEATS * self.timeout)
         ranks = dist.get_process_group_ranks(self.group or dist.group.WORLD)
         if self._control is None:
-            limit = timedelta(seconds=self.timeout - (LOOK + 2) * interval)
+            limit = timedelta(seconds=self._patience)
             self._control = dist.new_group(ranks, limit, "gloo", use_local_synchronization=True)
         name = "-".join(map(str, ranks))
         store = PrefixStore(f"piadm/{name}", _get_default_store())
-        pulse = Pulse(store, dist.get_rank(self.group), len(ranks), interval)
+        pulse = Pulse(store, dist.get_rank(self.group), len(ranks), self._interval)
         nccl = dist.get_backend(self.group) == "nccl"
         pulse.start()
         try:

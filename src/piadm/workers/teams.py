@@ -32,10 +32,14 @@ class RowTeam(Team):
         self.own = self.own or executor.alone()
         shares = self.shares.cut(len(samples))
         mine, failure, found = shares[self.rank], None, x[:0]
+
+        def named(rank: int) -> str:
+            return _named(samples[shares[rank]], times[shares[rank]])
+
+        self.exchange.pulse.work(named(self.rank), named)
         began = time.perf_counter()
         try:
             if mine.stop > mine.start:
-                self.exchange.pulse.work(_named(samples[mine], times[mine]))
                 found = self.own.whole(x[mine], samples[mine], times[mine])
                 if x.is_cuda:
                     torch.cuda.synchronize(x.device)
@@ -93,7 +97,7 @@ class SampleTeam(Team):
 
 def _named(samples: Tensor, times: Tensor) -> str:
     """The rows, for a message; only counted where their names would have to be fetched from an accelerator."""
-    return f"{len(samples)} rows" if samples.is_cuda else name_rows(samples, times)
+    return f"{len(samples)} rows" if samples.is_cuda or not len(samples) else name_rows(samples, times)
 
 
 def check(headers: list[Header], failure: Exception | None) -> None:
