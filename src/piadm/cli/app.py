@@ -23,7 +23,7 @@ def build() -> typer.Typer:
     """
     import typer
 
-    from piadm.cli import compare, plan, sample, scaling
+    from piadm.cli import compare, plan, sample, scaling, verify
 
     app = typer.Typer(
         name="piadm",
@@ -38,6 +38,7 @@ def build() -> typer.Typer:
     app.command("compare", epilog=compare.EXAMPLES)(compare.compare)
     app.command("plan", epilog=plan.EXAMPLES)(plan.plan)
     app.command("scaling", epilog=scaling.EXAMPLES)(scaling.scaling)
+    app.command("verify", epilog=verify.EXAMPLES)(verify.verify)
     return app
 
 

@@ -36,7 +36,7 @@ def check_writable(option: str, path: Path, suffix: str) -> None:
         raise ValueError(f"{option}: no file can be written to {folder!r} ({error.strerror})") from error
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file under a temporary name beside ``path`` and move it into place.
 
     Args:

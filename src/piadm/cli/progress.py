@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -18,11 +19,20 @@ def console(*, stderr: bool = False) -> Console:
 
 
 @contextmanager
-def bar(title: str) -> Iterator[Callable[[float, str], None]]:
+def quiet() -> Iterator[None]:
+    """Keep the library's warnings of failed samples off the screen: reports have a line for each."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="sample ", category=RuntimeWarning)
+        yield
+
+
+@contextmanager
+def bar(title: str, *, shown: bool = True) -> Iterator[Callable[[float, str], None]]:
     """Show a bar while the block runs.
 
     Args:
         title: What is being done.
+        shown: Whether to show it, where there is a terminal.
 
     Yields:
         A function ``update(fraction, note)``: how much is done, in [0, 1], and a few words.
@@ -34,7 +44,7 @@ def bar(title: str) -> Iterator[Callable[[float, str], None]]:
         TextColumn("{task.fields[note]}"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as progress:
+    with Progress(*columns, console=screen, transient=True, disable=not (shown and screen.is_terminal)) as progress:
         task = progress.add_task(title, total=1.0, note="")
         yield lambda fraction, note: progress.update(task, completed=fraction, note=note)
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from enum import Enum
 from importlib import import_module
@@ -17,7 +14,7 @@ import typer
 
 import piadm
 from piadm._checks import finite_float, positive_int
-from piadm.cli import files, progress
+from piadm.cli import files, long_run, progress
 from piadm.cli.device import resolve_device
 from piadm.cli.report import Report, RunFigures, Spread, Trace, rms_difference, warnings_of
 from piadm.solution import Status
@@ -40,6 +37,10 @@ piadm sample --num 4 --json out.json   4 garments; every figure as JSON
 piadm sample --window auto             the window that is fastest on this machine
 
 piadm sample --no-reference            in parallel only: no true error
+
+piadm sample --num 50000 --out many    a folder of shards, in parallel only; the same command goes on after a stop
+
+torchrun --nproc-per-node 8 -m piadm sample --num 50000 --out many --device cuda
 """
 _SHAPE = (1, 28, 28)
 _INTERRUPTED = 130
@@ -71,6 +72,7 @@ class Settings:
     threads: int | None
     reference: bool
     out: Path
+    layout: long_run.Layout
     json: Path | None
 
     def __post_init__(self) -> None:
@@ -82,9 +84,25 @@ class Settings:
         for name, value in (("--max-batch", self.max_batch), ("--threads", self.threads)):
             if value is not None:
                 positive_int(name, value)
-        files.check_writable("--out", self.out, ".png")
+        if self.long:
+            long_run.check_folder("--out", self.out)
+            if self.window == "auto":
+                raise ValueError("--window must be all or a number with a folder as --out: auto depends on the clock")
+        else:
+            files.check_writable("--out", self.out, ".png")
         if self.json is not None:
             files.check_writable("--json", self.json, ".json")
+
+    @property
+    def long(self) -> bool:
+        """Whether ``--out`` names a folder."""
+        return self.out.suffix == "" or self.out.is_dir()
+
+    def part(self) -> long_run.LongRun:
+        """The long run that these options ask for."""
+        arguments = {"method": self.method, "steps": self.steps, "tol": self.tol, "window": self.rows()}
+        arguments |= {"max_batch": self.max_batch}
+        return long_run.LongRun(self.out, self.num, self.seed, self.layout, self.device, self.threads, arguments)
 
     def rows(self) -> int | str | None:
         """The window, as ``piadm.sample`` takes it.
@@ -112,21 +130,28 @@ def sample(
     max_batch: Annotated[int | None, typer.Option(help="Most rows handed to the network at once.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; torch's own choice by default.")] = None,
     reference: Annotated[bool, typer.Option(help="Run the sequential sampler too.")] = True,
-    out: Annotated[Path, typer.Option(help="The picture (PNG).")] = Path("piadm-sample.png"),
+    out: Annotated[Path, typer.Option(help="The picture (PNG); or a folder, for many samples in shards.")] = Path(
+        "piadm-sample.png"
+    ),
+    shard: Annotated[int, typer.Option(help="Garments per file in a folder.")] = 256,
+    batch: Annotated[int, typer.Option(help="Garments sampled at once for a folder.")] = 64,
     json: Annotated[Path | None, typer.Option(help="Write every printed figure to this file.")] = None,
 ) -> None:
     """Sample garments from the shipped model, sequentially and in parallel, from the same noise.
 
     Writes one picture with both sets of samples and the convergence per round, and prints what each run cost.
+    If --out names a folder, writes the parallel samples alone, in shards: a run that was stopped, by whatever, goes
+    on when the same command is started again, on any number of processes.
     """
     try:
         settings = Settings(
             method=method.value, steps=steps, tol=tol, num=num, seed=seed, device=resolve_device(device),
-            window=window, max_batch=max_batch, threads=threads, reference=reference, out=out, json=json,
+            window=window, max_batch=max_batch, threads=threads, reference=reference, out=out,
+            layout=long_run.Layout(shard, batch), json=json,
         )  # fmt: skip
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    if run(settings):
+    if long_run.run(settings.part(), _SHAPE, settings.json) if settings.long else run(settings):
         raise typer.Exit(_INTERRUPTED)
 
 
@@ -162,7 +187,7 @@ def run(settings: Settings) -> bool:
 
 
 def _run_parallel(denoiser: Denoiser, settings: Settings, trace: Trace) -> Solution:
-    with _quiet(), progress.bar("parallel") as update:
+    with progress.quiet(), progress.bar("parallel") as update:
 
         def after_round(info: RoundInfo) -> None:
             trace.record(info)
@@ -177,7 +202,7 @@ def _run_parallel(denoiser: Denoiser, settings: Settings, trace: Trace) -> Solut
 
 
 def _run_sequential(denoiser: Denoiser, settings: Settings) -> Solution:
-    with _quiet(), progress.bar("sequential reference") as update:
+    with progress.quiet(), progress.bar("sequential reference") as update:
 
         def after_step(info: RoundInfo) -> None:
             update(info.round / settings.steps, f"step {info.round} of {settings.steps}")
@@ -213,14 +238,6 @@ def _print(settings: Settings, report: Report) -> None:
     screen.print(f"picture: {settings.out}", soft_wrap=True, markup=False)
     for line in report.warnings:
         errors.print(f"warning: {line}", style="yellow", soft_wrap=True, markup=False)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the library's warnings of failed samples off the screen: the report has a line for each."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="sample ", category=RuntimeWarning)
-        yield
 
 
 def _was_interrupted(solution: Solution) -> bool:

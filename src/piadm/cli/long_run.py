@@ -1,0 +1,189 @@
+"""``piadm sample --out FOLDER``: as many samples as wanted, in shards, by any number of processes and starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+import piadm
+from piadm._checks import positive_int
+from piadm.cli import files, progress
+from piadm.shards import Shards, read_index
+from piadm.solution import Status
+from piadm.workers.fingerprint import weights
+
+if TYPE_CHECKING:
+    from piadm.denoiser import Denoiser
+
+#: Statuses as they are stored: their places in this tuple.
+STATUSES = tuple(Status)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How samples are stored and batched; what they are depends on it to rounding.
+
+    Raises:
+        ValueError: If a number is not positive.
+    """
+
+    shard: int
+    batch: int
+
+    def __post_init__(self) -> None:
+        positive_int("--shard", self.shard)
+        positive_int("--batch", self.batch)
+
+
+@dataclass(frozen=True)
+class LongRun:
+    """One process's part of a long run.
+
+    Attributes:
+        out: The folder.
+        num: Number of samples.
+        seed: Seed; sample ``i`` has the noise of (seed, i), wherever it is computed.
+        layout: Shards and batches.
+        device: Torch device.
+        threads: CPU threads; None: as the folder was begun, or torch's own choice.
+        arguments: The other arguments of ``piadm.sample``.
+    """
+
+    out: Path
+    num: int
+    seed: int
+    layout: Layout
+    device: str
+    threads: int | None
+    arguments: dict[str, Any]
+
+    def shards(self, denoiser: Denoiser, threads: int) -> Shards:
+        """The folder's shards, with all that their bits depend on."""
+        settings = {"seed": self.seed, "batch": self.layout.batch, **self.arguments}
+        settings |= {"device": torch.device(self.device).type, "threads": threads, "model": weights(denoiser.network)}
+        settings |= {"piadm": piadm.__version__, "torch": str(torch.__version__)}
+        return Shards(self.out, self.num, self.layout.shard, settings)
+
+
+def check_folder(option: str, path: Path) -> None:
+    """Check that a folder is there or can be made, and be written to.
+
+    Raises:
+        ValueError: If not.
+    """
+    if path.exists():
+        files.check_writable(option, path / "index.json", ".json")
+    elif not path.parent.is_dir():
+        raise ValueError(f"{option} must lie in an existing folder, but {str(path.parent)!r} is none")
+
+
+def place() -> tuple[int, int, int]:
+    """This process's rank, the number of ranks and its number on this machine, as torchrun says; alone: 0, 1, 0."""
+    names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    rank, ranks, local = (int(os.environ.get(name, alone)) for name, alone in names.items())
+    return rank, ranks, local
+
+
+def run(settings: LongRun, shape: tuple[int, ...], figures: Path | None) -> bool:
+    """Compute what is missing, shard by shard, and say what is there.
+
+    Args:
+        settings: What to sample.
+        shape: Shape of one sample.
+        figures: Where to write every printed figure, as JSON.
+
+    Returns:
+        Whether Ctrl-C cut it short; started again it goes on.
+
+    Raises:
+        ValueError: If the folder was begun with other settings.
+        OSError: If a shard cannot be written; the others stay.
+    """
+    rank, ranks, local = place()
+    device = f"cuda:{local}" if settings.device == "cuda" and ranks > 1 else settings.device
+    settings.out.mkdir(exist_ok=True)
+    threads = settings.threads or _begun_threads(settings.out) or torch.get_num_threads()
+    torch.set_num_threads(threads)
+    denoiser = piadm.load("fashion", device=device)
+    shards = settings.shards(denoiser, threads)
+    shards.begin()
+    began, had = time.monotonic(), _present(shards)
+    with progress.bar(f"{settings.num} samples", shown=rank == 0) as update:
+        for shard in shards.order(rank, ranks):
+            parts = []
+            for batch in _batches(shards.samples(shard), settings.layout.batch):
+                part = _sample(denoiser, settings, batch, shape)
+                if part is None:
+                    return True
+                parts.append(part)
+                if rank == 0:
+                    update(*_done(shards, had, time.monotonic() - began, sum(len(one["status"]) for one in parts)))
+            shards.write(shard, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+    shards.finish()
+    if rank == 0:
+        _say(shards, time.monotonic() - began, had, figures)
+    return False
+
+
+def _begun_threads(folder: Path) -> int | None:
+    """Threads with which the folder was begun: their number can change the last bit of a sample."""
+    return int(read_index(folder)["settings"]["threads"]) if (folder / "index.json").exists() else None
+
+
+def _batches(samples: range, size: int) -> Iterator[range]:
+    yield from (samples[first : first + size] for first in range(0, len(samples), size))
+
+
+def _sample(denoiser: Denoiser, settings: LongRun, samples: range, shape: tuple[int, ...]) -> dict[str, Tensor] | None:
+    """One batch, as it is stored; None if it was interrupted."""
+    seed = [(settings.seed, sample) for sample in samples]
+    with progress.quiet():
+        found = piadm.sample(denoiser, (len(samples), *shape), seed=seed, **settings.arguments)
+    if Status.INTERRUPTED in found.status:
+        return None
+    return {
+        "sample": found.sample.cpu(),
+        "status": torch.tensor([STATUSES.index(status) for status in found.status], dtype=torch.uint8),
+        "error_estimate": found.error_estimate,
+        "rounds": found.stats.rounds_per_sample,
+        "evaluations": found.stats.evaluations_per_sample,
+    }
+
+
+def _done(shards: Shards, had: int, seconds: float, at_work: int) -> tuple[float, str]:
+    """How far the whole run is, on all ranks, and in words: the rate, and the time left at that rate."""
+    done = min(shards.num, _present(shards) + at_work)
+    rate = max(1, done - had) / seconds
+    left = time.strftime("%H:%M:%S", time.gmtime((shards.num - done) / rate % 86400))
+    days = int((shards.num - done) / rate // 86400)
+    return done / shards.num, f"{done} done, {rate:.3g} a second, {f'{days} d ' if days else ''}{left} left"
+
+
+def _present(shards: Shards) -> int:
+    """Number of samples that are there."""
+    return shards.num - sum(len(shards.samples(shard)) for shard in shards.missing())
+
+
+def _say(shards: Shards, seconds: float, had: int, path: Path | None) -> None:
+    """Print and write what the folder holds."""
+    found: Counter[str] = Counter()
+    for status in shards.column("status"):
+        found.update(STATUSES[code].name for code in status.tolist())
+    fresh = shards.num - had
+    screen = progress.console()
+    screen.print(f"{shards.num} samples in {shards.count} shards: {shards.folder}", soft_wrap=True, markup=False)
+    screen.print(f"{fresh} of them new, in {seconds:.1f} s, on all ranks", soft_wrap=True, markup=False)
+    screen.print(", ".join(f"{count} {name}" for name, count in sorted(found.items())), markup=False)
+    if path is not None:
+        figures = {"folder": str(shards.folder), "samples": shards.num, "shards": shards.count, "new": fresh}
+        text = json.dumps(figures | {"seconds": seconds, "status": found}, indent=2) + "\n"
+        files.write_whole(path, lambda stream: stream.write(text.encode()))

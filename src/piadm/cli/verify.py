@@ -1,0 +1,51 @@
+"""``piadm verify``: whether a folder of samples is complete, and what was written."""
+
+from __future__ import annotations
+
+import json as json_format
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from piadm.cli import files, progress
+from piadm.shards import Shards, opened
+
+EXAMPLES = """[bold]Examples[/bold]
+
+piadm verify many                      a folder that piadm sample --out many has written
+
+piadm verify many --json found.json    what is wrong, as JSON
+"""
+
+
+def verify(
+    folder: Annotated[Path, typer.Argument(help="The folder.")],
+    json: Annotated[Path | None, typer.Option(help="Write every printed figure to this file.")] = None,
+) -> None:
+    """Check a folder of samples: every shard there, every checksum right. The exit code is 1 if not."""
+    try:
+        if json is not None:
+            files.check_writable("--json", json, ".json")
+        shards = opened(folder)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    found = run(shards)
+    if json is not None:
+        text = json_format.dumps({"samples": shards.num, "shards": shards.count, "wrong": found}, indent=2) + "\n"
+        files.write_whole(json, lambda stream: stream.write(text.encode()))
+    if found:
+        raise typer.Exit(1)
+
+
+def run(shards: Shards) -> list[str]:
+    """Print and return what is wrong."""
+    with progress.bar("verify") as update:
+        found = shards.verify(lambda shard: update((shard + 1) / shards.count, f"{shard + 1} of {shards.count} shards"))
+    screen = progress.console()
+    for line in found:
+        screen.print(line, soft_wrap=True, markup=False)
+    if not found:
+        words = f"complete: {shards.num} samples in {shards.count} shards, every checksum right"
+        screen.print(words, soft_wrap=True, markup=False)
+    return found

@@ -1,0 +1,259 @@
+"""Many samples as a folder: shards that are written whole, and an index; a run that can be killed and started again.
+
+A folder of ``num`` samples holds
+
+    index.json                    layout and settings, from the first start on; the checksums once it is complete
+    shard-00000.safetensors ...   samples ``k size .. (k + 1) size - 1`` each
+
+Shard ``k`` depends on the settings and ``k`` alone, so it does not matter who computes it, when, or how often: it is
+there, under its name, or it is not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from piadm._checks import positive_int
+
+INDEX, FORMAT = "index.json", 1
+
+#: The one entry of a shard's metadata: JSON, since the order of several would not be reproducible.
+ABOUT = "piadm"
+
+
+class BrokenShard(ValueError):  # noqa: N818 - what was found, not what went wrong
+    """A shard that cannot be read, or is not what its name says."""
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The shards of one set of samples.
+
+    Args:
+        folder: the folder, which exists.
+        num: number of samples.
+        size: samples per shard, the last one excepted.
+        settings: all that the samples depend on, as JSON has it.
+
+    Raises:
+        TypeError, ValueError: if a number is none, or not positive.
+    """
+
+    folder: Path
+    num: int
+    size: int
+    settings: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        positive_int("num", self.num)
+        positive_int("size", self.size)
+
+    @property
+    def count(self) -> int:
+        """Number of shards."""
+        return -(-self.num // self.size)
+
+    def path(self, shard: int) -> Path:
+        """The file of a shard."""
+        return self.folder / f"shard-{shard:05d}.safetensors"
+
+    def samples(self, shard: int) -> range:
+        """Numbers of its samples."""
+        return range(shard * self.size, min(self.num, (shard + 1) * self.size))
+
+    def missing(self) -> list[int]:
+        """Shards that are not there yet."""
+        there = {entry.name for entry in self.folder.iterdir()}
+        return [shard for shard in range(self.count) if self.path(shard).name not in there]
+
+    def order(self, rank: int, ranks: int) -> Iterator[int]:
+        """The shards in the order in which one of several ranks takes care of them, those passed over that are there.
+
+        First its own, every ``ranks``-th.  Then, from behind, those of its neighbours: a rank that is slow or dead
+        holds nothing up, and if two ranks happen to compute the same shard, they write the same bytes.
+        """
+        others = [range(at, self.count, ranks)[::-1] for at in ((rank + k) % ranks for k in range(1, ranks))]
+        for part in (range(rank, self.count, ranks), *others):
+            yield from (shard for shard in part if not self.path(shard).exists())
+
+    def begin(self) -> None:
+        """Start the folder, or go on with one of the same settings.
+
+        Raises:
+            ValueError: if it was started with others, naming the first that differs.
+        """
+        index, own = self.folder / INDEX, self._index()
+        if not index.exists():
+            names = {entry.name for entry in self.folder.iterdir() if not entry.name.startswith(".")}
+            if stray := sorted(names - {INDEX, *(self.path(shard).name for shard in range(self.count))}):
+                raise ValueError(f"{str(self.folder)!r} must be empty or hold an {INDEX}, but it holds {stray[0]!r}")
+            write_durably(index, _json(own))
+            return
+        begun = read_index(self.folder)
+        for name, value in _flat(own).items():
+            if (before := _flat(begun).get(name)) != value:
+                raise ValueError(
+                    f"{str(self.folder)!r} was begun with {name} = {before}, not {value}; go on with that, or take "
+                    "another folder"
+                )
+
+    def write(self, shard: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write one shard, whole or not at all.
+
+        Raises:
+            OSError: if it cannot be written, as on a full disk; nothing of it is left.
+        """
+        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
+        samples = self.samples(shard)
+        about = {"shard": shard, "first": samples.start, "count": len(samples), "sha256": _digest(whole)}
+        write_durably(self.path(shard), save(whole, {ABOUT: json.dumps(about)}))
+
+    def finish(self) -> bool:
+        """If every shard is there, add their checksums to the index and remove what killed runs have left."""
+        if self.missing():
+            return False
+        listed = [self._about(shard) | {"file": self.path(shard).name} for shard in range(self.count)]
+        write_durably(self.folder / INDEX, _json(self._index() | {"complete": True, "shards": listed}))
+        for part in self.folder.glob(".*.part"):
+            part.unlink(missing_ok=True)
+        return True
+
+    def column(self, name: str) -> Iterator[Tensor]:
+        """One tensor of every shard, in order."""
+        for shard in range(self.count):
+            with safe_open(self.path(shard), framework="pt") as stored:
+                yield stored.get_tensor(name)
+
+    def verify(self, progress: Callable[[int], None] = lambda shard: None) -> list[str]:
+        """What is wrong, a line each: shards that are missing, or are not what they were when they were written."""
+        missing = self.missing()
+        found = [f"{self.path(shard).name} is missing" for shard in missing]
+        index = read_index(self.folder)
+        listed = {entry["file"]: entry["sha256"] for entry in index.get("shards", [])}
+        for shard in sorted(set(range(self.count)) - set(missing)):
+            try:
+                self._check(shard, listed.get(self.path(shard).name))
+            except BrokenShard as error:
+                found.append(str(error))
+            progress(shard)
+        if not found and not index.get("complete"):
+            found.append(f"{INDEX} does not say that the set is complete; start the same command again")
+        return found
+
+    def _check(self, shard: int, listed: str | None) -> None:
+        """Read a shard and compare it with what it says of itself, and with the index.
+
+        Raises:
+            BrokenShard: if it differs.
+        """
+        name, about = self.path(shard).name, self._about(shard)
+        samples = self.samples(shard)
+        if (about["shard"], about["first"], about["count"]) != (shard, samples.start, len(samples)):
+            raise BrokenShard(f"{name} holds other samples than {samples.start}..{samples.stop - 1}")
+        try:
+            with safe_open(self.path(shard), framework="pt") as stored:
+                tensors = {key: stored.get_tensor(key) for key in sorted(stored.keys())}
+        except (SafetensorError, OSError) as error:
+            raise BrokenShard(f"{name} cannot be read: {error}") from error
+        if any(len(tensor) != len(samples) for tensor in tensors.values()):
+            raise BrokenShard(f"{name} does not hold {len(samples)} samples")
+        if _digest(tensors) != about["sha256"] or listed not in (None, about["sha256"]):
+            raise BrokenShard(f"{name} is not what was written: its checksum differs")
+
+    def _about(self, shard: int) -> dict[str, Any]:
+        """What a shard says of itself."""
+        try:
+            with safe_open(self.path(shard), framework="pt") as stored:
+                about: dict[str, Any] = json.loads((stored.metadata() or {})[ABOUT])
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise BrokenShard(f"{self.path(shard).name} cannot be read: {error}") from error
+        return about
+
+    def _index(self) -> dict[str, Any]:
+        own = {"format": FORMAT, "num": self.num, "size": self.size, "settings": dict(self.settings), "complete": False}
+        return dict(json.loads(_json(own)))  # as it comes back from the file
+
+
+def opened(folder: Path) -> Shards:
+    """The shards of a folder that was begun.
+
+    Raises:
+        ValueError: if it is none, or its index cannot be read.
+    """
+    index = read_index(folder)
+    return Shards(folder, index["num"], index["size"], index["settings"])
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """What the index says.
+
+    Raises:
+        ValueError: if there is none, or it cannot be read.
+    """
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        if not isinstance(index, dict) or index["format"] != FORMAT or not {"num", "size", "settings"} <= set(index):
+            raise ValueError(f"not an index of format {FORMAT}")
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError(f"{str(folder)!r} must hold a readable {INDEX}: {error}") from error
+    return index
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a file under another name, and give it its own once it is on the disk.
+
+    Raises:
+        OSError: if it cannot be written; ``path`` is then as it was.
+    """
+    part = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        # Another rank that finished the set has removed it: the file is there, with the same bytes.
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(part, path)
+        if not path.exists():
+            raise FileNotFoundError(errno.ENOENT, "it could not be put into place")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        part.unlink(missing_ok=True)
+    if hasattr(os, "O_DIRECTORY"):  # elsewhere a folder cannot be opened, and need not be
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """Checksum of names, types, shapes and contents."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.numpy().tobytes())
+    return found.hexdigest()
+
+
+def _flat(index: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of an index that a run must share with it."""
+    return {"num": index["num"], "size": index["size"]} | dict(index["settings"])
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value, indent=1).encode() + b"\n"
