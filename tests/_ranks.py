@@ -76,6 +76,7 @@ def _work(pipe: Connection, rank: int, count: int, port: int, program: Callable[
     torch.set_num_threads(1)
     address = f"tcp://127.0.0.1:{port}"
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=count, timeout=timedelta(seconds=30))
+    dist.barrier()  # a rank that is done at once would break the connections of those that still connect
     try:
         said: tuple[Any, str | None] = program(rank, *given), None
     except BaseException as error:

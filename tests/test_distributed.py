@@ -27,7 +27,7 @@ def mixture() -> piadm.Denoiser:
     return MixtureDenoiser(piadm.DiscreteSchedule.ddpm(), means, 0.04)
 
 
-def run(sampler: str, batch: int, workers: piadm.Ranks | None, **given: Any) -> piadm.Solution:
+def run(sampler: str, batch: int, workers: object, **given: object) -> piadm.Solution:
     if sampler in ("piadm_sde", "piadm_ode"):
         given |= dict(blocks=piadm.Blocks.paper(**BLOCKS), iterations=3)
     else:

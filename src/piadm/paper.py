@@ -25,6 +25,7 @@ from piadm.grid import Blocks
 from piadm.integrators import AffineSteps, ScoreExponential, variance_preserving
 from piadm.iteration import solve
 from piadm.linearization import ScoreFrozen
+from piadm.memory import refuse_excess
 from piadm.nodes import every_step
 from piadm.noise import GivenNoise, Seed
 from piadm.path import Draw, ParallelPath
@@ -187,6 +188,8 @@ def _run(
     raise_on_failure: bool,
 ) -> Solution:
     """Block after block: Picard iterations, then the corrector."""
+    longest = max(*blocks.sizes, 0 if corrector is None else 2 * corrector.block_steps)
+    refuse_excess(problem, longest, blocks.steps + 1 if return_states else 0)
     x, first, kept = problem.start[:, None], 0, [problem.start[None]]
     tally.error.fill_(torch.nan)
     with tally.running():

@@ -13,6 +13,7 @@ from piadm.engine import run
 from piadm.grid import TimeGrid
 from piadm.integrators import Integrator
 from piadm.linearization import Linearization
+from piadm.memory import refuse_excess
 from piadm.noise import Seed
 from piadm.problem import Callback, pose
 from piadm.settings import settle
@@ -99,6 +100,7 @@ def sample(
         noise_count=engine.steps.count * max(1, engine.steps.normals), condition=condition, max_batch=max_batch,
         callback=callback, workers=workers,
     )  # fmt: skip
+    refuse_excess(problem, engine.nodes.count, engine.steps.count + 1 if return_states else 0)
     tally = Tally(problem, None, callback, progress)
     states = run(engine, problem, tally, limit, return_states)
     return tally.solution(states, raise_on_failure=raise_on_failure)

@@ -1,0 +1,85 @@
+"""What the states of a run will take, against what is free: told before the run, not in its middle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from piadm.path import NOISE_CHUNK
+from piadm.problem import Problem
+
+#: Copies of the node states that a run holds at most, the free path, states, residuals and what a round adds to them;
+#: measured by ``benchmarks/overhead.py``.
+COPIES = 6
+
+
+def needed(nodes: int, batch: int, size: int, itemsize: int, kept: int = 0) -> int:
+    """Bytes that the states of a run take at most, ``(6 n + 64 + k) B d`` numbers.
+
+    Args:
+        nodes: nodes ``n`` of its path.
+        batch: number of samples ``B``.
+        size: coordinates ``d`` of a sample.
+        itemsize: bytes of a number.
+        kept: states ``k`` along the path that are kept for the caller.
+    """
+    return (COPIES * nodes + NOISE_CHUNK + kept) * batch * size * itemsize
+
+
+def free(device: torch.device) -> int | None:
+    """Bytes that are free on a device, or None where that cannot be found out."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
+    found = [_available(), _left_of_the_container()] if device.type == "cpu" else []
+    return min((number for number in found if number is not None), default=None)
+
+
+def refuse_excess(problem: Problem, nodes: int, kept: int = 0) -> None:
+    """Refuse a run whose states do not fit into memory; what the network itself needs is not known and not counted.
+
+    Args:
+        problem: the run.
+        nodes: nodes of its longest path.
+        kept: states along the path that are kept for the caller.
+
+    Raises:
+        ValueError: naming what is needed, what is free, and the largest batch, or number of nodes, that fits.
+    """
+    room, (batch, size) = free(problem.start.device), problem.start.shape
+    itemsize = problem.start.element_size()
+    wanted = needed(nodes, batch, size, itemsize, kept)
+    if room is None or wanted <= room:
+        return
+    most = room // needed(nodes, 1, size, itemsize, kept)
+    fits = f"at most shape[0] = {most} fits"
+    if most == 0:
+        left = room // (size * itemsize) - NOISE_CHUNK - kept
+        fits = f"of one sample at most {max(0, left // COPIES)} nodes (or steps of a block) fit"
+    raise ValueError(
+        f"shape {problem.shape} on {nodes} nodes needs about {_told(wanted)} for states, and {_told(room)} are free on "
+        f"{problem.start.device}: {fits}"
+    )
+
+
+def _available() -> int | None:
+    """What the kernel could give without swapping; on Linux."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return None
+
+
+def _left_of_the_container() -> int | None:
+    """What is left of the limit that a container or a batch job has; with control groups of version 2."""
+    try:
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text(encoding="ascii") for name in ("max", "current"))
+        return int(limit) - int(used)
+    except (OSError, ValueError):  # no such file, or "max": no limit
+        return None
+
+
+def _told(size: int) -> str:
+    return f"{size / 1e9:.3g} GB"

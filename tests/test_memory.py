@@ -1,0 +1,65 @@
+"""The memory that a run's states take is told before the run."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+import piadm
+from piadm import memory
+
+GIGA = 1_000_000_000
+
+
+def never(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    raise AssertionError("the network was called")
+
+
+DENOISER = piadm.Denoiser(never, piadm.VPSchedule(), "sample")
+
+
+@pytest.mark.parametrize("return_states", [False, True])
+def test_a_run_that_does_not_fit_is_refused_with_the_largest_batch_that_does(
+    return_states: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "free", lambda device: GIGA)
+    given = dict(nodes="all", steps=500, return_states=return_states)
+    with pytest.raises(ValueError, match="needs about .* GB for states, and 1 GB are free on cpu") as refused:
+        piadm.sample(DENOISER, (64, 3072), **given)
+    most = int(re.search(r"at most shape\[0\] = (\d+) fits", str(refused.value))[1])
+    for batch, fits in ((most, True), (most + 1, False)):
+        with pytest.raises(piadm.NetworkError if fits else ValueError):
+            piadm.sample(DENOISER, (batch, 3072), **given)
+
+
+def test_where_one_sample_does_not_fit_the_nodes_that_do_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free", lambda device: GIGA // 100)
+    with pytest.raises(ValueError, match="of one sample at most") as refused:
+        piadm.sample(DENOISER, (1, 10_000), nodes="all", steps=500)
+    most = int(re.search(r"at most (\d+) nodes", str(refused.value))[1])
+    with pytest.raises(piadm.NetworkError):
+        piadm.sample(DENOISER, (1, 10_000), nodes=most, steps=500)
+    with pytest.raises(ValueError, match="nodes"):
+        piadm.sample(DENOISER, (1, 10_000), nodes=most + 1, steps=500)
+
+
+def test_the_papers_blocks_are_counted_by_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = piadm.Blocks.paper(horizon=4.0, early_stop=0.05, length=1.0, step=0.01)
+    monkeypatch.setattr(memory, "free", lambda device: memory.needed(max(blocks.sizes), 2, 64, 4))
+    with pytest.raises(piadm.NetworkError):
+        piadm.piadm_sde(DENOISER, (2, 64), blocks=blocks, iterations=2)
+    with pytest.raises(ValueError, match=r"at most shape\[0\] = 2 fits"):
+        piadm.piadm_sde(DENOISER, (3, 64), blocks=blocks, iterations=2)
+
+
+def test_where_nothing_is_known_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free", lambda device: None)
+    with pytest.raises(piadm.NetworkError):
+        piadm.sample(DENOISER, (1, 4), steps=10)
+
+
+def test_what_is_free_on_this_machine_is_a_sensible_number() -> None:
+    found = memory.free(torch.device("cpu"))
+    assert found is None or 1e6 < found < 1e14

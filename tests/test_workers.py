@@ -1,0 +1,127 @@
+"""Several devices of one process, and how rows are dealt out."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import piadm
+from piadm.workers.shares import Shares
+
+SHAPE = (3, 8)
+
+
+class Net(nn.Module):
+    """A small network that keeps count of its rows, in the threads that called it."""
+
+    def __init__(self, pause: float = 0.0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(0.3 * torch.randn(8, 8, generator=generator))
+        self.pause, self.seen = pause, {}
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Net:
+        copied = Net(self.pause)
+        copied.seen = self.seen  # shared, to be looked at from outside
+        copied.weight = nn.Parameter(self.weight.detach().clone())
+        return copied
+
+    def forward(self, x: Tensor, t: Tensor, shift: Tensor | None = None) -> Tensor:
+        name = threading.current_thread().name
+        self.seen[name] = self.seen.get(name, 0) + len(x)
+        time.sleep(self.pause)
+        return torch.tanh(x @ self.weight) if shift is None else torch.tanh(x @ self.weight + shift)
+
+
+def denoiser(network: Callable[..., Tensor]) -> piadm.Denoiser:
+    return piadm.Denoiser(network, piadm.VPSchedule(), "sample")
+
+
+@pytest.mark.parametrize("method", ["sde", "ode"])
+def test_devices_share_out_the_rows_and_change_nothing(method: str) -> None:
+    network, shift = Net(pause=1e-3), torch.linspace(-1, 1, 24).view(3, 8)
+    given = dict(method=method, steps=40, condition={"shift": shift}, max_batch=7)
+    alone = piadm.sample(denoiser(Net()), SHAPE, **given)
+    found = piadm.sample(denoiser(network), SHAPE, **given, workers=piadm.Devices(["cpu", "cpu"]))
+    assert (found.sample - alone.sample).abs().max() <= 1e-6
+    assert found.stats.evaluations == alone.stats.evaluations
+    assert found.stats.peak_batch <= 7
+    first, second = network.seen.values()
+    assert sum(network.seen.values()) == found.stats.evaluations * SHAPE[0]
+    assert 0.5 < first / second < 2  # two threads of one speed, give or take a busy core
+
+
+def test_guided_networks_are_copied_through_their_wrapper() -> None:
+    guided = piadm.GuidedNetwork(Net(), 2.0, {"shift": torch.zeros(1, 8)})
+    given = dict(method="ode", steps=20, condition={"shift": torch.ones(3, 8)})
+    alone = piadm.sample(denoiser(guided), SHAPE, **given)
+    found = piadm.sample(denoiser(guided), SHAPE, **given, workers=piadm.Devices(["cpu", "cpu"]))
+    assert (found.sample - alone.sample).abs().max() <= 1e-6
+
+
+def test_an_exception_on_one_device_names_it_with_sample_and_time() -> None:
+    def broken(x: Tensor, t: Tensor) -> Tensor:
+        raise RuntimeError("a bad layer")
+
+    message = r"device [01] \(cpu\): the network failed on samples? \d.* at times? .*: a bad layer"
+    with pytest.raises(piadm.NetworkError, match=message):
+        piadm.sample(denoiser(broken), SHAPE, steps=20, workers=piadm.Devices(["cpu", "cpu"]))
+
+
+def test_one_device_short_of_memory_takes_smaller_micro_batches() -> None:
+    lock, largest = threading.Lock(), [0]
+
+    def small(x: Tensor, t: Tensor) -> Tensor:
+        if len(x) > 3:
+            raise RuntimeError("out of memory")
+        with lock:
+            largest[0] = max(largest[0], len(x))
+        return torch.tanh(x)
+
+    given = dict(method="ode", steps=20)
+    alone = piadm.sample(denoiser(lambda x, t: torch.tanh(x)), SHAPE, **given)
+    found = piadm.sample(denoiser(small), SHAPE, **given, workers=piadm.Devices(["cpu", "cpu"]))
+    assert torch.equal(found.sample, alone.sample)
+    assert 1 < largest[0] <= 3
+
+
+@pytest.mark.parametrize(
+    "devices, kind, message",
+    [
+        ("cpu", TypeError, "devices must be a list of at least two torch devices"),
+        (["cpu"], ValueError, "at least two"),
+        (["cpu", "abacus"], ValueError, r"devices\[1\] must be a device of this machine, got 'abacus'"),
+    ],
+)
+def test_what_are_no_devices_is_refused(devices: object, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        piadm.Devices(devices)
+
+
+def sizes(shares: Shares, rows: int) -> list[int]:
+    cut = shares.cut(rows)
+    assert cut[0].start == 0 and cut[-1].stop == rows
+    assert all(one.stop == other.start for one, other in zip(cut, cut[1:], strict=False))
+    return [one.stop - one.start for one in cut]
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 5, 64, 1001])
+def test_equal_workers_get_equal_shares(rows: int) -> None:
+    found = sizes(Shares(4), rows)
+    assert sum(found) == rows and max(found) - min(found) <= 1
+
+
+def test_shares_follow_the_speeds_and_scatter_does_not_count() -> None:
+    shares = Shares(3)
+    shares.learn(shares.cut(30), [1.0, 1.1, 0.95])
+    assert sizes(shares, 30) == [10, 10, 10]
+    for _ in range(12):  # the second worker has become four times as slow
+        cut = shares.cut(90)
+        shares.learn(cut, [(one.stop - one.start) * cost for one, cost in zip(cut, (1.0, 4.0, 1.0), strict=True)])
+    assert sizes(shares, 90) == [40, 10, 40]  # one each, and 4 : 1 : 4 of the rest
+    assert min(sizes(shares, 3)) == 1  # nobody is forgotten
