@@ -1,5 +1,6 @@
 """Parallel-in-time sampling of diffusion and flow models."""
 
+from piadm.compiled import CompiledNetwork
 from piadm.corrector import Corrector
 from piadm.denoiser import Denoiser, GuidedNetwork
 from piadm.grid import Blocks, TimeGrid
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Blocks",
+    "CompiledNetwork",
     "Corrector",
     "CosineSchedule",
     "DataExponential",

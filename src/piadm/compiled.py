@@ -1,0 +1,90 @@
+"""Networks compiled for a few fixed numbers of rows, so that rounds of any number compile nothing anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from piadm._checks import described
+from piadm.denoiser import Network, unwrap
+
+#: Numbers of rows that calls are padded to: one, for the sequential sampler, and powers of two from where accelerators
+#: begin to be busy.  TorchDynamo keeps eight variants of a network; larger calls are cut.
+SIZES = (1, 8, 16, 32, 64, 128, 256, 512)
+
+
+@final
+class CompiledNetwork:
+    """A network in static shapes: ``F(x, t)`` padded to the next of ``SIZES`` rows, compiled once for each.
+
+    The rows that are padded repeat the last one, and what the network makes of them is cut off.
+
+    Args:
+        network: the network ``network(x, t, **condition)``; it must compile as one graph.
+        compile: whether to compile; False only pads, as for a network that is compiled already.
+        cuda_graph: whether compiled code replays CUDA graphs (torch's mode "reduce-overhead"), which a network with
+            work on the CPU or changing addresses does not allow; off a CUDA device it does nothing.
+        backend: the compiler, as for ``torch.compile``.
+
+    Raises:
+        TypeError: if the network is not callable, or a switch is no bool.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        *,
+        compile: bool = True,
+        cuda_graph: bool = False,
+        backend: str | Callable[..., Any] = "inductor",
+    ) -> None:
+        if not callable(network):
+            raise TypeError(f"network must be callable as network(x, t, **condition), got {described(network)}")
+        for name, switch in (("compile", compile), ("cuda_graph", cuda_graph)):
+            if not isinstance(switch, bool):
+                raise TypeError(f"{name} must be True or False, got {described(switch)}")
+        self.network, self.compile, self.cuda_graph, self.backend = network, compile, cuda_graph, backend
+        self.rows_per_call = int(getattr(network, "rows_per_call", 1))
+        self._run: Network | None = None
+
+    def __copy__(self) -> CompiledNetwork:
+        """The same settings, to be compiled for another network."""
+        return CompiledNetwork(self.network, compile=self.compile, cuda_graph=self.cuda_graph, backend=self.backend)
+
+    def parameters(self) -> Any:  # noqa: ANN401 - an iterator, or nothing
+        """The wrapped network's parameters, so that dtype and device are found through the wrapper."""
+        inner = getattr(self.network, "parameters", None)
+        return inner() if callable(inner) else iter(())
+
+    def __call__(self, x: Tensor, t: Tensor, **condition: Any) -> Tensor:  # noqa: ANN401 - the network's own
+        """Prediction for rows ``x (R, *shape)`` at times ``t (R,)``."""
+        if self._run is None:
+            self._run = self._compiled(x.is_cuda)
+        parts = []
+        for first in range(0, len(x), SIZES[-1]):
+            part = slice(first, min(len(x), first + SIZES[-1]))
+            rows = part.stop - part.start
+            size = next(size for size in SIZES if size >= rows)
+            given = {name: _padded(value, part, size, len(x)) for name, value in condition.items()}
+            output = unwrap(self._run(_padded(x, part, size, len(x)), _padded(t, part, size, len(x)), **given))
+            # CUDA graphs write the next output where this one lies.
+            parts.append(output[:rows].clone() if self.cuda_graph else output[:rows])
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _compiled(self, on_cuda: bool) -> Network:
+        if not self.compile:
+            return self.network
+        how: dict[str, Any] = {"mode": "reduce-overhead"} if self.cuda_graph and on_cuda else {}
+        run: Network = torch.compile(self.network, fullgraph=True, dynamic=False, backend=self.backend, **how)
+        return run
+
+
+def _padded(value: Any, part: slice, size: int, rows: int) -> Any:  # noqa: ANN401 - any condition
+    """A part of the rows and as many more of the last one as make ``size``; what has no rows as it is."""
+    if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != rows:
+        return value
+    cut = value[part]
+    return torch.cat([cut, cut[-1:].expand(size - len(cut), *cut.shape[1:])]) if len(cut) < size else cut
