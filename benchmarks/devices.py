@@ -1,0 +1,192 @@
+"""What this device makes of rounds and evaluations: one script, for a CPU or a GPU.
+
+    python benchmarks/devices.py [--device cpu] [--tables latency samplers sizes] [--networks shipped 1M 30M 400M]
+                                 [--batches 1 16] [--modes eager compiled] [--steps 1000] [--error 1e-2]
+                                 [--figure devices.png] [--json devices.json]
+
+latency   Time of one network call against its number of rows.  The shipped U-Net is trained; the others, of 1, 30 and
+          400 million parameters, have random weights: of them only the time means anything.
+samplers  The shipped U-Net: the sequential sampler, DPM-Solver++ 2M, ParaDiGMS's rule and piadm.sample, each with the
+          setting of fewest rounds whose samples are all within ``--error`` of the sequential ones, for every batch.
+sizes     The same for the other networks, computed: their latency at the rows that a round has, times the rounds that
+          the *shipped* network took.  A trained network of that size would take rounds of its own.
+
+"compiled" is ``piadm.CompiledNetwork``, on a GPU with CUDA graphs.  The first call of each kind is not timed.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from _common import Row, options, print_table, write_json
+from _networks import SHAPE, SIZES, unet
+
+import piadm
+from piadm.rivals import chosen, prepare, study
+from piadm.rivals.course import Course
+from piadm.rivals.drive import Budget
+
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+RIVALS = {"ode": ("sequential", "dpm-solver", "paradigms", "sample"), "sde": ("sequential", "paradigms", "sample")}
+LONGEST = 60.0  # seconds of one call, after which larger ones are left out
+Network = Callable[..., object]
+
+
+def network(name: str, mode: str, device: str) -> tuple[Network, tuple[int, ...]]:
+    """A network and the shape of its samples."""
+    if name == "shipped":
+        found, shape = piadm.load("fashion", device=device).network, (1, 28, 28)
+    else:
+        found, shape = unet(name, device), SHAPE
+    return wrapped(found, mode, device), shape
+
+
+def wrapped(found: Network, mode: str, device: str) -> Network:
+    """The network as the mode has it."""
+    return found if mode == "eager" else piadm.CompiledNetwork(found, cuda_graph=device != "cpu")
+
+
+def timed(call: Callable[[], object], device: str, repeats: int = 3) -> float:
+    """Median seconds of a call, after one that is not counted; the device's work included."""
+    call()
+    took = []
+    for _ in range(repeats):
+        synchronise(device)
+        began = time.perf_counter()
+        call()
+        synchronise(device)
+        took.append(time.perf_counter() - began)
+    return statistics.median(took)
+
+
+def synchronise(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+
+
+@torch.no_grad()
+def latencies(name: str, mode: str, device: str) -> list[Row]:
+    """Seconds of a call, by its rows."""
+    found, shape = network(name, mode, device)
+    table: list[Row] = []
+    for rows in ROWS:
+        x, t = torch.randn(rows, *shape, device=device), torch.full((rows,), 500.0, device=device)
+        took = timed(lambda x=x, t=t: found(x, t), device)
+        table.append({"network": name, "mode": mode, "rows": rows, "ms": 1e3 * took, "rows/s": rows / took})
+        if took > LONGEST:
+            break
+    return table
+
+
+def samplers(method: str, batch: int, mode: str, device: str, steps: int, error: float) -> list[Row]:
+    """Every sampler at its best on the shipped network."""
+    denoiser = piadm.load("fashion", device=device)
+    denoiser = replace(denoiser, network=wrapped(denoiser.network, mode, device))
+    course = prepare(denoiser, (batch, 1, 28, 28), method=method, steps=steps)
+    rivals = [rival for name in RIVALS[method] for rival in chosen((name,))]
+    table: list[Row] = []
+    for result in study(course, rivals, (error,)):
+        best = result.best(error)
+        row: Row = {"method": method, "batch": batch, "mode": mode, "sampler": result.rival.title(method)}
+        row |= {"setting": None, "rounds": None, "evaluations": None, "worst error": None, "seconds": None}
+        if best is not None:
+            took = again(course, result.rival.ladders(course), best.setting, device)
+            row |= {"setting": best.setting, "rounds": best.rounds, "evaluations": best.evaluations}
+            row |= {"worst error": best.worst, "seconds": took}
+        table.append(row)
+    slow = table[0]["seconds"]
+    return [row | {"times faster": slow / row["seconds"] if slow and row["seconds"] else None} for row in table]
+
+
+def again(course: Course, ladders: list, label: str, device: str) -> float:
+    """Time of a setting once everything is warm."""
+    rung = next(rung for ladder in ladders for rung in ladder if rung.label == label)
+    synchronise(device)
+    began = time.perf_counter()
+    rung.run(course, Budget())
+    synchronise(device)
+    return time.perf_counter() - began
+
+
+def computed(measured: list[Row], calls: list[Row], names: list[str]) -> list[Row]:
+    """What the samplers' rounds would take on the other networks."""
+    table: list[Row] = []
+    for name in names:
+        for row in measured:
+            known = {one["rows"]: one["ms"] for one in calls if (one["network"], one["mode"]) == (name, row["mode"])}
+            if row["rounds"] is None or not known:
+                continue
+            took = row["rounds"] * latency(known, row["batch"] * row["evaluations"] / row["rounds"]) / 1e3
+            kept = {key: row[key] for key in ("method", "batch", "mode", "sampler", "rounds", "evaluations")}
+            table.append({"network": f"{name} (rounds of the shipped)", **kept, "network seconds": took})
+    return table
+
+
+def latency(known: dict[int, float], rows: float) -> float:
+    """Milliseconds of a call, linear between those timed and in proportion beyond."""
+    sizes = sorted(known)
+    if rows <= sizes[0]:
+        return known[sizes[0]]
+    if rows >= sizes[-1]:
+        return known[sizes[-1]] * rows / sizes[-1]
+    above = next(size for size in sizes if size >= rows)
+    below = sizes[sizes.index(above) - 1]
+    return known[below] + (known[above] - known[below]) * (rows - below) / (above - below)
+
+
+def draw(path: Path, calls: list[Row], title: str) -> None:
+    """Latency against rows."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, mode in dict.fromkeys((row["network"], row["mode"]) for row in calls):
+        line = [row for row in calls if (row["network"], row["mode"]) == (name, mode)]
+        axes.loglog([row["rows"] for row in line], [row["ms"] for row in line], "o-", label=f"{name}, {mode}")
+    axes.set(xlabel="rows of a call", ylabel="milliseconds", title=title)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = options(__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tables", nargs="+", default=["latency", "samplers", "sizes"])
+    parser.add_argument("--networks", nargs="+", choices=["shipped", *SIZES], default=["shipped", *SIZES])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
+    parser.add_argument("--modes", nargs="+", choices=["eager", "compiled"], default=["eager", "compiled"])
+    parser.add_argument("--methods", nargs="+", choices=list(RIVALS), default=list(RIVALS))
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--error", type=float, default=1e-2)
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw the latencies here")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    on_gpu = given.device != "cpu"
+    title = torch.cuda.get_device_name(given.device) if on_gpu else f"CPU, {given.threads} threads"
+    print(f"{title}, {time.strftime('%Y-%m-%d')}, torch {torch.__version__}")
+    calls: list[Row] = []
+    if "latency" in given.tables:
+        calls = [row for name in given.networks for mode in given.modes for row in latencies(name, mode, given.device)]
+        print_table(calls)
+    measured: list[Row] = []
+    if "samplers" in given.tables:
+        for method in given.methods:
+            for batch in given.batches:
+                for mode in given.modes:
+                    measured += samplers(method, batch, mode, given.device, given.steps, given.error)
+        print_table(measured)
+    sizes = computed(measured, calls, [name for name in given.networks if name != "shipped"])
+    if "sizes" in given.tables and sizes:
+        print_table(sizes)
+    if given.figure is not None and calls:
+        draw(given.figure, calls, title)
+    write_json(given.json, given, device=[{"name": title}], latency=calls, samplers=measured, sizes=sizes)
+
+
+if __name__ == "__main__":
+    main()
