@@ -152,15 +152,17 @@ class PaperODE:
 class Engine:
     """The fast engine with every step a node: one window, started from the reference model's path.
 
-    It is told the average variance of the data, which is that of no mode, and a mean of zero.
+    It is told one variance for all modes, and a mean of zero.
 
     Args:
         method: "sde" or "ode".
         linearization: "gaussian" or "secant".
+        variance: what it is told; None: the average, as a measurement would give.
     """
 
     method: str
     linearization: str
+    variance: float | None = None
 
     def settled(self, target: Target, horizon: float, count: int, step: float) -> Law:
         """Law of the sequential sampler."""
@@ -171,7 +173,8 @@ class Engine:
         law = {"gaussian": gaussian_law, "secant": secant_law}[self.linearization]
         assert isinstance(target.modes, Spectrum)
         grid = target.blocks(horizon, count, step).grid(OU)
-        return law(target.modes, self.method, grid, iterations, variance=target.modes.average)
+        told = target.modes.average if self.variance is None else self.variance
+        return law(target.modes, self.method, grid, iterations, variance=told)
 
     def rounds(self, count: int, iterations: int) -> int:
         """One round per iteration."""

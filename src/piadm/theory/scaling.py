@@ -34,8 +34,8 @@ SPACING, HORIZONS, COUNTS = 0.25, 5, (1, 2)
 #: Most iterations tried.  (At d = 10^8 Algorithm 1 takes 28 in one block, the engine 12.)
 MOST_PAPER, MOST_ENGINE = 45, 16
 
-#: Iterations of the corrector that are tried, and those that go with the theorem's blocks, the same for all dimensions.
-INNER, INNER_BLOCKS = (3, 4, 5), 4
+#: Iterations of the corrector: the first of these that will do.
+INNER = (4, 5, 6, 8)
 
 #: Steps beyond which the secant's law, which is walked step by step, is carried over from a coarse grid.
 LONGEST_WALK = 20_000
@@ -109,8 +109,8 @@ def searches() -> dict[str, tuple[str, Search]]:
         "sequential-ode": ("sequential ODE with corrector", partial(_sequential, PaperODE(1))),
         "piadm-sde-blocks": ("PIADM-SDE, the theorem's blocks", partial(_blocks, [PaperSDE()])),
         "piadm-sde": ("PIADM-SDE, any blocks", partial(_paper, [PaperSDE()])),
-        "piadm-ode-blocks": ("PIADM-ODE, the theorem's blocks", partial(_blocks, [PaperODE(INNER_BLOCKS)])),
-        "piadm-ode": ("PIADM-ODE, any blocks", partial(_paper, [PaperODE(inner) for inner in INNER])),
+        "piadm-ode-blocks": ("PIADM-ODE, the theorem's blocks", partial(_blocks, _with_correctors())),
+        "piadm-ode": ("PIADM-ODE, any blocks", partial(_paper, _with_correctors())),
         **engines,
     }
 
@@ -168,6 +168,10 @@ def theorem_horizon(target: Target, allowed: float) -> float:
     return max(2.0, math.log(target.modes.dimension / allowed))
 
 
+def _with_correctors() -> list[Family]:
+    return [PaperODE(inner) for inner in INNER]
+
+
 def _horizons(family: Family, target: Target, allowed: float) -> list[float]:
     first = shortest_horizon(family, target, allowed, SPACING)
     return [first + SPACING * i for i in range(HORIZONS)]
@@ -198,21 +202,19 @@ def _best_of(
     counts: Callable[[float], Sequence[int]],
     most: int,
 ) -> tuple[Found, int | None, float] | None:
-    """The best of some families, evaluated exactly where its grid is not too long to be walked."""
-    pairs = [
-        (found, family) for family in families for found in candidates(family, target, allowed, horizons, counts, most)
-    ]
-    found = best(found for found, _ in pairs)
-    if found is None:
-        return None
-    family = next(family for one, family in pairs if one is found)
-    settings = (found.horizon, found.count, found.step)
-    walked = isinstance(family, Engine) and family.linearization == "secant"
-    if not walked or family.steps(target, *settings) <= LONGEST_WALK:
-        found = evaluated(family, target, found, allowed)
-    if found is None:
-        return None
-    return found, getattr(family, "inner", None), family.states(target, *settings)
+    """The best settings of the first family that will do, evaluated exactly unless the grid is too long to walk."""
+    for family in families:
+        found = best(candidates(family, target, allowed, horizons, counts, most))
+        if found is None:
+            continue
+        settings = (found.horizon, found.count, found.step)
+        walked = isinstance(family, Engine) and family.linearization == "secant"
+        if not walked or family.steps(target, *settings) <= LONGEST_WALK:
+            found = evaluated(family, target, found, allowed)
+        if found is not None:
+            settings = (found.horizon, found.count, found.step)
+            return found, getattr(family, "inner", None), family.states(target, *settings)
+    return None
 
 
 def _sequential(family: Family, target: Target, allowed: float) -> tuple[Found, int | None, float] | None:
