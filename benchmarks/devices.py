@@ -11,7 +11,8 @@ samplers  The shipped U-Net: the sequential sampler, DPM-Solver++ 2M, ParaDiGMS'
 sizes     The same for the other networks, computed: their latency at the rows that a round has, times the rounds that
           the *shipped* network took.  A trained network of that size would take rounds of its own.
 
-"compiled" is ``piadm.CompiledNetwork``, on a GPU with CUDA graphs.  The first call of each kind is not timed.
+"compiled" is ``piadm.CompiledNetwork``, on a GPU with CUDA graphs.  The first call of each kind is not timed.  On a CPU
+compiling takes minutes for every number of rows: ``--modes eager`` leaves it out.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ import piadm
 from piadm.rivals import chosen, prepare, study
 from piadm.rivals.course import Course
 from piadm.rivals.drive import Budget
+from piadm.rivals.rival import Rival
 
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256]
 RIVALS = {"ode": ("sequential", "dpm-solver", "paradigms", "sample"), "sde": ("sequential", "paradigms", "sample")}
 LONGEST = 60.0  # seconds of one call, after which larger ones are left out
 Network = Callable[..., object]
@@ -70,11 +72,11 @@ def synchronise(device: str) -> None:
 
 
 @torch.no_grad()
-def latencies(name: str, mode: str, device: str) -> list[Row]:
+def latencies(name: str, mode: str, device: str, sizes: list[int]) -> list[Row]:
     """Seconds of a call, by its rows."""
     found, shape = network(name, mode, device)
     table: list[Row] = []
-    for rows in ROWS:
+    for rows in sizes:
         x, t = torch.randn(rows, *shape, device=device), torch.full((rows,), 500.0, device=device)
         took = timed(lambda x=x, t=t: found(x, t), device)
         table.append({"network": name, "mode": mode, "rows": rows, "ms": 1e3 * took, "rows/s": rows / took})
@@ -95,7 +97,7 @@ def samplers(method: str, batch: int, mode: str, device: str, steps: int, error:
         row: Row = {"method": method, "batch": batch, "mode": mode, "sampler": result.rival.title(method)}
         row |= {"setting": None, "rounds": None, "evaluations": None, "worst error": None, "seconds": None}
         if best is not None:
-            took = again(course, result.rival.ladders(course), best.setting, device)
+            took = again(course, result.rival, best.setting, device)
             row |= {"setting": best.setting, "rounds": best.rounds, "evaluations": best.evaluations}
             row |= {"worst error": best.worst, "seconds": took}
         table.append(row)
@@ -103,12 +105,15 @@ def samplers(method: str, batch: int, mode: str, device: str, steps: int, error:
     return [row | {"times faster": slow / row["seconds"] if slow and row["seconds"] else None} for row in table]
 
 
-def again(course: Course, ladders: list, label: str, device: str) -> float:
-    """Time of a setting once everything is warm."""
-    rung = next(rung for ladder in ladders for rung in ladder if rung.label == label)
+def again(course: Course, rival: Rival, label: str, device: str) -> float:
+    """Time of a setting once everything is warm; the sequential sampler's, which the course keeps, anew."""
+    rung = next(rung for ladder in rival.ladders(course) for rung in ladder if rung.label == label)
     synchronise(device)
     began = time.perf_counter()
-    rung.run(course, Budget())
+    if rival.name == "sequential":
+        piadm.sample_sequential(course.denoiser, course.shape, method=course.method, grid=course.grid, seed=course.seed)
+    else:
+        rung.run(course, Budget())
     synchronise(device)
     return time.perf_counter() - began
 
@@ -158,6 +163,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tables", nargs="+", default=["latency", "samplers", "sizes"])
     parser.add_argument("--networks", nargs="+", choices=["shipped", *SIZES], default=["shipped", *SIZES])
+    parser.add_argument("--rows", nargs="+", type=int, default=ROWS, help="rows of the calls that are timed")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--modes", nargs="+", choices=["eager", "compiled"], default=["eager", "compiled"])
     parser.add_argument("--methods", nargs="+", choices=list(RIVALS), default=list(RIVALS))
@@ -171,8 +177,10 @@ def main() -> None:
     print(f"{title}, {time.strftime('%Y-%m-%d')}, torch {torch.__version__}")
     calls: list[Row] = []
     if "latency" in given.tables:
-        calls = [row for name in given.networks for mode in given.modes for row in latencies(name, mode, given.device)]
-        print_table(calls)
+        for name in given.networks:
+            for mode in given.modes:
+                calls += latencies(name, mode, given.device, sorted(given.rows))
+                print_table(calls[-len(given.rows) :])
     measured: list[Row] = []
     if "samplers" in given.tables:
         for method in given.methods:

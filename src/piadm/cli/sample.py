@@ -40,7 +40,7 @@ piadm sample --no-reference            in parallel only: no true error
 
 piadm sample --num 50000 --out many    a folder of shards, in parallel only; the same command goes on after a stop
 
-torchrun --nproc-per-node 8 -m piadm sample --num 50000 --out many --device cuda
+torchrun --nproc-per-node 8 -m -- piadm sample --num 50000 --out many --device cuda
 """
 _SHAPE = (1, 28, 28)
 _INTERRUPTED = 130
