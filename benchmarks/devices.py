@@ -1,15 +1,17 @@
 """What this device makes of rounds and evaluations: one script, for a CPU or a GPU.
 
-    python benchmarks/devices.py [--device cpu] [--tables latency samplers sizes] [--networks shipped 1M 30M 400M]
-                                 [--batches 1 16] [--modes eager compiled] [--steps 1000] [--error 1e-2]
+    python benchmarks/devices.py [--device cpu] [--tables latency overhead samplers sizes] [--batches 1 16]
+                                 [--networks shipped 1M 30M 400M] [--modes eager compiled] [--steps 1000] [--error 1e-2]
                                  [--figure devices.png] [--json devices.json]
 
 latency   Time of one network call against its number of rows.  The shipped U-Net is trained; the others, of 1, 30 and
           400 million parameters, have random weights: of them only the time means anything.
 samplers  The shipped U-Net: the sequential sampler, DPM-Solver++ 2M, ParaDiGMS's rule and piadm.sample, each with the
           setting of fewest rounds whose samples are all within ``--error`` of the sequential ones, for every batch.
-sizes     The same for the other networks, computed: their latency at the rows that a round has, times the rounds that
-          the *shipped* network took.  A trained network of that size would take rounds of its own.
+overhead  What a round of piadm.sample takes beside the network: the shipped U-Net, one sample, window 16.  Aim: at most
+          5 % of the time on a CPU, 1 ms a round on a GPU.
+sizes     The same as samplers for the other networks, computed: their latency at the rows that a round has, times the
+          rounds that the *shipped* network took.  A trained network of that size would take rounds of its own.
 
 "compiled" is ``piadm.CompiledNetwork``, on a GPU with CUDA graphs.  The first call of each kind is not timed.  On a CPU
 compiling takes minutes for every number of rows: ``--modes eager`` leaves it out.
@@ -21,6 +23,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -118,6 +121,45 @@ def again(course: Course, rival: Rival, label: str, device: str) -> float:
     return time.perf_counter() - began
 
 
+class Stopwatch:
+    """A network, and the seconds that it has taken."""
+
+    def __init__(self, inner: Network, device: str) -> None:
+        self.inner, self.device, self.seconds = inner, device, 0.0
+
+    def parameters(self) -> object:
+        return self.inner.parameters()
+
+    def __call__(self, x: torch.Tensor, t: torch.Tensor) -> object:
+        synchronise(self.device)
+        began = time.perf_counter()
+        output = self.inner(x, t)
+        synchronise(self.device)
+        self.seconds += time.perf_counter() - began
+        return output
+
+
+def overhead(method: str, mode: str, device: str, steps: int) -> Row:
+    """What rounds take beside the network, from callback to callback, and the rest: setting up node sets."""
+    denoiser = piadm.load("fashion", device=device)
+    found, rounds, whole = wrapped(denoiser.network, mode, device), [], []
+    for seed in range(4):  # the first one is warm-up
+        watch, seen = Stopwatch(found, device), []
+        stats = piadm.sample(
+            replace(denoiser, network=watch), (1, 1, 28, 28), method=method, steps=steps, window=16, seed=seed,
+            callback=lambda info, watch=watch, seen=seen: seen.append((time.perf_counter(), watch.seconds)),
+        ).stats  # fmt: skip
+        if seed:
+            rounds += [(end - begin, network - before) for (begin, before), (end, network) in pairwise(seen)]
+            whole.append(1 - watch.seconds / stats.wall_time)
+    beside = statistics.median(took - network for took, network in rounds)
+    part = statistics.median(1 - network / took for took, network in rounds)
+    good = beside <= 1e-3 if device != "cpu" else part <= 0.05
+    row: Row = {"method": method, "mode": mode, "nodes": stats.nodes, "rounds": stats.rounds}
+    row |= {"beside the network, ms a round": 1e3 * beside, "% of a round": 100 * part, "within": good}
+    return row | {"% of the run, set-up included": 100 * statistics.median(whole)}
+
+
 def computed(measured: list[Row], calls: list[Row], names: list[str]) -> list[Row]:
     """What the samplers' rounds would take on the other networks."""
     table: list[Row] = []
@@ -161,7 +203,7 @@ def draw(path: Path, calls: list[Row], title: str) -> None:
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--tables", nargs="+", default=["latency", "samplers", "sizes"])
+    parser.add_argument("--tables", nargs="+", default=["latency", "overhead", "samplers", "sizes"])
     parser.add_argument("--networks", nargs="+", choices=["shipped", *SIZES], default=["shipped", *SIZES])
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS, help="rows of the calls that are timed")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
@@ -181,6 +223,10 @@ def main() -> None:
             for mode in given.modes:
                 calls += latencies(name, mode, given.device, sorted(given.rows))
                 print_table(calls[-len(given.rows) :])
+    beside: list[Row] = []
+    if "overhead" in given.tables:
+        beside = [overhead(method, mode, given.device, given.steps) for method in given.methods for mode in given.modes]
+        print_table(beside)
     measured: list[Row] = []
     if "samplers" in given.tables:
         for method in given.methods:
@@ -193,7 +239,8 @@ def main() -> None:
         print_table(sizes)
     if given.figure is not None and calls:
         draw(given.figure, calls, title)
-    write_json(given.json, given, device=[{"name": title}], latency=calls, samplers=measured, sizes=sizes)
+    tables = {"latency": calls, "overhead": beside, "samplers": measured, "sizes": sizes}
+    write_json(given.json, given, device=[{"name": title}], **tables)
 
 
 if __name__ == "__main__":

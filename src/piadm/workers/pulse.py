@@ -15,6 +15,10 @@ from piadm.solution import NetworkError
 #: Beats between two looks at the others: whoever has not changed in between has died.
 LOOK = 3
 
+#: Beats that go by, at most, from when waiting is given up until every rank has been told why: noticing, two looks, a
+#: verdict that the hanging rank hears with its next beat, and staying until it has.
+SPENT = 9
+
 _STORE_GONE = "rank 0 or its launcher, which keeps the group's store, is gone: "
 
 #: What a rank is doing when it is neither in the network nor waiting.

@@ -24,7 +24,7 @@ from piadm.workers.base import Workers
 from piadm.workers.exchange import Exchange, Header
 from piadm.workers.fingerprint import fingerprint
 from piadm.workers.merge import merged, part_of
-from piadm.workers.pulse import LOOK, Pulse
+from piadm.workers.pulse import SPENT, Pulse
 from piadm.workers.teams import RowTeam, SampleTeam
 
 #: Seconds between two beats, at most, and as a share of the time limit.
@@ -74,7 +74,7 @@ class Ranks(Workers):
     @property
     def _patience(self) -> float:
         """Seconds to wait: what the time limit leaves beside finding out who has failed."""
-        return self.timeout - (LOOK + 2) * self._interval
+        return self.timeout - SPENT * self._interval
 
     def by_samples(self, batch: int) -> bool:
         """Whether samples are dealt out, for a batch of so many."""
