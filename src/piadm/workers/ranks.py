@@ -34,7 +34,7 @@ BEAT, BEATS = 1.0, 1 / 20
 IDLE = 1.25
 
 #: Arguments that may differ between ranks.
-OWN = ("workers", "callback", "progress", "max_batch")
+OWN = ("workers", "callback", "progress")
 
 
 @final
