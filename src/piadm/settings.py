@@ -23,7 +23,7 @@ SMOOTH_ORDER, ROUGH_ORDER = 3, 1
 
 #: Nodes of the first node set that the library chooses: ``factor (std of the data/aim)^power``, so that few samples
 #: need a second one.  Grids of fewer than twice as many steps are solved with every step a node.
-FACTOR_SMOOTH, POWER_SMOOTH = 1.38, 0.75
+FACTOR_SMOOTH, POWER_SMOOTH = 1.65, 0.75
 FACTOR_ROUGH, POWER_ROUGH = 3.2, 1.0
 
 #: Errors that can be helped are brought below this, relative to the data, even where the tolerance is looser: near a
