@@ -55,9 +55,12 @@ def _with(plan: piadm.Plan, iterations: int) -> piadm.Plan:
 
 
 @pytest.mark.parametrize("method", ["sde", "ode"])
-@pytest.mark.parametrize("limit", [None, 40])
-def test_counts_are_those_of_a_run(method: str, limit: int | None) -> None:
-    plan = piadm.plan(1000, kl=0.1, spectrum=[0.5, 1.0], method=method, memory_limit=limit)
+@pytest.mark.parametrize("limit", [None, 40, "short blocks"])
+def test_counts_are_those_of_a_run(method: str, limit: int | str | None) -> None:
+    extra: dict[str, object] = dict(memory_limit=limit)
+    if limit == "short blocks":  # shorter than the corrector's
+        limit, extra = None, dict(early_stop=0.5, longest_block=0.3)
+    plan = piadm.plan(1000, kl=0.1, spectrum=[0.5, 1.0], method=method, **extra)
     denoiser = GaussianDenoiser(piadm.OUSchedule(), 0.0, torch.tensor([0.5, 1.0]))
     given = dict(blocks=plan.blocks, iterations=plan.iterations)
     if method == "sde":

@@ -126,6 +126,12 @@ def test_noise_in_the_score_is_noise_in_every_step() -> None:
     assert torch.allclose(found.variance - plain.variance, added, rtol=1e-10)
 
 
+@pytest.mark.parametrize("wrong", [dict(bias=math.nan), dict(noise=-0.1), dict(noise=math.inf)], ids=str)
+def test_wrong_score_errors_are_named(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        theory.ScoreError(**wrong)
+
+
 def slope(t: float) -> Tensor:
     """Jacobian of the exact denoiser of every mode on the OU clock."""
     lam, decay = torch.tensor(VARIANCES, dtype=torch.float64), math.exp(-t)
@@ -152,8 +158,8 @@ def test_distances_of_gaussians() -> None:
 
 def test_divergences_of_1e_minus_12_keep_their_digits() -> None:
     excess, zero = torch.tensor([1e-6, 3e-8], dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
-    found = theory.kl(Law(zero, 2 * (1 + excess)), Law(zero, zero + 2))
-    # delta^2/4 - delta^3/6; 2 (1 + delta) itself is rounded to 2e-16, which is 2e-16/delta of delta.
+    found = theory.kl(Law(zero, 0.7 * (1 + excess)), Law(zero, zero + 0.7))
+    # delta^2/4 - delta^3/6; 0.7 (1 + delta) itself is rounded to 1e-16, which is 1e-16/delta of delta.
     assert torch.allclose(found, excess**2 / 4 - excess**3 / 6, rtol=1e-7, atol=0)
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from piadm._checks import finite_float
 from piadm.integrators import AffineSteps
 from piadm.linearization import Gaussian
 from piadm.schedule import NoiseSchedule
@@ -34,10 +35,17 @@ class ScoreError:
     Args:
         bias: constant error, in the units of the score (one over those of the state).
         noise: standard deviation of an error that is independent from step to step, and the same in all iterations.
+
+    Raises:
+        TypeError, ValueError: if one is no finite number, or the noise is negative.
     """
 
     bias: float = 0.0
     noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        finite_float("bias", self.bias)
+        finite_float("noise", self.noise, low=0.0, low_open=False)
 
 
 @dataclass(frozen=True)
