@@ -71,7 +71,13 @@ UP = dict(sample_size=8, out_channels=4, up_block_types=("CrossAttnUpBlock2D", "
 
 
 def unet(channels: int = 4, **more: Any) -> nn.Module:  # noqa: ANN401 - a network's own
-    return built(df.UNet2DConditionModel, in_channels=channels, **UNET, **UP, **more)
+    return built(df.UNet2DConditionModel, in_channels=channels, **UNET | UP | more)
+
+
+def stable_diffusion_adapter() -> Any:  # noqa: ANN401 - a pipeline
+    network = unet(down_block_types=UNET["down_block_types"][::-1], up_block_types=UP["up_block_types"][::-1])
+    adapter = built(df.T2IAdapter, in_channels=3, channels=[8, 16], num_res_blocks=1, downscale_factor=2)
+    return stable_diffusion(df.StableDiffusionAdapterPipeline, unet=network, adapter=adapter)
 
 
 def controlnet() -> nn.Module:
@@ -85,6 +91,11 @@ def ddim(**more: Any) -> Any:  # noqa: ANN401 - a scheduler
 def stable_diffusion(kind: type = df.StableDiffusionPipeline, channels: int = 4, **parts: Any) -> Any:  # noqa: ANN401
     parts = dict(vae=vae(), unet=unet(channels), scheduler=ddim()) | parts
     return quiet(kind, "text_encoder", "tokenizer", **NO_CHECKER, **parts)
+
+
+def latent_consistency() -> Any:  # noqa: ANN401 - a pipeline
+    parts = dict(unet=unet(time_cond_proj_dim=8), scheduler=df.LCMScheduler(**SCALED), image_encoder=None)
+    return stable_diffusion(df.LatentConsistencyModelPipeline, **parts)
 
 
 def pixels(kind: type, scheduler: Any, **more: Any) -> Any:  # noqa: ANN401 - a pipeline
@@ -110,16 +121,21 @@ def stable_diffusion_xl(kind: type = df.StableDiffusionXLPipeline, **parts: Any)
 TEXTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 
 
-def stable_diffusion_3(kind: type = df.StableDiffusion3Pipeline) -> Any:  # noqa: ANN401 - a pipeline
-    network = built(
-        df.SD3Transformer2DModel, sample_size=16, patch_size=1, in_channels=4, out_channels=4, num_layers=2,
-        attention_head_dim=8, num_attention_heads=2, caption_projection_dim=16, joint_attention_dim=16,
-        pooled_projection_dim=16,
-    )  # fmt: skip
+SD3 = dict(
+    sample_size=16, patch_size=1, in_channels=4, out_channels=4, attention_head_dim=8, num_attention_heads=2,
+    caption_projection_dim=16, joint_attention_dim=16, pooled_projection_dim=16,
+)  # fmt: skip
+
+
+def stable_diffusion_3(kind: type = df.StableDiffusion3Pipeline, **parts: Any) -> Any:  # noqa: ANN401 - a pipeline
+    parts |= dict(transformer=built(df.SD3Transformer2DModel, num_layers=2, **SD3), vae=vae(**SHIFTED))
     scheduler = df.FlowMatchEulerDiscreteScheduler(shift=3.0)
-    return quiet(
-        kind, *TEXTS, "text_encoder_3", "tokenizer_3", transformer=network, vae=vae(**SHIFTED), scheduler=scheduler
-    )
+    return quiet(kind, *TEXTS, "text_encoder_3", "tokenizer_3", scheduler=scheduler, **parts)
+
+
+def stable_diffusion_3_controlnet() -> Any:  # noqa: ANN401 - a pipeline
+    control = built(df.SD3ControlNetModel, num_layers=1, **SD3)
+    return stable_diffusion_3(df.StableDiffusion3ControlNetPipeline, controlnet=control)
 
 
 def flux(kind: type = df.FluxPipeline, channels: int = 4, **more: Any) -> Any:  # noqa: ANN401 - a pipeline
@@ -235,6 +251,8 @@ CASES: dict[str, Case] = {
         lambda: stable_diffusion(df.StableDiffusionControlNetPipeline, controlnet=controlnet(), **BARE),
         prompts() | IMAGE | dict(guess_mode=True),
     ),
+    "SD, T2I adapter": Case(stable_diffusion_adapter, SD | IMAGE),
+    "SD, latent consistency": Case(latent_consistency, SQUARE | dict(prompt_embeds=prompts()["prompt_embeds"])),
     "SD, perturbed attention": Case(lambda: stable_diffusion(df.StableDiffusionPAGPipeline, **BARE), SD),
     "SD, pix2pix": Case(
         lambda: stable_diffusion(df.StableDiffusionInstructPix2PixPipeline, 8, **BARE), prompts() | IMAGE
@@ -245,6 +263,9 @@ CASES: dict[str, Case] = {
     "SD3": Case(stable_diffusion_3, dict(height=16, width=16, **XL)),
     "SD3, img2img": Case(
         lambda: stable_diffusion_3(df.StableDiffusion3Img2ImgPipeline), SQUARE | XL | IMAGE | dict(strength=0.7)
+    ),
+    "SD3, ControlNet of one block": Case(
+        stable_diffusion_3_controlnet, dict(SQUARE, control_image=image(16), **XL)
     ),
     "Flux": Case(flux, CONDITIONAL),
     "Flux, true guidance": Case(lambda: flux(guidance_embeds=True), FLUX | dict(true_cfg_scale=3.0)),

@@ -21,7 +21,7 @@ from piadm.interop.diffusers.probe import UnsupportedError
 #: share even where the first happens to be as long as the batch; and conditions with several rows per network row, one
 #: per frame.
 SHARED = ("img_ids", "txt_ids", "image_rotary_emb", "freqs_cis", "img_shapes", "txt_seq_lens")
-PER_FRAME = ("encoder_hidden_states",)
+PER_FRAME = ("encoder_hidden_states", "encoder_hidden_states_image")
 
 Path = tuple[Any, ...]
 
@@ -45,6 +45,11 @@ def rebuilt(tree: Any, fresh: Callable[[Path], Any], path: Path = ()) -> Any:  #
     if isinstance(tree, (list, tuple)):
         return type(tree)([rebuilt(part, fresh, (*path, key)) for key, part in enumerate(tree)])
     return fresh(path)
+
+
+def copied(tree: Any) -> Any:  # noqa: ANN401 - any arguments
+    """The same values in lists and dicts of their own: some networks use up those that they are given."""
+    return rebuilt(tree, leaves(tree).__getitem__)
 
 
 @dataclass(frozen=True)

@@ -210,6 +210,7 @@ def _clipped_share(
     gain, cut = probed.outputs.diagonal(), clip(far) - far
     share = torch.ones(len(times), dtype=torch.float64)
     for j, t in enumerate(times.cpu()):
-        moved = step(twin, far / q[j], t, torch.zeros_like(far), **{**options, "return_dict": False})[0]
-        share[j] = (moved - gain[j] * far / q[j]).item() / (gain[j] / q[j] * cut).item()
+        if gain[j]:
+            moved = step(twin, far / q[j], t, torch.zeros_like(far), **{**options, "return_dict": False})[0]
+            share[j] = (moved - gain[j] * far / q[j]).item() / (gain[j] / q[j] * cut).item()
     return share

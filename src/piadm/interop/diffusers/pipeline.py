@@ -14,11 +14,11 @@ from tqdm.auto import tqdm
 from piadm._checks import described
 from piadm.interop.diffusers._version import pipeline_class
 from piadm.interop.diffusers.probe import UnsupportedError, rebound
-from piadm.interop.diffusers.proxies import NetworkProxy, SchedulerProxy, is_denoiser
+from piadm.interop.diffusers.proxies import NetworkProxy, is_denoiser, take_over
 from piadm.interop.diffusers.rehearsal import Rehearsal, replaced
 from piadm.interop.diffusers.rounds import Options, Rounds
 from piadm.linearization import Linearization
-from piadm.solution import RoundInfo, Solution
+from piadm.solution import NetworkError, NotConvergedError, RoundInfo, Solution
 
 
 class Loop:
@@ -62,11 +62,13 @@ class Run:
         self.rounds: Rounds | None = None
         self.solution: Solution | None = None
         self.ended_round = False
+        self.theirs: Exception | None = None  # what a callback of the user has raised
         self.stage = self._staged()
 
     def _staged(self) -> Any:  # noqa: ANN401 - a pipeline
         stage = copy.copy(self.pipe)
-        parts: dict[str, Any] = {"scheduler": SchedulerProxy(self.scheduler, self.step, self.scale)}
+        take_over(self.scheduler, self.step, self.scale)
+        parts: dict[str, Any] = {"scheduler": self.scheduler}
         for name, component in self.pipe.components.items():
             if getattr(component, "is_cache_enabled", False):
                 raise UnsupportedError(f"{self.name}.{name} has a cache of earlier steps; disable_cache() first")
@@ -92,11 +94,19 @@ class Run:
         try:
             with torch.no_grad():
                 output = call(self.stage, *self.args, **kwargs)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            ours = isinstance(error, (NetworkError, UnsupportedError, NotConvergedError))
+            if ours or error is self.theirs or self.rounds is None or not self.rounds.going:
+                raise
+            raise UnsupportedError(f"{self.name} does not work with rows of several steps: {error}") from error
         finally:
             if self.rounds is not None:
                 self.rounds.close()
         if self.rounds is None:
-            raise UnsupportedError(f"{self.name} does not loop over scheduler.timesteps")
+            raise UnsupportedError(
+                f"{self.name} does not loop over scheduler.timesteps; of several pipelines in one, parallelize the one "
+                "that does"
+            )
         return output
 
     # -- what the pipeline calls -------------------------------------------------------------------------------------
@@ -155,8 +165,9 @@ class Run:
         """All steps are rehearsed."""
         assert self.rehearsal is not None
         progress = not getattr(self.pipe, "_progress_bar_config", {}).get("disable", False)
-        evaluated = self.rehearsal.evaluated // self.rehearsal.batch
-        self.rounds = Rounds(self.rehearsal.score(), self.parallel.options, evaluated, progress)
+        score = self.rehearsal.score()
+        evaluated = self.rehearsal.evaluated.get(score.slots[-1].name, 0) // self.rehearsal.batch
+        self.rounds = Rounds(score, self.parallel.options, evaluated, progress)
 
     def going(self) -> bool:
         """Whether the engine asks for more rows; asks it to stop where the pipeline was interrupted."""
@@ -177,7 +188,11 @@ class Run:
             if self.rounds is None or not self.ended_round:
                 return {}
             self.parallel.last_round = self.rounds.info
-            changed = theirs(stage, self.rounds.tally.rounds - 1, t, dict(values)) or {}
+            try:
+                changed = theirs(stage, self.rounds.tally.rounds - 1, t, dict(values)) or {}
+            except Exception as error:
+                self.theirs = error
+                raise
             if bad := sorted(name for name, value in changed.items() if value is not values.get(name)):
                 raise UnsupportedError(f"callback_on_step_end may look and interrupt, not change {', '.join(bad)}")
             return {}
@@ -200,7 +215,7 @@ class ParallelPipeline:
         self.pipe, self.options = pipe, options
         self.last_solution: Solution | None = None
         self.last_round: RoundInfo | None = None
-        self._outputs: dict[object, Any] = {}
+        self._outputs: dict[tuple[object, ...], Any] = {}
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - the pipeline's own
         if name in ("pipe", "__setstate__"):  # not there yet while being copied

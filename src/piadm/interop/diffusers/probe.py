@@ -90,6 +90,8 @@ def probe(scheduler: Any, times: Tensor, options: Mapping[str, Any]) -> Probe:  
     name, count = type(scheduler).__name__, len(times)
     if list(inspect.signature(scheduler.step).parameters)[:3] != ["model_output", "timestep", "sample"]:
         raise UnsupportedError(f"{name}.step does not take (model_output, timestep, sample); what works: {WORKS}")
+    if str(scheduler.config.get("variance_type")).startswith("learned"):
+        raise UnsupportedError(f"{name} takes its variance from the network, no affine step; what works: {WORKS}")
     twin, width = unclipped(scheduler), 3 * count + 1  # the last coordinate is never excited
     mixed = torch.randn(3 * count, EXPERIMENTS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     rows, scales = torch.zeros(count, width, dtype=torch.float64), torch.ones(count, dtype=torch.float64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections import OrderedDict
@@ -10,31 +11,26 @@ from typing import Any
 
 from torch import Tensor, nn
 
+#: What is taken over of a scheduler.
+METHODS = ("step", "scale_model_input")
 
-class Proxy:
-    """Everything of another object, its class included, but for what a subclass defines."""
 
-    def __init__(self, target: Any) -> None:  # noqa: ANN401 - any object
-        object.__setattr__(self, "_target", target)
+class NetworkProxy:
+    """A network's stand-in, its class included; calls go to ``answer(stand-in, arguments by name)``."""
+
+    def __init__(self, target: nn.Module, name: str, answer: Callable[[NetworkProxy, dict[str, Any]], Any]) -> None:
+        vars(self).update(_target=target, _name=name, _answer=answer, _signature=signature(target))
 
     # Pipelines ask with isinstance.
     __class__ = property(lambda self: type(self._target))
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - the target's own
+        if name == "_target":  # not there yet while being copied
+            raise AttributeError(name)
         return getattr(self._target, name)
 
     def __setattr__(self, name: str, value: object) -> None:
         setattr(self._target, name, value)
-
-
-class NetworkProxy(Proxy):
-    """A network whose calls go to ``answer(network, arguments by name)``."""
-
-    def __init__(self, target: nn.Module, name: str, answer: Callable[[NetworkProxy, dict[str, Any]], Any]) -> None:
-        super().__init__(target)
-        object.__setattr__(self, "_name", name)
-        object.__setattr__(self, "_answer", answer)
-        object.__setattr__(self, "_signature", signature(target))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - the network's own
         """Hand over the arguments."""
@@ -46,26 +42,24 @@ class NetworkProxy(Proxy):
         return self._target(*bound.args, **bound.kwargs)
 
 
-class SchedulerProxy(Proxy):
-    """A scheduler whose steps are taken by ``step``; ``scaled`` hears of what it should have scaled, and answers."""
+def take_over(scheduler: Any, step: Callable[..., Any], scaled: Callable[[Tensor], Tensor]) -> None:  # noqa: ANN401
+    """Let ``step`` take a scheduler's steps and ``scaled`` hear of what it should have scaled, and answer.
 
-    def __init__(self, target: Any, step: Callable[..., Any], scaled: Callable[[Tensor], Tensor]) -> None:  # noqa: ANN401
-        super().__init__(target)
-        wrapped = functools.wraps(target.step)(lambda *args, **kwargs: step(*args, **kwargs))
-        object.__setattr__(self, "step", wrapped)  # pipelines read its signature
-        object.__setattr__(self, "_scaled", scaled)
+    The scheduler stays what it is: pipelines ask for its type, and read the signatures of its methods.
+    """
+    # Functions of their own, which belong to no object that would be copied along with them.
+    others = (lambda *args, **kwargs: step(*args, **kwargs), lambda sample, *args, **kwargs: scaled(sample))
+    for name, other in zip(METHODS, others, strict=True):
+        if hasattr(scheduler, name):
+            vars(scheduler)[name] = functools.wraps(getattr(scheduler, name))(other)
 
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - the target's own
-        value = super().__getattr__(name)
-        if name != "scale_model_input":
-            return value
 
-        @functools.wraps(value)
-        def unscaled(sample: Tensor, *args: object, **kwargs: object) -> Tensor:
-            shown: Tensor = self._scaled(sample)
-            return shown
-
-        return unscaled
+def given_back(scheduler: Any) -> Any:  # noqa: ANN401 - any scheduler
+    """A copy of a scheduler that takes its own steps."""
+    twin = copy.deepcopy(scheduler)
+    for name in METHODS:
+        vars(twin).pop(name, None)
+    return twin
 
 
 def signature(network: nn.Module) -> inspect.Signature:

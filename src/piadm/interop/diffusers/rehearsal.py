@@ -7,8 +7,6 @@ between two steps.  What cannot be run in parallel shows here, before any round.
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,9 +16,10 @@ import torch
 from torch import Tensor
 
 from piadm.integrators import Steps
-from piadm.interop.diffusers.arguments import Path, Slot, leaves, rebuilt, same
+from piadm.interop.diffusers.arguments import Slot, copied, leaves, rebuilt, same
 from piadm.interop.diffusers.levels import CallLevels, Estimate, estimate, levels, steps
 from piadm.interop.diffusers.probe import UnsupportedError, probe, rebound
+from piadm.interop.diffusers.proxies import given_back
 
 #: States of the rehearsal lie between this and twice this, in steps that every floating-point type holds: what a
 #: pipeline puts in their place is far smaller.
@@ -79,8 +78,9 @@ class Score:
 
 
 def replaced(result: Any, state: Tensor) -> Any:  # noqa: ANN401 - a scheduler's output
-    """A scheduler's output, tuple or object, with another state."""
-    return (state, *result[1:]) if type(result) is tuple else dataclasses.replace(result, prev_sample=state)
+    """A scheduler's output, tuple or object, with another state; what else it holds is not known then, and NaN."""
+    old = result[0]
+    return _with_tensors(result, lambda leaf: state if same(leaf, old) else torch.full_like(leaf, torch.nan))
 
 
 class Rehearsal:
@@ -92,14 +92,14 @@ class Rehearsal:
         outputs: stand-ins for network outputs, known from earlier runs by name and arguments; added to.
 
     Attributes:
-        evaluated: rows of the denoising networks that were evaluated, to learn the shape of their output.
+        evaluated: rows of each network that were evaluated, to learn the shape of its output.
         spares: the latest stand-in of each network.
         result: what the scheduler's latest step returned.
     """
 
-    def __init__(self, scheduler: Any, timesteps: Tensor, outputs: dict[object, Any]) -> None:  # noqa: ANN401
+    def __init__(self, scheduler: Any, timesteps: Tensor, outputs: dict[tuple[object, ...], Any]) -> None:  # noqa: ANN401
         self.scheduler, self.timesteps, self.outputs = scheduler, timesteps, outputs
-        self.unused = copy.deepcopy(scheduler)
+        self.unused = given_back(scheduler)
         self.generator = torch.Generator().manual_seed(0x5EED)
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.before: list[tuple[str, dict[str, Any]]] = []
@@ -107,21 +107,21 @@ class Rehearsal:
         self.noise: list[Tensor | None] = []
         self.fixed: Fixed | None = None
         self.scaled: Tensor | None = None
-        self.evaluated = 0
+        self.evaluated: dict[str, int] = {}
         self.spares: dict[str, Any] = {}
         self._read({})  # what is not supported is refused before any network runs
 
     def network(self, name: str, run: Callable[[dict[str, Any]], Any], arguments: dict[str, Any]) -> Any:  # noqa: ANN401
         """An output of the right shape; the network itself runs only where that is not known yet."""
-        self.calls.append((name, dict(arguments)))
+        self.calls.append((name, copied(arguments)))
         key = (name, *((path, _kind(value)) for path, value in leaves(arguments).items()))
         if key not in self.outputs:
             output = run(arguments)
-            self.outputs[key] = stand_in = _stand_in(output)
-            if _denoises(stand_in):
-                self.evaluated += next(len(leaf) for leaf in leaves(output).values() if isinstance(leaf, Tensor))
+            self.outputs[key] = _stand_in(output)
+            rows = next(len(leaf) for leaf in leaves(output).values() if isinstance(leaf, Tensor))
+            self.evaluated[name] = self.evaluated.get(name, 0) + rows
         self.spares[name] = self.outputs[key]
-        return self.outputs[key]
+        return copied(self.outputs[key])
 
     def step(self, output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """The scheduler's own step, for the noise that it draws; returns a state that will be recognised."""
@@ -161,6 +161,7 @@ class Rehearsal:
     def _begin(self, output: Tensor, sample: Tensor, options: dict[str, Any]) -> None:
         """The first step: keep the initial state."""
         self.output, self.options = output, options
+        self._tell_apart()
         self.first = self.state = sample
         self.sources = torch.arange(len(sample))
         if options.keys() - {"generator", "return_dict"}:
@@ -169,6 +170,15 @@ class Rehearsal:
             raise UnsupportedError(
                 "the pipeline steps from the scaled state; it needs a scheduler that does not scale, such as DDIM"
             )
+
+    def _tell_apart(self) -> None:
+        """Only the network that is called last says something of the state: what others say is for it, and NaN."""
+        names = [name for name, _ in self.calls]
+        unknown = {name for name in names if name != names[-1] and _denoises(self.spares[name])}
+        if unknown and len(self.timesteps) == 1:
+            raise UnsupportedError(f"what {', '.join(sorted(unknown))} is for does not show in one step; ask for two")
+        self.spares.update({name: _unknown(self.spares[name]) for name in unknown})
+        self.outputs.update({key: _unknown(value) for key, value in self.outputs.items() if key[0] in unknown})
 
     def _compare(self, output: Tensor, sample: Tensor, options: dict[str, Any], number: int) -> None:
         """A later step: it may differ from the first one only in ways in which rows can differ."""
@@ -190,7 +200,7 @@ class Rehearsal:
             raise UnsupportedError("the pipeline changes other parts of the state after some steps than after others")
         if self.fixed is not None:
             self.fixed.values.append(self.state[mask].float())
-            if bool((self.fixed.values[-1].abs() >= LARGE / 4).any()):
+            if not bool((self.fixed.values[-1].abs() < LARGE / 4).all()):
                 raise UnsupportedError("the pipeline changes the state between steps by more than setting parts of it")
 
     def _learn(self, number: int) -> None:
@@ -251,17 +261,23 @@ def _sources(sample: Tensor, marker: Tensor) -> Tensor:
 
 
 def _stand_in(output: Any) -> Any:  # noqa: ANN401 - a network's output
-    """Random numbers for one tensor; NaN for several, which are for another network and mark what it is given."""
-    flat, generator = leaves(output), torch.Generator().manual_seed(0)
-    single = sum(isinstance(leaf, Tensor) for leaf in flat.values()) == 1
+    """Random numbers for one tensor; several are for another network."""
+    tensors = [leaf for leaf in leaves(output).values() if isinstance(leaf, Tensor)]
+    if len(tensors) > 1:
+        return _unknown(output)
+    noise = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(0)).to(tensors[0])
+    return _with_tensors(output, lambda leaf: noise)
 
-    def fresh(path: Path) -> Any:  # noqa: ANN401 - any value
-        leaf = flat[path]
-        if not isinstance(leaf, Tensor):
-            return leaf
-        return torch.randn(leaf.shape, generator=generator).to(leaf) if single else torch.full_like(leaf, torch.nan)
 
-    return rebuilt(output, fresh)
+def _unknown(output: Any) -> Any:  # noqa: ANN401 - a network's output
+    """NaN for every tensor: it marks what another network is given."""
+    return _with_tensors(output, lambda leaf: torch.full_like(leaf, torch.nan))
+
+
+def _with_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:  # noqa: ANN401 - any nesting
+    """The same nesting with other tensors."""
+    flat = leaves(tree)
+    return rebuilt(tree, lambda path: change(flat[path]) if isinstance(flat[path], Tensor) else flat[path])
 
 
 def _denoises(stand_in: Any) -> bool:  # noqa: ANN401 - a network's output

@@ -15,7 +15,7 @@ from piadm.engine import rounds
 from piadm.executor import name_rows, out_of_memory
 from piadm.grid import TimeGrid
 from piadm.integrators import Integrator
-from piadm.interop.diffusers.arguments import Rows
+from piadm.interop.diffusers.arguments import Rows, copied
 from piadm.interop.diffusers.probe import UnsupportedError
 from piadm.interop.diffusers.rehearsal import Score
 from piadm.linearization import Linearization
@@ -134,7 +134,7 @@ class Rounds:
             NetworkError: if the network fails, naming the samples and steps of the rows it was given.
         """
         if self.starved or not self.going:
-            return spare
+            return copied(spare)
         slot = self.score.slots[self.place % len(self.score.slots)]
         self.place += 1
         if slot.name != name:
@@ -152,7 +152,7 @@ class Rounds:
             self.starved = True
         if self.starved and torch.cuda.is_available():
             torch.cuda.empty_cache()
-        return spare
+        return copied(spare)
 
     def step(self, output: Tensor) -> bool:
         """Hand the engine the guided model output; whether that ended a round."""

@@ -1,0 +1,129 @@
+"""Pipelines whose own code is unusual: what they may do, and what is refused by name."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import diffusers as df
+import pytest
+import torch
+from tiny import CASES, SD, normals, stable_diffusion
+from torch import Tensor
+
+from piadm.interop.diffusers import UnsupportedError, parallelize
+
+CALL = dict(latents=normals(7, 2, 4, 8, 8), prompt_embeds=SD["prompt_embeds"])
+
+
+class Plain(df.StableDiffusionPipeline):
+    """A pipeline with a loop of its own."""
+
+    @torch.no_grad()
+    def __call__(self, latents: Tensor, prompt_embeds: Tensor) -> Tensor:
+        self.scheduler.set_timesteps(8)
+        for t in self.progress_bar(self.scheduler.timesteps):
+            output = self.changed(self.unet(latents, t, encoder_hidden_states=prompt_embeds).sample)
+            latents = self.scheduler.step(output, t, latents).prev_sample
+        return latents
+
+    def changed(self, output: Tensor) -> Tensor:
+        return output
+
+
+class AsksForTheType(Plain):
+    """Some pipelines treat one scheduler differently, and compare its type."""
+
+    def changed(self, output: Tensor) -> Tensor:
+        return output if type(self.scheduler) is df.DDIMScheduler else 2 * output
+
+
+class CopiesItsScheduler(Plain):
+    """Some pipelines copy their scheduler, for several states or to look ahead."""
+
+    def changed(self, output: Tensor) -> Tensor:
+        return output * copy.deepcopy(self.scheduler).init_noise_sigma
+
+
+class KeepsTheLastOutput(Plain):
+    """A buffer that waits for its first use, as momentum does in some guidance."""
+
+    last: Tensor | None = None
+
+    def changed(self, output: Tensor) -> Tensor:
+        self.last = output if self.last is None else output + 0 * self.last
+        return output
+
+
+class Nothing(Plain):
+    """A pipeline of pipelines has no loop itself."""
+
+    def __call__(self) -> None:
+        return None
+
+
+@pytest.mark.parametrize("kind", [AsksForTheType, CopiesItsScheduler])
+def test_the_scheduler_is_what_it_was(kind: type[Plain]) -> None:
+    pipe = stable_diffusion(kind)
+    # Tolerance below, and latents of size ten in float32.
+    assert torch.allclose(parallelize(pipe, tol=1e-4, nodes="all")(**CALL), pipe(**CALL), atol=1e-3)
+
+
+def test_code_that_takes_no_other_rows_is_named() -> None:
+    with pytest.raises(UnsupportedError, match="KeepsTheLastOutput does not work with rows of several steps: The size"):
+        parallelize(stable_diffusion(KeepsTheLastOutput), nodes="all")(**CALL)
+
+
+def test_pipelines_of_pipelines_are_told_from_others() -> None:
+    with pytest.raises(UnsupportedError, match="Nothing does not loop .* parallelize the one that does"):
+        parallelize(stable_diffusion(Nothing))()
+
+
+def test_what_a_callback_raises_is_handed_on() -> None:
+    def callback(*args: object) -> dict[str, Any]:
+        raise ValueError("the user's own")
+
+    with pytest.raises(ValueError, match="^the user's own$"):
+        parallelize(stable_diffusion())(**SD, num_inference_steps=5, callback_on_step_end=callback)
+
+
+def unclip() -> Any:  # noqa: ANN401 - a pipeline
+    """The prior of Kandinsky tells its scheduler the next timestep, another one at each step."""
+    pipe = stable_diffusion(Unclip)
+    pipe.scheduler = df.UnCLIPScheduler(variance_type="fixed_small_log", prediction_type="sample")
+    return pipe
+
+
+class Unclip(df.StableDiffusionPipeline):
+    """A loop that gives the scheduler an argument of its own at each step."""
+
+    @torch.no_grad()
+    def __call__(self, latents: Tensor, prompt_embeds: Tensor) -> Tensor:
+        self.scheduler.set_timesteps(5)
+        times = self.scheduler.timesteps
+        for i, t in enumerate(times):
+            output = self.unet(latents, t, encoder_hidden_states=prompt_embeds).sample
+            before = times[i + 1] if i + 1 < len(times) else None
+            latents = self.scheduler.step(output, t, latents, prev_timestep=before).prev_sample
+        return latents
+
+
+def learned() -> Any:  # noqa: ANN401 - a pipeline
+    return stable_diffusion(Plain, scheduler=df.DDPMScheduler(variance_type="learned_range"))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [(unclip, "other arguments at some steps"), (learned, "takes its variance from the network")],
+    ids=["arguments", "variance"],
+)
+def test_schedulers_that_are_refused_are_told_why(build: Callable[[], Any], message: str) -> None:
+    with pytest.raises(UnsupportedError, match=message):
+        parallelize(build())(**CALL)
+
+
+def test_a_feeder_shows_only_where_there_are_two_steps() -> None:
+    case = CASES["SD3, ControlNet of one block"]
+    with pytest.raises(UnsupportedError, match="controlnet .* one step; ask for two"):
+        parallelize(case.build())(**case.call, num_inference_steps=1)
