@@ -70,6 +70,13 @@ def test_the_scheduler_is_what_it_was(kind: type[Plain]) -> None:
     assert torch.allclose(parallelize(pipe, tol=1e-4, nodes="all")(**CALL), pipe(**CALL), atol=1e-3)
 
 
+def test_one_step_is_enough_to_converge() -> None:
+    # The call that tells the shape of the network's output is a round, but not one of those that the step needs.
+    fast = parallelize(stable_diffusion())
+    fast(**SD, num_inference_steps=1, output_type="latent")
+    assert fast.last_solution is not None and fast.last_solution.converged
+
+
 def test_code_that_takes_no_other_rows_is_named() -> None:
     with pytest.raises(UnsupportedError, match="KeepsTheLastOutput does not work with rows of several steps: The size"):
         parallelize(stable_diffusion(KeepsTheLastOutput), nodes="all")(**CALL)

@@ -100,7 +100,8 @@ class Rounds:
         if evaluated:
             self.tally.rounds = 1
             problem.executor.evaluations += evaluated
-        self.asking = rounds(engine, problem, self.tally, options.max_rounds or TURNS_PER_NODE * count, False)
+        limit = options.max_rounds or TURNS_PER_NODE * count + self.tally.rounds
+        self.asking = rounds(engine, problem, self.tally, limit, False)
         self.going = True
         self._resume(lambda: next(self.asking))
 
