@@ -70,6 +70,14 @@ def test_the_scheduler_is_what_it_was(kind: type[Plain]) -> None:
     assert torch.allclose(parallelize(pipe, tol=1e-4, nodes="all")(**CALL), pipe(**CALL), atol=1e-3)
 
 
+def test_what_is_set_is_the_pipelines_own() -> None:
+    pipe = stable_diffusion()
+    fast = parallelize(pipe)
+    fast.scheduler = df.EulerDiscreteScheduler()
+    assert pipe.scheduler is fast.scheduler and type(pipe.scheduler) is df.EulerDiscreteScheduler
+    assert fast.to(torch.float64) is fast and pipe.unet.dtype == torch.float64
+
+
 def test_one_step_is_enough_to_converge() -> None:
     # The call that tells the shape of the network's output is a round, but not one of those that the step needs.
     fast = parallelize(stable_diffusion())

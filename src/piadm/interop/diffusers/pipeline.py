@@ -201,26 +201,37 @@ class Run:
 
 
 class ParallelPipeline:
-    """A pipeline whose calls run parallel in time; everything else is the pipeline's.
+    """A pipeline whose calls run parallel in time; everything else is the pipeline's, read or set.
 
     Attributes:
-        pipe: the pipeline, never changed; what is changed in it holds for the next call.
+        pipe: the pipeline, never changed by a call; what is changed in it holds for the next call.
         options: how to sample.
         last_solution: the ``piadm.Solution`` of the last call: rounds, evaluations, status and error estimate per
             sample; its sample is the scheduler's final state.
         last_round: the ``piadm.RoundInfo`` of the latest round, for a ``callback_on_step_end``.
     """
 
+    last_solution: Solution | None
+    last_round: RoundInfo | None
+
     def __init__(self, pipe: Any, options: Options) -> None:  # noqa: ANN401 - any pipeline
-        self.pipe, self.options = pipe, options
-        self.last_solution: Solution | None = None
-        self.last_round: RoundInfo | None = None
-        self._outputs: dict[tuple[object, ...], Any] = {}
+        vars(self).update(pipe=pipe, options=options, last_solution=None, last_round=None, _outputs={})
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - the pipeline's own
         if name in ("pipe", "__setstate__"):  # not there yet while being copied
             raise AttributeError(name)
         return getattr(self.pipe, name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in vars(self):
+            vars(self)[name] = value
+        else:
+            setattr(self.pipe, name, value)
+
+    def to(self, *args: Any, **kwargs: Any) -> ParallelPipeline:  # noqa: ANN401 - the pipeline's own
+        """Move the pipeline to a device or type; this one goes with it."""
+        self.pipe.to(*args, **kwargs)
+        return self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - the pipeline's own
         """The pipeline's own call: its arguments, its output.
