@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from piadm.local_model import Learning, LocalModel
+from piadm.path import _Rows
 
 NODES, BATCH, SIZE = 5, 3, 7
 
@@ -20,29 +21,29 @@ def model(states: Tensor, most: float = 2.0) -> LocalModel:
     return LocalModel(Learning(0 * bound, most * bound, bound), 0.25 * bound, states)
 
 
-def observed(slope: Tensor, most: float = 2.0) -> tuple[LocalModel, Tensor, Tensor]:
-    """A model that has seen ``R = slope x - 0.25 x`` twice, its last states and residuals."""
+def observed(slope: Tensor, most: float = 2.0) -> tuple[LocalModel, Tensor]:
+    """A model that has seen ``R = slope x - 0.25 x`` twice, and the second states."""
     rows = torch.arange(NODES * BATCH)
     first, second = normals(NODES * BATCH, SIZE), normals(NODES * BATCH, SIZE, seed=1)
     local = model(first.view(NODES, BATCH, SIZE), most)
-    residual = (slope[:, None] - 0.25) * first
-    local.observe(rows, first, torch.zeros_like(first), residual)
-    fresh = (slope[:, None] - 0.25) * second
-    local.observe(rows, second, residual, fresh)
-    return local, second, fresh
+    local.observe(rows, first, (slope[:, None] - 0.25) * first)
+    local.observe(rows, second, (slope[:, None] - 0.25) * (second - first))
+    return local, second
 
 
 def test_the_slope_of_a_linear_network_is_learnt_exactly() -> None:
     slope = torch.linspace(0.1, 1.9, NODES * BATCH, dtype=torch.float64)
-    local, _, residual = observed(slope)
-    elsewhere = normals(NODES * BATCH, SIZE, seed=2)
+    local, second = observed(slope)
     # Two roundings of a quotient of sums of seven products.
-    assert torch.allclose(local.residual(residual, elsewhere), (slope[:, None] - 0.25) * elsewhere, rtol=0, atol=1e-13)
+    assert torch.allclose(local.excess, slope - 0.25, rtol=0, atol=1e-13)
+    third, rows = normals(NODES * BATCH, SIZE, seed=2), torch.arange(NODES * BATCH)
+    local.observe(rows, third, 0.125 * (third - second))  # beyond the line, which so turns by as much
+    assert torch.allclose(local.excess, (slope - 0.125).clamp(max=1.75), rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize(("slope", "kept"), [(-1.0, 0.0), (5.0, 2.0), (0.5, 0.5)])
 def test_slopes_are_kept_within_their_bounds(slope: float, kept: float) -> None:
-    local, _, _ = observed(torch.full((NODES * BATCH,), slope, dtype=torch.float64))
+    local, _ = observed(torch.full((NODES * BATCH,), slope, dtype=torch.float64))
     assert torch.allclose(local.excess + 0.25, torch.full_like(local.excess, kept), rtol=0, atol=1e-13)
 
 
@@ -52,37 +53,57 @@ def test_equal_bounds_learn_nothing() -> None:
 
 
 def test_a_step_too_short_for_the_networks_rounding_teaches_no_slope() -> None:
-    local, states, residual = observed(torch.full((NODES * BATCH,), 0.5, dtype=torch.float64))
+    local, states = observed(torch.full((NODES * BATCH,), 0.5, dtype=torch.float64))
     before = local.excess.clone()
-    rows = torch.arange(NODES * BATCH)
-    local.observe(rows, states * (1 + 1e-5), residual, residual + 1e-3)
+    local.observe(torch.arange(NODES * BATCH), states * (1 + 1e-5), torch.full_like(states, 1e-3))
     assert torch.equal(local.excess, before) and torch.equal(local.seen, states * (1 + 1e-5))
 
 
-def test_surprise_is_what_the_line_had_not_said() -> None:
-    slope = torch.full((NODES * BATCH,), 0.5, dtype=torch.float64)
-    local, states, residual = observed(slope)
+def test_surprise_and_stride_are_root_mean_squares() -> None:
+    local, states = observed(torch.full((NODES * BATCH,), 0.5, dtype=torch.float64))
     rows, moved = torch.tensor([2, 11]), torch.tensor([2.0, 3.0], dtype=torch.float64)
-    there = states[rows] + moved[:, None]
-    surprise, stride = local.observe(rows, there, residual[rows], 0.25 * there + 0.125)
+    told = torch.tensor([[3.0, 0, 0, 0, 0, 0, 0], [0.125] * 7], dtype=torch.float64)
+    surprise, stride = local.observe(rows, states[rows] + moved[:, None], told)
     assert torch.allclose(stride, moved, rtol=1e-13, atol=0)
-    assert torch.allclose(surprise, torch.full((2,), 0.125, dtype=torch.float64), rtol=0, atol=1e-13)
+    assert torch.allclose(surprise, torch.tensor([3 / 7**0.5, 0.125], dtype=torch.float64), rtol=1e-13, atol=0)
 
 
-@pytest.mark.parametrize(("ahead", "sweeps"), [(0.0, 1), (0.02, 12)])
-def test_the_solve_is_the_fixed_point_of_the_substitution(
-    ahead: float, sweeps: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("ahead", [0.0, 0.02])
+@pytest.mark.parametrize("size", [2, SIZE])  # fewer coordinates than evaluated rows, and more
+def test_a_path_that_follows_evaluations_is_the_fixed_point(
+    ahead: float, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    local, _, residual = observed(torch.linspace(0.1, 1.9, NODES * BATCH, dtype=torch.float64))
-    free, response = normals(NODES, BATCH * SIZE, seed=3), 0.3 * normals(NODES, NODES, seed=4)
-    response = response.tril() + ahead * response.triu(1)
-    solved = []
+    """Rounds of rows chosen at random, another number for every sample: ``x = q + P R(x)`` after each."""
+    free, response = normals(NODES + 1, BATCH, size), 0.3 * normals(NODES + 1, NODES, seed=4)
+    response = response.tril(-1) + ahead * response.triu()
+    ends = []
     for elements in (1, 1 << 22):  # one sample at a time, and all at once
         monkeypatch.setattr("piadm.local_model.SOLVE_ELEMENTS", elements)
-        states = torch.zeros_like(free)
-        local.solve(free, response, residual.view(NODES, -1), states, sweeps)
-        found = local.residual(residual, states.reshape(-1, SIZE)).view(NODES, -1)
-        # A system of five equations, of condition number about ten; sweeps gain a factor of 1/0.02 and more each.
-        assert torch.allclose(states, free + response @ found, rtol=0, atol=1e-12)
-        solved.append(states)
-    assert torch.allclose(solved[0], solved[1], rtol=0, atol=1e-13)
+        outputs, residual = free.clone(), torch.zeros(NODES, BATCH, size, dtype=torch.float64)
+        local = model(outputs[:-1])
+        for turn in range(4):
+            rows = _Rows.of(normals(NODES, BATCH, seed=5 + turn) > 0, residual.device)
+            told = torch.zeros(*rows.places.shape, size, dtype=torch.float64)
+            told[rows.sample, rows.place] = beyond = normals(len(rows.node), size, seed=9 + turn)
+            states = outputs[:-1].clone()
+            local.observe(rows.node * BATCH + rows.sample, states[rows.node, rows.sample], beyond)
+            expected = residual.clone()
+            expected[rows.node, rows.sample] += beyond
+            residual.copy_(expected)
+            local.follow(response, rows.places, told, outputs, residual, sweeps=12 if ahead else 0)
+            expected += local.excess.view(NODES, BATCH, 1) * (outputs[:-1] - states)
+            # Systems of five equations, of condition number about ten; sweeps gain a factor of 1/0.02 and more each.
+            assert torch.allclose(residual, expected, rtol=0, atol=1e-12)
+            assert torch.allclose(outputs.flatten(1), free.flatten(1) + response @ residual.flatten(1), atol=1e-12)
+        assert (local.excess != 0).any()
+        ends.append(outputs)
+    assert torch.allclose(ends[0], ends[1], rtol=0, atol=1e-12)
+
+
+def test_what_the_sweeps_leave_is_in_the_residuals_only() -> None:
+    free, response = normals(NODES + 1, BATCH, SIZE), 0.3 * normals(NODES + 1, NODES, seed=4)
+    local, _ = observed(torch.full((NODES * BATCH,), 1.5, dtype=torch.float64))
+    outputs, residual = free.clone(), normals(NODES, BATCH, SIZE, seed=6)
+    places = torch.arange(NODES).expand(BATCH, -1)
+    local.follow(response, places, residual.transpose(0, 1).clone(), outputs, residual, sweeps=0)
+    assert torch.allclose(outputs.flatten(1), free.flatten(1) + response @ residual.flatten(1), rtol=0, atol=1e-12)

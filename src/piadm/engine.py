@@ -188,7 +188,7 @@ def _all_states(engine: Engine, problem: Problem, nodes: NodeSet, path: Parallel
     """The states at every step, ``(J + 1, B, d)``, from the residuals at the nodes."""
     if nodes.count < engine.steps.count:
         fine = _bare_path(engine, problem, every_step(engine.steps.count), path.samples, learns=False)
-        fine.residual.copy_(nodes.weights.to(path.residual) @ path.found)
+        fine.residual.copy_(nodes.weights.to(path.residual) @ path.residual)
         fine.solve()
         path = fine
     return torch.cat([path.nodes, path.end[None, :, 0]])

@@ -39,7 +39,9 @@ class LocalModel:
 
         R(x) = R + e (x - x_seen),    e = <dx, dR> / <dx, dx>  from the last two evaluations
 
-    ``e`` is what the linearization's ``G`` lacks of the secant slope, and is kept within bounds.
+    ``e`` is what the linearization's ``G`` lacks of the secant slope, and is kept within bounds.  The path keeps
+    ``R(x)`` at its present states, so that only changes are ever computed: an evaluation tells ``s``, what the
+    denoiser says beyond ``R(x)``, which turns the line to ``e + <dx, s> / <dx, dx>``.
 
     Args:
         learning: bounds of the slopes at the nodes, each ``(n,)``.
@@ -61,66 +63,69 @@ class LocalModel:
         self.excess = self.seen.new_zeros(len(self.seen))
         self.known = torch.zeros(len(self.seen), dtype=torch.bool, device=states.device)
 
-    def residual(self, residual: Tensor, states: Tensor) -> Tensor:
-        """``R(x)`` at states ``(n B, d)``."""
-        return torch.sub(states, self.seen).mul_(self.excess[:, None]).add_(residual)
-
-    def solve(self, free: Tensor, response: Tensor, residual: Tensor, states: Tensor, sweeps: int) -> None:
-        """Solve ``x = q + P R(x)`` for the node states, in place, by one small triangular system per sample.
-
-            (I - L diag(e)) x <- q + P (R - e x_seen) + U diag(e) x,    L + U = P
-
-        ``U``, above the diagonal, is what the nodes ahead add to what is read at a node: zero where every step is a
-        node and little elsewhere, so that a few sweeps settle it.
-
-        Args:
-            free: ``q`` at the nodes, shape ``(n, B d)``.
-            response: ``P``, shape ``(n, n)``.
-            residual: ``R``, shape ``(n, B d)``.
-            states: ``x``, where the sweeps start and end, shape ``(n, B d)``.
-            sweeps: their number.
-        """
-        n, size = len(residual), self.seen.shape[1]
-        lower, ahead, identity = response.tril(), response.triu(1), torch.eye(n).to(response)
-        seen, excess = self.seen.view(n, -1, size), self.excess.view(n, -1)
-        free, residual, states = (table.view_as(seen) for table in (free, residual, states))
-        chunk = max(1, SOLVE_ELEMENTS // (n * (n + size)))
-        for first in range(0, excess.shape[1], chunk):
-            at = slice(first, first + chunk)
-            slopes = excess[:, at, None]
-            known = torch.addcmul(residual[:, at], slopes, seen[:, at], value=-1).flatten(1)
-            known = torch.addmm(free[:, at].flatten(1), response, known)
-            system = identity - lower * excess[:, at].T[:, None]
-            for _ in range(sweeps):
-                right = known if sweeps == 1 else torch.addmm(known, ahead, (slopes * states[:, at]).flatten(1))
-                right = right.view(n, -1, size).transpose(0, 1)
-                states[:, at] = torch.linalg.solve_triangular(system, right, upper=False).transpose(0, 1)
-
-    def drift(self, states: Tensor) -> Tensor:
-        """RMS distance of states ``(n B, d)`` from where they were last evaluated, ``(n B,)``."""
-        return (states - self.seen).square_().mean(1).sqrt_()
-
-    def observe(self, rows: Tensor, states: Tensor, before: Tensor, fresh: Tensor) -> tuple[Tensor, Tensor]:
+    def observe(self, rows: Tensor, states: Tensor, told: Tensor) -> tuple[Tensor, Tensor]:
         """Learn from an evaluation of some rows.
 
         Args:
             rows: their numbers, shape ``(r,)``.
             states: where they were evaluated, shape ``(r, d)``.
-            before: their residuals so far, shape ``(r, d)``.
-            fresh: their residuals now, shape ``(r, d)``.
+            told: ``s``, their residuals there beyond ``R(x)``, shape ``(r, d)``.
 
         Returns:
-            Surprise ``RMS(fresh - R(x))`` and stride ``RMS(x - x_seen)``, each ``(r,)``.
+            Surprise ``RMS(s)`` and stride ``RMS(x - x_seen)``, each ``(r,)``.
         """
-        dx, dr = states - self.seen[rows], fresh - before
-        old = self.excess[rows]
-        surprise = torch.addcmul(dr, dx, old[:, None], value=-1).square_().mean(1).sqrt_()
-        along, across = (dx * dr).sum(1), dx.square().sum(1)
+        dx, old = states - self.seen[rows], self.excess[rows]
+        along, across = (dx * told).sum(1), dx.square().sum(1)
         far = across > LEAST_STRIDE**2 * states.square().sum(1)
-        slope = (along / across.where(far, torch.ones_like(across))).clamp(self.least[rows], self.most[rows])
+        turned = old + along / across.where(far, torch.ones_like(across))
+        slope = turned.clamp(self.least[rows], self.most[rows])
         self.excess[rows] = torch.where(far & self.known[rows], slope, old)
         self.seen[rows], self.known[rows] = states, True
-        return surprise, (across / dx.shape[1]).sqrt()
+        return told.square().mean(1).sqrt_(), (across / dx.shape[1]).sqrt_()
+
+    def follow(
+        self, response: Tensor, places: Tensor, told: Tensor, outputs: Tensor, residual: Tensor, sweeps: int
+    ) -> None:
+        """Move a path by what evaluations have told, in place: the changes of ``x = q + P R(x)`` by ``s``.
+
+            w = P s + P diag(e) w,        R <- R + e w,        x <- x + P (s + e w)
+
+        by small triangular systems, with ``L`` and ``U`` the parts of ``P`` below the diagonal and above it,
+
+            (I - L diag(e)) w <- P s + U diag(e) w
+
+        ``U``, what the nodes ahead add to what is read at a node, is zero where every step is a node and little
+        elsewhere.  ``x = q + P R`` holds whatever the sweeps leave: it is in the ``s`` of the next evaluations.  All is
+        done for unit vectors in the place of ``s`` where states have more coordinates than rows were evaluated.
+
+        Args:
+            response: ``P``, from node residuals to the nodes and the end, shape ``(n + 1, n)``.
+            places: the evaluated rows of every sample, shape ``(B, a)``.
+            told: ``s``, shape ``(B, a, d)``; a sample with fewer than ``a`` rows has zeros.
+            outputs: ``x``, the states at the nodes and the end, shape ``(n + 1, B, d)``.
+            residual: ``R(x)``, with ``s`` already in it, shape ``(n, B, d)``.
+            sweeps: how many times the part with ``U``, first taken to be zero, is brought up to date.
+        """
+        n, (batch, count, size) = len(residual), told.shape
+        lower, ahead, identity = response[:-1].tril(), response[:-1].triu(1), torch.eye(n).to(response)
+        units = torch.eye(count).to(response).expand(batch, -1, -1) if count < size else told
+        excess, chunk = self.excess.view(n, batch).T[:, :, None], max(1, SOLVE_ELEMENTS // (n * (n + min(count, size))))
+        for first in range(0, batch, chunk):
+            at = slice(first, first + chunk)
+            given = told.new_zeros(len(places[at]), n, units.shape[2])
+            given.scatter_(1, places[at, :, None].expand_as(units[at]), units[at])
+            right, system = response[:-1] @ given, identity - lower * excess[at].mT
+            moved = torch.linalg.solve_triangular(system, right, upper=False)
+            for _ in range(sweeps):
+                moved = torch.linalg.solve_triangular(system, right + ahead @ (excess[at] * moved), upper=False)
+            bent = excess[at] * moved
+            for change, table in ((bent, residual), (response @ (given + bent), outputs)):
+                there = table[:, at].transpose(0, 1)
+                there.baddbmm_(change, told[at]) if count < size else there.add_(change)
+
+    def drift(self, states: Tensor) -> Tensor:
+        """RMS distance of states ``(n B, d)`` from where they were last evaluated, ``(n B,)``."""
+        return (states - self.seen).square_().mean(1).sqrt_()
 
     def inherit(self, nodes: Tensor, coarse: LocalModel, columns: Tensor, excess: Tensor, states: Tensor) -> None:
         """Take over what a coarser node set has learnt.

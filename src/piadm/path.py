@@ -6,7 +6,8 @@ turn is one network call on the active nodes and one product with the condensed 
 
     R <- D(x) - D_ref(q) - G (x - q)   on the active rows,        x <- q + P R(x)
 
-with ``R(x)`` what the last evaluations say of the residual at ``x`` (``LocalModel``): constant, or a line.
+with ``R(x)`` what the last evaluations say of the residual at ``x`` (``LocalModel``): constant, or a line.  Only what
+a round changes is computed, through small matrices.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ Draw = Callable[[int, int], Tensor]
 #: Rows of noise drawn at once: the noise of a path is never stored whole.
 NOISE_CHUNK = 64
 
-#: Sweeps that solve ``x = q + P R(x)`` where nodes read ahead.  Each leaves about a tenth of what was left.
-SWEEPS = 3
+#: Sweeps in which the path follows an evaluation where nodes read ahead.  One leaves about a hundredth of what a round
+#: moves, which the next one hears of: two more changed no round and no sample, none at all samples by 1e-5.
+SWEEPS = 1
 
 #: Relative roundings of the end that two ways of computing it may be apart: up to 5 were seen on a trained network.
 ROUNDINGS = 5
@@ -74,10 +76,36 @@ class Interpolation:
     unknown: bool = False
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of a round, in the order of the nodes, and their places in a table of as many for every sample.
+
+    Attributes:
+        node: their nodes, shape ``(r,)``.
+        sample: their samples, shape ``(r,)``.
+        place: their places among those of their sample, shape ``(r,)``.
+        places: the nodes of every sample's rows, and where these are fewer some that are no rows, shape ``(B, a)``.
+    """
+
+    node: Tensor
+    sample: Tensor
+    place: Tensor
+    places: Tensor
+
+    @staticmethod
+    def of(active: Tensor, device: torch.device) -> _Rows:
+        """Those that are true in a table ``(n, B)`` on the CPU."""
+        most = int(active.sum(0).max())
+        places = active.byte().argsort(dim=0, descending=True, stable=True)[:most].T
+        node, sample = active.nonzero().unbind(1)
+        place = (active.cumsum(0) - 1)[active]
+        return _Rows(*(index.to(device) for index in (node, sample, place, places)))
+
+
 class ParallelPath:
     """The states of one path at its nodes and its end, for a batch of samples.
 
-    Three copies of the node states are kept: ``q``, ``x`` and ``R``; a fourth where a local model is.
+    Three copies of the node states are kept: ``q``, ``x`` and ``R(x)``; a fourth where a local model is.
 
     Args:
         path: the condensed path, with the linearization ``G`` of the iteration.
@@ -107,7 +135,7 @@ class ParallelPath:
         self.slopes, self.response = self._matrix(path.slopes), self._matrix(path.response.flatten(0, 1))
         reference = path if reference is None else reference
         self.reference_slopes, self.constants = self._matrix(reference.slopes), self._matrix(reference.constants)
-        self.sweeps = SWEEPS if path.response[:-1, 0].triu(1).any() else 1
+        self.sweeps = SWEEPS if path.response[:-1, 0].triu(1).any() else 0
         self.free = self._free(reference, start, draw)
         self.state = self.free.clone()
         self.residual = torch.zeros(path.count, self.batch * self.size, dtype=self.dtype, device=self.device)
@@ -142,25 +170,23 @@ class ParallelPath:
         return states.view(-1, self.path.components, self.batch, self.size)[:-1, 0]
 
     @property
-    def found(self) -> Tensor:
-        """``R(x)``, the residuals that the states follow from, shape ``(n, B d)``."""
-        if self.local is None:
-            return self.residual
-        return self.local.residual(self.residual.view(-1, self.size), self.rows).view_as(self.residual)
-
-    @property
     def rows(self) -> Tensor:
         """The node states as rows, a view of shape ``(n B, d)``; of paths with one state component."""
         return self.state[:-1].view(-1, self.size)
 
     def solve(self) -> None:
-        """The recurrence: ``x <- q + P R(x)``."""
+        """The recurrence of constant residuals: ``x <- q + P R``."""
         with full_precision():
-            if self.local is None or not self.local.learns:
-                torch.addmm(self.free, self.response, self.residual, out=self.state)
-                return
-            self.local.solve(self.free[:-1], self.response[:-1], self.residual, self.state[:-1], self.sweeps)
-            torch.addmm(self.free, self.response, self.found, out=self.state)
+            torch.addmm(self.free, self.response, self.residual, out=self.state)
+
+    def follow(self, places: Tensor, told: Tensor) -> None:
+        """The recurrence ``x <- q + P R(x)``, after evaluations that have told ``s`` (``LocalModel.follow``)."""
+        if self.local is None or not self.local.learns:
+            self.solve()
+            return
+        outputs, residual = (table.view(-1, self.batch, self.size) for table in (self.state, self.residual))
+        with full_precision():
+            self.local.follow(self.response, places, told, outputs, residual, self.sweeps)
 
     def take_over(self, coarse: ParallelPath, keep: Tensor, old: Tensor, weights: Tensor) -> None:
         """Start from what a coarser node set of the same path has found.
@@ -172,16 +198,18 @@ class ParallelPath:
             weights: interpolation from them to all nodes, shape ``(n, n')``.
         """
         assert self.local is not None and coarse.local is not None
-        found = coarse.found.view(coarse.path.count, len(keep), -1)[:, keep]
+        n, residual = len(old), self.residual.view(len(old), self.batch, -1)
         with full_precision():
+            found = coarse.residual.view(coarse.path.count, len(keep), -1)[:, keep]
             self.residual.copy_(self._matrix(weights) @ found.flatten(1))
-            torch.addmm(self.free, self.response, self.residual, out=self.state)
             slopes = self._matrix(weights) @ coarse.local.excess.view(coarse.path.count, len(keep))[:, keep]
-        places = old.to(self.device)
-        # The path at the coarse residuals as they were evaluated: the local models add what has moved since.
-        raw = coarse.residual.view(coarse.path.count, len(keep), -1)[:, keep]
-        self.residual.view(len(old), self.batch, -1)[places] = raw
-        self.local.inherit(places.nonzero().squeeze(1), coarse.local, keep, slopes, self.nodes)
+        self.solve()
+        places = old.nonzero().squeeze(1).to(self.device)
+        self.local.inherit(places, coarse.local, keep, slopes, self.nodes)
+        # What is read at the coarse nodes has moved, and their local models with it.
+        told = (self.nodes[places] - coarse.nodes[:, keep]) * self.local.excess.view(n, -1)[places, :, None]
+        residual[places] += told
+        self.follow(places.expand(self.batch, -1), told.transpose(0, 1))
         self.outlook.inherit(old, coarse.outlook, keep.cpu())
         self.outlook.look(self.local.drift(self.rows).view(len(old), self.batch).cpu().double())
 
@@ -192,32 +220,43 @@ class ParallelPath:
             executor: lays out the rows.
             active: which rows to evaluate, shape ``(n, B)`` bool on the CPU.
         """
-        rows = active.flatten().nonzero().squeeze(1).to(self.device)
-        node, sample = rows.div(self.batch, rounding_mode="floor"), rows.remainder(self.batch)
+        rows = _Rows.of(active, self.device)
+        told, heard = yield from self._evaluate(executor, rows)
+        before = self.end.clone()
+        self.follow(rows.places, told)
+        del told
+        return self._movement(active, heard, before)
+
+    def _evaluate(self, executor: Executor, rows: _Rows) -> Asking[tuple[Tensor, Tensor]]:
+        """Take in the residuals of some rows.
+
+        Returns:
+            What they told beyond ``R(x)``, ``(B, a, d)`` as in ``LocalModel.follow``, and the surprise and the stride
+            of every row, ``(2, n B)``, 0 where not evaluated.
+        """
+        node, sample, numbers = rows.node, rows.sample, rows.node * self.batch + rows.sample
         states, free, residual = self.nodes, self._first_component(self.free), self.residual.view(-1, self.size)
-        heard = torch.zeros(2, self.path.count * self.batch, dtype=self.dtype, device=self.device)
+        heard = self.state.new_zeros(2, len(residual))
+        told = self.state.new_zeros(*rows.places.shape, self.size)
 
         def fetch(part: slice) -> Tensor:
             return states[node[part], sample[part]]
 
         def store(part: slice, estimate: Tensor) -> None:
             # In place: on an accelerator a part is the whole round, and six copies of it must do.
-            at, model = node[part], free[node[part], sample[part]]
+            at, row, model = node[part], numbers[part], free[node[part], sample[part]]
             fresh = estimate.sub_(self.constants[at, None]).addcmul_(self.reference_slopes[at, None], model, value=-1)
             fresh.addcmul_(self.slopes[at, None], fetch(part).sub_(model), value=-1)
             del model
+            beyond = fresh - residual[row]
+            residual[row], told[sample[part], rows.place[part]] = fresh, beyond
             if self.local is None:
-                heard[0, rows[part]] = (residual[rows[part]] - fresh).square_().mean(1).sqrt_()
+                heard[0, row] = rms(beyond)
             else:
-                heard[0, rows[part]], heard[1, rows[part]] = self.local.observe(
-                    rows[part], fetch(part), residual[rows[part]], fresh
-                )
-            residual[rows[part]] = fresh
+                heard[0, row], heard[1, row] = self.local.observe(row, fetch(part), beyond)
 
         yield from executor.ask(self.numbers[sample], self.times[node], fetch, store)
-        before = self.end.clone()
-        self.solve()
-        return self._movement(active, heard, before)
+        return told, heard
 
     def _movement(self, active: Tensor, heard: Tensor, before: Tensor) -> Movement:
         end = self.end[:, 0]
