@@ -54,6 +54,11 @@ def test_help_has_examples_and_every_option(capsys: pytest.CaptureFixture[str]) 
         assert f"--{option}" in text
 
 
+def test_version_is_that_of_the_library(capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"piadm {piadm.__version__}\n"
+
+
 def test_no_command_shows_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert app.main([]) == 0
     assert "Sample garments" in capsys.readouterr().out
@@ -72,6 +77,7 @@ def test_no_command_shows_the_commands(capsys: pytest.CaptureFixture[str]) -> No
         (["--max-batch", "0"], "--max-batch"),
         (["--threads", "0"], "--threads"),
         (["--device", "abacus"], "--device"),
+        (["--device", "meta"], "torch cannot use it here"),
         (["--out", "picture.jpg"], "--out"),
         (["--out", "missing/picture.png"], "missing"),
         (["--json", "figures.txt"], "--json"),

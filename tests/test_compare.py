@@ -187,7 +187,8 @@ def test_a_model_of_the_users_own(source: str, tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ("", "was not found"),
+        ("", "could not be loaded"),
+        ("raise RuntimeError('at import')", "'own_model:make' could not be loaded: RuntimeError: at import"),
         ("make = 3", "must be a piadm.Denoiser, or a function"),
         ("def make():\n    return 3", "must be a piadm.Denoiser, or a function"),
         ("def make():\n    raise RuntimeError('first\\nsecond')", "first second"),

@@ -253,5 +253,5 @@ def test_a_durable_file_replaces_the_old_one_whole_or_not_at_all(
 
 def test_a_broken_shard_is_an_error_of_its_own_kind(tmp_path: Path) -> None:
     (tmp_path / "shard-00000.safetensors").write_bytes(b"no")
-    with pytest.raises(BrokenShard, match="shard-00000"):
+    with pytest.raises(BrokenShard, match="shard-00000.*delete it"):
         Shards(tmp_path, 1, 1, {}).finish()

@@ -188,6 +188,7 @@ def test_the_command_prints_and_writes_the_plan(tmp_path: Path, capsys: pytest.C
     [
         ([], "--dimension"),
         (["--dimension", "many"], "--dimension"),
+        (["--dimension", "1e16"], "from 1 to 1e15"),
         (["--dimension", "10", "--kl", "0"], "--kl"),
         (["--dimension", "10", "--spectrum", "1,-2"], "--spectrum"),
         (["--dimension", "1e6", "--memory-limit", "1"], "memory_limit"),

@@ -37,6 +37,9 @@ ABOUT = "piadm"
 class BrokenShard(ValueError):  # noqa: N818 - what was found, not what went wrong
     """A shard that cannot be read, or is not what its name says."""
 
+    def __init__(self, found: str) -> None:
+        super().__init__(f"{found}; delete it, and the same command makes it again")
+
 
 @dataclass(frozen=True)
 class Shards:

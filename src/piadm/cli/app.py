@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import piadm
+
 if TYPE_CHECKING:
     import typer
 
@@ -32,8 +34,19 @@ def build() -> typer.Typer:
         pretty_exceptions_enable=False,
         rich_markup_mode="rich",
     )
+
+    def tell(asked: bool) -> None:
+        if asked:
+            print(f"piadm {piadm.__version__}")
+            raise typer.Exit
+
+    option = typer.Option(False, "--version", callback=tell, is_eager=True, help="Show the version and exit.")
+
     # With a callback a subcommand keeps its name even where it is the only one.
-    app.callback()(lambda: None)
+    @app.callback()
+    def root(version: bool = option) -> None:
+        pass
+
     app.command("sample", epilog=sample.EXAMPLES)(sample.sample)
     app.command("compare", epilog=compare.EXAMPLES)(compare.compare)
     app.command("plan", epilog=plan.EXAMPLES)(plan.plan)

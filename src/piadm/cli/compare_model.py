@@ -93,10 +93,10 @@ def _denoiser(name: str) -> Denoiser:
         sys.path.insert(0, os.getcwd())  # as python -m would: the module may lie here, not in site-packages
     try:
         found = attrgetter(attribute)(import_module(module))
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"--model {name!r} was not found: {error}") from error
-    if not isinstance(found, Denoiser) and callable(found):
-        found = found()
+        if not isinstance(found, Denoiser) and callable(found):
+            found = found()
+    except Exception as error:  # whatever a user's module raises
+        raise ValueError(f"--model {name!r} could not be loaded: {type(error).__name__}: {error}") from error
     if not isinstance(found, Denoiser):
         raise ValueError(
             f"--model {name!r} must be a piadm.Denoiser, or a function without arguments that returns one, "

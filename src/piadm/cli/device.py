@@ -9,7 +9,7 @@ def resolve_device(name: str) -> str:
     """Return the torch device that ``--device`` means.
 
     Raises:
-        ValueError: If there is no such kind of device, or this machine has none.
+        ValueError: If there is no such kind of device, or this machine has none that torch can use.
     """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -19,4 +19,8 @@ def resolve_device(name: str) -> str:
         raise ValueError(f"--device must be auto or a torch device such as cuda:0, got {name!r}") from error
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: torch finds no CUDA device here; use cpu or auto")
+    try:
+        torch.zeros((), device=name).item()
+    except (RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"--device {name}: torch cannot use it here ({str(error).splitlines()[0][:100]})") from error
     return name

@@ -6,7 +6,7 @@ from piadm._checks import finite_float
 
 
 def whole(option: str, text: str) -> int:
-    """Return a whole number >= 1, which may be written as ``1e6``.
+    """Return a whole number from 1 to 1e15, which may be written as ``1e6``.
 
     Raises:
         ValueError: If it is none.
@@ -15,8 +15,8 @@ def whole(option: str, text: str) -> int:
         number = float(text)
     except ValueError:
         number = 0.5
-    if not (number >= 1 and number < 1e16 and number == int(number)):
-        raise ValueError(f"{option} must be a whole number >= 1, such as 3072 or 1e6, got {text!r}")
+    if not (1 <= number <= 1e15 and number == int(number)):
+        raise ValueError(f"{option} must be a whole number from 1 to 1e15, such as 3072 or 1e6, got {text!r}")
     return int(number)
 
 
