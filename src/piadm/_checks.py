@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Collection
 from numbers import Integral, Real
 from typing import TypeVar
@@ -207,3 +208,11 @@ def instance(name: str, value: _T, kind: type) -> _T:
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be a {kind.__name__}, got {described(value)}")
     return value
+
+
+def caller_level() -> int:
+    """The ``stacklevel`` of the line outside this package, and torch's decorators, that called it."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("piadm", "torch"):
+        level, frame = level + 1, frame.f_back
+    return level

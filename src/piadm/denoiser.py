@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from piadm._checks import choice, finite_float
+from piadm._checks import choice, described, finite_float
 from piadm.schedule import NoiseSchedule
 
 Network = Callable[..., Any]
@@ -42,7 +42,10 @@ class Denoiser:
     Args:
         network: callable ``network(x, t, **condition)`` with ``x`` of shape ``(R, *shape)`` and one schedule
             time per row, ``t`` of shape ``(R,)`` (float32, or float64 for a float64 network).  It returns a
-            tensor of the shape of ``x``, a tuple that starts with it, or an object whose ``.sample`` it is.
+            tensor of the shape of ``x``, a tuple that starts with it, or an object whose ``.sample`` it is.  Each row
+            must follow from its own arguments alone: a network that draws random numbers or mixes rows has no
+            right answer.  It is called without gradients; guidance that takes some turns them on with
+            ``torch.enable_grad``, which torch's ``inference_mode`` does not let it.
         schedule: the noise schedule of the network; its times are what the network is given.
         prediction: one of "epsilon", "score", "sample", "v", "velocity".
         data_mean: mean of the data over all coordinates, in the network's units.  Only the starting guess and
@@ -201,12 +204,13 @@ class GuidedNetwork:
     Args:
         network: the conditional network ``network(x, t, **condition)``.
         scale: guidance scale; 1 is the conditional network, 0 the unconditional one.
-        null: the condition that stands for "none", one entry per condition that is given at the call.  A
-            tensor of leading dimension 1 is repeated for every row.
+        null: the condition that stands for "none", one entry per condition that is given at the call: a tensor of one
+            row, ``(1, ...)``, or without a leading dimension.  It serves every row.
 
     Raises:
         TypeError: if the network is not callable or ``null`` is no mapping.
-        ValueError: if the scale is not finite; at the call, if ``null`` lacks an entry.
+        ValueError: if the scale is not finite; at the call, if ``null`` and the condition differ in their entries, or
+            an entry has several rows.
 
     Reference: Ho & Salimans 2022 (arXiv 2207.12598, eq. 6).
     """
@@ -227,19 +231,25 @@ class GuidedNetwork:
 
     def __call__(self, x: Tensor, t: Tensor, **condition: Any) -> Tensor:  # noqa: ANN401 - the network's own
         """Guided prediction of rows ``x (R, *shape)`` at times ``t (R,)``."""
-        if missing := sorted(set(condition) - set(self.null)):
-            raise ValueError(f"null must have an entry for every condition, missing: {', '.join(missing)}")
-        both = {name: _stack(value, self.null[name], len(x)) for name, value in condition.items()}
+        if different := sorted(set(condition) ^ set(self.null)):
+            raise ValueError(f"null and condition must have the same entries, one of them lacks {', '.join(different)}")
+        both = {name: _stack(name, value, self.null[name], len(x)) for name, value in condition.items()}
         output = unwrap(self.network(torch.cat([x, x]), torch.cat([t, t]), **both))
         given, null = output.chunk(2)
         return null + self.scale * (given - null)
 
 
-def _stack(given: Any, null: Any, rows: int) -> Any:  # noqa: ANN401 - any condition
+def _stack(name: str, given: Any, null: Any, rows: int) -> Any:  # noqa: ANN401 - any condition
     """The condition of the doubled batch: given rows first, null rows second."""
     if not isinstance(given, Tensor):
         if given != null:
-            raise ValueError("condition entries that guidance varies must be tensors with one row per sample")
+            raise ValueError(f"condition[{name!r}], which guidance varies, must be a tensor with one row per sample")
         return given
-    null = torch.as_tensor(null, dtype=given.dtype, device=given.device)
+    accepted = f"null[{name!r}] must be a number or a tensor of one row, {(1, *given.shape[1:])}"
+    try:
+        null = torch.as_tensor(null, dtype=given.dtype, device=given.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{accepted}, got {described(null)}") from error
+    if null.ndim == given.ndim and len(null) != 1:
+        raise ValueError(f"{accepted}, got shape {tuple(null.shape)}")
     return torch.cat([given, null.expand(rows, *given.shape[1:])])

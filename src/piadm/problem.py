@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
-from piadm._checks import described, positive_int, shown
+from piadm._checks import caller_level, described, positive_int, shown
 from piadm.denoiser import Denoiser, network_device, network_dtype
 from piadm.executor import Executor, Team
 from piadm.grid import TimeGrid
@@ -69,6 +73,7 @@ def pose(
         TypeError, ValueError: naming the argument, what was received and what is accepted.
     """
     check_denoiser(denoiser)
+    _warn_of_chance(denoiser.network)
     shape = check_shape(shape)
     _check_times(denoiser, grid)
     if max_batch is not None:
@@ -141,14 +146,31 @@ def check_shape(shape: object) -> tuple[int, ...]:
     return tuple(positive_int(f"shape[{i}]", size) for i, size in enumerate(shape))
 
 
+def _warn_of_chance(network: object) -> None:
+    """Warn of layers that draw random numbers or mix rows: there is no right answer then to converge to."""
+    while not isinstance(network, nn.Module) and hasattr(network, "network"):
+        network = network.network  # a wrapper
+    for name, layer in network.named_modules() if isinstance(network, nn.Module) else ():
+        if layer.training and (isinstance(layer, _BatchNorm) or (isinstance(layer, _DropoutNd) and layer.p > 0)):
+            warnings.warn(
+                f"the network's {name or type(layer).__name__} is in training mode, in which its output depends on "
+                "chance or on other rows, so that errors mean nothing; call network.eval()",
+                RuntimeWarning,
+                stacklevel=caller_level(),
+            )
+            return
+
+
 def _check_times(denoiser: Denoiser, grid: TimeGrid) -> None:
     """Every step's coefficients must be finite before the network is called once."""
     p, q = denoiser.coefficients(grid.times[:-1])
     bad = ~(p.isfinite() & q.isfinite())
     if bad.any():
+        first, last = grid.times[0].item(), grid.times[-1].item()
         raise ValueError(
             f"grid must avoid times where prediction {denoiser.prediction!r} says nothing of the data (alpha = 0), "
-            f"got time {grid.times[:-1][bad][0].item():g}; start a little later"
+            f"got time {grid.times[:-1][bad][0].item():g}; start a little later, such as grid=piadm.TimeGrid.uniform("
+            f"schedule, steps, start={first + 1e-3 * (last - first):g})"
         )
 
 
@@ -169,7 +191,7 @@ def _place(denoiser: Denoiser, initial: Tensor | None, noise: Tensor | None) -> 
 
 
 def check_condition(condition: object, batch: int, device: torch.device) -> dict[str, Any]:
-    """Conditions by name; tensors have one row per sample and live with the state.
+    """Conditions by name; tensors and arrays have one row per sample and live, as tensors, with the state.
 
     Raises:
         TypeError, ValueError: if they are no such thing.
@@ -178,11 +200,15 @@ def check_condition(condition: object, batch: int, device: torch.device) -> dict
         return {}
     if not isinstance(condition, Mapping):
         raise TypeError(f"condition must be a mapping from names to values, got {type(condition).__name__}")
-    for name, value in condition.items():
+    given = {
+        name: torch.from_numpy(value) if isinstance(value, np.ndarray) and value.dtype.kind in "biuf" else value
+        for name, value in condition.items()
+    }
+    for name, value in given.items():
         if not isinstance(name, str) or name in ("x", "t"):
             raise ValueError(f"condition must have strings other than 'x' and 't' as names, got {shown(name)}")
         if isinstance(value, Tensor) and (value.ndim == 0 or len(value) != batch):
             raise ValueError(
                 f"condition[{name!r}] must have one row per sample, ({batch}, ...), got shape {tuple(value.shape)}"
             )
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in condition.items()}
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in given.items()}

@@ -129,13 +129,21 @@ class CosineSchedule(VariancePreserving):
     def _theta0(self) -> float:
         return self._unit * self.offset
 
+    def _alpha(self, t: Tensor) -> Tensor:
+        # cos(theta) = sin(pi/2 - theta) keeps the digits near t = 1, and has a slope there.
+        return torch.sin(self._unit * (1.0 - t)) / math.cos(self._theta0)
+
+    def _variance(self, t: Tensor) -> Tensor:
+        # The product form of cos(theta0)^2 - cos(theta)^2 = sin(theta - theta0) sin(theta + theta0), for t near 0.
+        product = torch.sin(self._unit * t) * torch.sin(self._unit * (t + 2.0 * self.offset))
+        return product / math.cos(self._theta0) ** 2
+
+    def _sigma(self, t: Tensor) -> Tensor:
+        return self._variance(t).sqrt()
+
     def _ou_time(self, t: Tensor) -> Tensor:
-        # cos(theta) = sin(pi/2 - theta) keeps the digits near t = 1; the product form of
-        # cos(theta0)^2 - cos(theta)^2 = sin(theta - theta0) sin(theta + theta0) keeps them near t = 0.
-        cos0 = math.cos(self._theta0)
-        alpha = torch.sin(self._unit * (1.0 - t)) / cos0
-        noise = torch.sin(self._unit * t) * torch.sin(self._unit * (t + 2.0 * self.offset)) / cos0**2
-        return torch.where(noise < 0.5, -torch.log1p(-noise), -2.0 * torch.log(alpha))
+        noise = self._variance(t)
+        return torch.where(noise < 0.5, -torch.log1p(-noise), -2.0 * torch.log(self._alpha(t)))
 
     def _from_ou_time(self, ou_time: Tensor) -> Tensor:
         # Angle theta - theta0 from its sine and cosine by sums only:

@@ -59,7 +59,8 @@ def sample_sequential(
         workers: who evaluates the network: ``piadm.Devices``, ``piadm.Ranks``, or None: this process.
 
     Returns:
-        A ``Solution``; its error estimate is 0, it being what errors are measured against.
+        A ``Solution``; its error estimate is 0, it being what errors are measured against, or inf where it was
+        interrupted or failed.
 
     Raises:
         TypeError, ValueError: for bad input, before any network call.
@@ -74,7 +75,6 @@ def sample_sequential(
         callback=callback, workers=workers,
     )  # fmt: skip
     tally = Tally(problem, coefficients.count, callback, progress)
-    tally.error.zero_()
     x, batch = problem.start.clone(), problem.batch
     samples = torch.arange(batch)
     rows, nodes = samples.to(x.device), coefficients.times.to(x.device)
@@ -102,6 +102,8 @@ def sample_sequential(
             tally.round(samples, samples, estimate)
     tally.peak_states = batch
     tally.finish()
+    if not tally.interrupted:
+        tally.error.zero_()
     for sample, step in enumerate(failed_at.tolist()):
         if step < tally.rounds:
             tally.fail(sample, f"the network returned a value that is not finite at time {coefficients.times[step]:g}")

@@ -68,8 +68,8 @@ class Solution:
         sample: the final state, shape ``(B, *shape)``.
         status: one ``Status`` per sample.
         error_estimate: estimated RMS error per coordinate of the final sample against the sequential sampler on
-            the same grid and noise, shape ``(B,)`` float64; 0 for the sequential sampler itself, NaN where the
-            method makes no estimate.
+            the same grid and noise, shape ``(B,)`` float64; 0 for the sequential sampler itself, inf where nothing is
+            known yet, NaN where the method makes no estimate.
         stats: rounds, evaluations, memory and time.
         states: states along the path, shape ``(J + 1, B, *shape)``, noise first, where they were asked for; fewer
             where a sequential or block-by-block run was interrupted.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from piadm._checks import caller_level
 from piadm.problem import Callback, Problem
 from piadm.solution import RoundInfo, Solution, Stats, Status, demand
 
@@ -146,13 +146,5 @@ class Tally:
         sample = self.end.reshape(self.problem.shape)
         solution = Solution(sample, tuple(self.status), self.error, stats, states, tuple(self.failures))
         if self.failures:
-            warnings.warn("; ".join(self.failures), RuntimeWarning, stacklevel=_caller_level())
+            warnings.warn("; ".join(self.failures), RuntimeWarning, stacklevel=caller_level())
         return demand(solution) if raise_on_failure else solution
-
-
-def _caller_level() -> int:
-    """The ``stacklevel`` of the line outside this package, and torch's decorators, that called it."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("piadm", "torch"):
-        level, frame = level + 1, frame.f_back
-    return level

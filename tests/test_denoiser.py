@@ -1,0 +1,148 @@
+"""Networks and what they are given: predictions at the noise end, guidance, conditions, chance."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import piadm
+from piadm.models import MixtureNetwork
+
+VP = piadm.VPSchedule()
+MEANS = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
+LABELS = torch.tensor([3, 0, 4])
+
+
+def pick(x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+    """The mean with a row's label, approached as data of variance 1/10 are."""
+    alpha, sigma = (c.to(x)[:, None] for c in (VP.alpha(t), VP.sigma(t)))
+    gain = 0.1 * alpha / (0.1 * alpha.square() + sigma.square())
+    return MEANS[label] + gain * (x - alpha * MEANS[label])
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.008, 0.4])
+def test_velocity_is_known_where_nothing_is_left_of_the_data(offset: float) -> None:
+    schedule = piadm.CosineSchedule(offset)  # alpha(1) = 0
+    exact = MixtureNetwork(schedule, MEANS, 0.3)
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        flow = piadm.Denoiser(exact, schedule, "velocity")
+        p, q = (c[:, None] for c in flow.coefficients(t.double()))
+        return ((exact(x, t).double() - p * x) / q).to(x)
+
+    settings = dict(shape=(3, 4), steps=50, method="ode")
+    told = piadm.sample_sequential(piadm.Denoiser(velocity, schedule, "velocity"), **settings)
+    want = piadm.sample_sequential(piadm.Denoiser(exact, schedule, "sample"), **settings)
+    assert torch.allclose(told.sample, want.sample, atol=1e-4)  # velocities are told in float32
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "score"])
+def test_a_prediction_that_says_nothing_there_is_told_the_remedy(prediction: str) -> None:
+    denoiser = piadm.Denoiser(lambda x, t: x, piadm.CosineSchedule(), prediction)
+    with pytest.raises(ValueError, match="alpha = 0.*start=0.999001") as caught:
+        piadm.sample(denoiser, (1, 2), steps=10)
+    remedy = str(caught.value).split("such as grid=")[1]
+    grid = eval(remedy, {"piadm": piadm, "schedule": denoiser.schedule, "steps": 10})
+    assert piadm.sample_sequential(denoiser, (1, 2), grid=grid).converged
+
+
+@pytest.mark.parametrize("null", [0, torch.tensor(0), torch.tensor([0]), np.array([0])], ids=repr)
+def test_a_null_serves_every_row(null: Any) -> None:  # noqa: ANN401 - any condition
+    guided = piadm.GuidedNetwork(pick, 2.0, {"label": null})
+    x, t = torch.randn(3, 4), torch.full((3,), 0.3)
+    none = pick(x, t, torch.zeros(3, dtype=torch.long))
+    assert torch.equal(guided(x, t, label=LABELS), none + 2.0 * (pick(x, t, LABELS) - none))
+
+
+@pytest.mark.parametrize(
+    ("null", "condition", "message"),
+    [
+        ({"label": torch.zeros(3)}, {"label": LABELS}, r"null\['label'\] must be a number or .* one row.*shape \(3,\)"),
+        ({"label": None}, {"label": LABELS}, r"null\['label'\] must be .*None of type NoneType"),
+        ({"label": 0}, {}, "same entries, one of them lacks label"),
+        ({}, {"label": LABELS}, "same entries, one of them lacks label"),
+        ({"label": 0}, {"label": [3, 0, 4]}, r"condition\['label'\], which guidance varies, must be a tensor"),
+    ],
+    ids=["rows", "None", "no condition", "no null", "list"],
+)
+def test_guidance_names_what_does_not_fit(null: dict[str, Any], condition: dict[str, Any], message: str) -> None:
+    denoiser = piadm.Denoiser(piadm.GuidedNetwork(pick, 2.0, null), VP, "sample")
+    with pytest.raises(piadm.NetworkError, match=message):
+        piadm.sample(denoiser, (3, 4), steps=10, condition=condition)
+
+
+def test_arrays_are_conditions_as_tensors_are() -> None:
+    def run(label: object) -> Tensor:
+        return piadm.sample(piadm.Denoiser(pick, VP, "sample"), (3, 4), steps=20, condition={"label": label}).sample
+
+    assert torch.equal(run(LABELS.numpy()), run(LABELS))
+    with pytest.raises(ValueError, match=r"condition\['label'\] must have one row per sample"):
+        run(LABELS.numpy()[:2])
+
+
+class Wrapped:
+    """A wrapper that holds its network by the usual name."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.network(x)
+
+
+def layers(layer: nn.Module) -> nn.Module:
+    class Net(nn.Sequential):
+        def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
+            return super().forward(x)
+
+    return Net(nn.Linear(4, 4), layer)
+
+
+@pytest.mark.parametrize("layer", [lambda: nn.Dropout(0.1), lambda: nn.BatchNorm1d(4)], ids=["dropout", "batch norm"])
+@pytest.mark.parametrize("wrap", [lambda network: network, Wrapped], ids=["bare", "wrapped"])
+def test_layers_in_training_mode_are_warned_of(
+    layer: Callable[[], nn.Module], wrap: Callable[[nn.Module], Any]
+) -> None:
+    network = layers(layer())
+    denoiser = piadm.Denoiser(wrap(network), VP, "v")
+    with pytest.warns(RuntimeWarning, match=r"the network's 1 is in training mode.*call network.eval\(\)") as caught:
+        piadm.sample(denoiser, (2, 4), steps=2, max_rounds=1)
+    assert caught[0].filename == __file__
+    network.eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        piadm.sample(denoiser, (2, 4), steps=2)
+
+
+def test_layers_without_effect_are_not_warned_of() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        piadm.sample(piadm.Denoiser(layers(nn.Dropout(0.0)), VP, "v"), (2, 4), steps=2)
+
+
+def test_an_interrupted_sequential_sampler_knows_no_error() -> None:
+    denoiser = piadm.Denoiser(pick, VP, "sample")
+    settings = dict(steps=5, condition={"label": LABELS})
+    stopped = piadm.sample_sequential(denoiser, (3, 4), callback=lambda info: info.round == 2, **settings)
+    assert stopped.error_estimate.isposinf().all()
+    assert not piadm.sample_sequential(denoiser, (3, 4), **settings).error_estimate.any()
+
+
+def test_a_network_may_take_gradients_of_its_own() -> None:
+    def pulled(x: Tensor, t: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.requires_grad_()
+            estimate = pick(x, t, torch.ones(len(x), dtype=torch.long))
+            pull = torch.autograd.grad((estimate[:, 0] - 0.5).square().sum(), x)[0]
+        return estimate.detach() - pull
+
+    denoiser = piadm.Denoiser(pulled, VP, "sample")
+    solution = piadm.sample(denoiser, (3, 4), steps=40, nodes="all")
+    want = piadm.sample_sequential(denoiser, (3, 4), steps=40).sample
+    assert solution.converged and float((solution.sample - want).square().mean().sqrt()) < 1e-2  # the tolerance
