@@ -108,20 +108,21 @@ class LocalModel:
         """
         n, (batch, count, size) = len(residual), told.shape
         lower, ahead, identity = response[:-1].tril(), response[:-1].triu(1), torch.eye(n).to(response)
-        units = torch.eye(count).to(response).expand(batch, -1, -1) if count < size else told
         excess, chunk = self.excess.view(n, batch).T[:, :, None], max(1, SOLVE_ELEMENTS // (n * (n + min(count, size))))
         for first in range(0, batch, chunk):
             at = slice(first, first + chunk)
-            given = told.new_zeros(len(places[at]), n, units.shape[2])
-            given.scatter_(1, places[at, :, None].expand_as(units[at]), units[at])
-            right, system = response[:-1] @ given, identity - lower * excess[at].mT
-            moved = torch.linalg.solve_triangular(system, right, upper=False)
+            direct = response[:, places[at]].transpose(0, 1)
+            if size <= count:
+                direct = direct @ told[at]
+            system = identity - lower * excess[at].mT
+            moved = torch.linalg.solve_triangular(system, direct[:, :-1], upper=False)
             for _ in range(sweeps):
-                moved = torch.linalg.solve_triangular(system, right + ahead @ (excess[at] * moved), upper=False)
+                right = direct[:, :-1] + ahead @ (excess[at] * moved)
+                moved = torch.linalg.solve_triangular(system, right, upper=False)
             bent = excess[at] * moved
-            for change, table in ((bent, residual), (response @ (given + bent), outputs)):
+            for change, table in ((bent, residual), (direct + response @ bent, outputs)):
                 there = table[:, at].transpose(0, 1)
-                there.baddbmm_(change, told[at]) if count < size else there.add_(change)
+                there.add_(change) if size <= count else there.baddbmm_(change, told[at])
 
     def drift(self, states: Tensor) -> Tensor:
         """RMS distance of states ``(n B, d)`` from where they were last evaluated, ``(n B,)``."""
