@@ -65,7 +65,8 @@ def sample(
         seed: one int, or one per sample (an int, or a pair (seed, sample)).
         initial: state at the first time, ``(B, *sample_shape)``; None draws it.
         noise: standard normals, ``(J, B, *sample_shape)``; None draws them.  The ODE methods do not read them.
-        condition: tensors with one row per sample, and any other values, as the network's keyword arguments.
+        condition: tensors with one row per sample, and any other values, as the network's keyword arguments.  What
+            is in a list or dict is such a value, handed over whole.
         nodes: where the network is called: "all" steps (the fixed point is then exactly the sequential
             sampler's), a number of steps spread evenly in log-SNR (fewer than 9, for the SDE 24, are too few to be
             certified), or None: as many as the tolerance should need, doubled for samples that need more.

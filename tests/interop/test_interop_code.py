@@ -9,7 +9,7 @@ from typing import Any
 import diffusers as df
 import pytest
 import torch
-from tiny import CASES, SD, normals, stable_diffusion
+from tiny import CASES, SD, latent_consistency, normals, stable_diffusion
 from torch import Tensor
 
 from piadm.interop.diffusers import UnsupportedError, parallelize
@@ -68,6 +68,15 @@ def test_the_scheduler_is_what_it_was(kind: type[Plain]) -> None:
     pipe = stable_diffusion(kind)
     # Tolerance below, and latents of size ten in float32.
     assert torch.allclose(parallelize(pipe, tol=1e-4, nodes="all")(**CALL), pipe(**CALL), atol=1e-3)
+
+
+def test_what_a_step_returns_beside_the_state_is_its_own() -> None:
+    # The pipeline of latent consistency models decodes the second thing that the last step returns.
+    pipe = latent_consistency()
+    call = dict(prompt_embeds=SD["prompt_embeds"], height=16, width=16, num_inference_steps=4, output_type="latent")
+    want = pipe(**call, generator=torch.Generator().manual_seed(0)).images
+    got = parallelize(pipe, tol=1e-4, nodes="all")(**call, generator=torch.Generator().manual_seed(0)).images
+    assert torch.allclose(got, want, atol=1e-3)
 
 
 def test_what_is_set_is_the_pipelines_own() -> None:

@@ -159,5 +159,9 @@ def test_from_diffusers_names_what_it_cannot_use() -> None:
         piadm.Denoiser.from_diffusers(torch.nn.Linear(1, 1), df.DDPMScheduler())
     with pytest.raises(TypeError, match="scheduler must be a diffusers scheduler"):
         piadm.Denoiser.from_diffusers(network, "ddpm")
+    with pytest.raises(TypeError, match="scheduler must be a diffusers scheduler, got <class"):
+        piadm.Denoiser.from_diffusers(network, df.DDPMScheduler)
+    with pytest.raises(ValueError, match="rescale_betas_zero_snr, got DDIMScheduler with .* down to 0"):
+        piadm.Denoiser.from_diffusers(network, df.DDIMScheduler(rescale_betas_zero_snr=True))
     with pytest.raises(ValueError, match="table alphas_cumprod"):
         piadm.Denoiser.from_diffusers(network, df.IPNDMScheduler())

@@ -252,7 +252,6 @@ CASES: dict[str, Case] = {
         prompts() | IMAGE | dict(guess_mode=True),
     ),
     "SD, T2I adapter": Case(stable_diffusion_adapter, SD | IMAGE),
-    "SD, latent consistency": Case(latent_consistency, SQUARE | dict(prompt_embeds=prompts()["prompt_embeds"])),
     "SD, perturbed attention": Case(lambda: stable_diffusion(df.StableDiffusionPAGPipeline, **BARE), SD),
     "SD, pix2pix": Case(
         lambda: stable_diffusion(df.StableDiffusionInstructPix2PixPipeline, 8, **BARE), prompts() | IMAGE

@@ -70,7 +70,7 @@ def denoiser(network: object, scheduler: Any, data_mean: float, data_variance: f
     pipeline_class()
     if not isinstance(network, nn.Module) or not is_denoiser(network):
         raise TypeError(f"network must be a diffusers model that reads a timestep, got {described(network)}")
-    if not hasattr(scheduler, "config") or not hasattr(scheduler, "step"):
+    if isinstance(scheduler, type) or not hasattr(scheduler, "config") or not hasattr(scheduler, "step"):
         raise TypeError(f"scheduler must be a diffusers scheduler, got {described(scheduler)}")
     schedule: NoiseSchedule
     if hasattr(scheduler, "precondition_inputs"):
@@ -85,6 +85,11 @@ def denoiser(network: object, scheduler: Any, data_mean: float, data_variance: f
         raise ValueError(
             "scheduler must have a table alphas_cumprod and one of the prediction types "
             f"{', '.join(PREDICTIONS)}, or be an EDM or a flow-matching scheduler, got {type(scheduler).__name__}"
+        )
+    if not bool((table > 0).all()):
+        raise ValueError(
+            "scheduler must leave something of the data at its last time: without rescale_betas_zero_snr, "
+            f"got {type(scheduler).__name__} with alphas_cumprod down to {float(table.min()):g}"
         )
     schedule = DiscreteSchedule(table)
     return Denoiser(TimedNetwork(network, lambda t: t), schedule, PREDICTIONS[prediction], data_mean, data_variance)
