@@ -2,6 +2,7 @@
 
     python benchmarks/devices.py [--device cpu] [--tables latency overhead samplers sizes] [--batches 1 16]
                                  [--networks shipped 1M 30M 400M] [--modes eager compiled] [--steps 1000] [--error 1e-2]
+                                 [--samplers sequential dpm-solver paradigms sample] [--methods ode sde]
                                  [--figure devices.png] [--json devices.json]
 
 latency   Time of one network call against its number of rows.  The shipped U-Net is trained; the others, of 1, 30 and
@@ -88,12 +89,14 @@ def latencies(name: str, mode: str, device: str, sizes: list[int]) -> list[Row]:
     return table
 
 
-def samplers(method: str, batch: int, mode: str, device: str, steps: int, error: float) -> list[Row]:
-    """Every sampler at its best on the shipped network."""
+def samplers(
+    names: list[str], method: str, batch: int, mode: str, device: str, steps: int, error: float
+) -> list[Row]:
+    """Every one of the samplers at its best on the shipped network."""
     denoiser = piadm.load("fashion", device=device)
     denoiser = replace(denoiser, network=wrapped(denoiser.network, mode, device))
     course = prepare(denoiser, (batch, 1, 28, 28), method=method, steps=steps)
-    rivals = [rival for name in RIVALS[method] for rival in chosen((name,))]
+    rivals = [rival for name in RIVALS[method] if name in names for rival in chosen((name,))]
     table: list[Row] = []
     for result in study(course, rivals, (error,)):
         best = result.best(error)
@@ -208,6 +211,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS, help="rows of the calls that are timed")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--modes", nargs="+", choices=["eager", "compiled"], default=["eager", "compiled"])
+    parser.add_argument("--samplers", nargs="+", choices=RIVALS["ode"], default=RIVALS["ode"])
     parser.add_argument("--methods", nargs="+", choices=list(RIVALS), default=list(RIVALS))
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--error", type=float, default=1e-2)
@@ -232,7 +236,8 @@ def main() -> None:
         for method in given.methods:
             for batch in given.batches:
                 for mode in given.modes:
-                    measured += samplers(method, batch, mode, given.device, given.steps, given.error)
+                    names = ["sequential", *given.samplers]  # the first one is what times are compared with
+                    measured += samplers(names, method, batch, mode, given.device, given.steps, given.error)
         print_table(measured)
     sizes = computed(measured, calls, [name for name in given.networks if name != "shipped"])
     if "sizes" in given.tables and sizes:
