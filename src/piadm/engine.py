@@ -36,6 +36,9 @@ UNKNOWN_SMOOTH, UNKNOWN_ROUGH = 9, 24
 #: Least influence of a node: one that has none, where a step does not move the state, is still evaluated once.
 FAINTEST = 1e-9
 
+#: Variance, in that of the data, of data whose noise hides nothing of them.
+BOUNDLESS = 1e12
+
 #: Rounds on a finer node set before the distance from the end on the coarser one, which starts at zero, is believed.
 FINER_ROUNDS = 3
 
@@ -117,10 +120,11 @@ def _influence(engine: Engine, problem: Problem, path: CondensedPath, nodes: Nod
     One is the iteration's own.  It may see no way from an early residual to the end, as a frozen denoised estimate
     does, or a short-sighted one: white data forget what correlated data keep.  The other is that of Gaussian data along
     their leading directions, of which the variance is between ``v`` (white data) and ``d v`` (all in one direction).
+    An SDE forgets so fast that this decides, and decides wrongly where ``v`` was: its data are without bounds.
     """
     steps, denoiser = engine.steps, problem.denoiser
-    variance = denoiser.data_variance * math.sqrt(problem.start.shape[1])
-    leading = condense(steps.silent(), Gaussian(variance).slopes(denoiser.schedule, steps), nodes)
+    width = BOUNDLESS if engine.noisy else math.sqrt(problem.start.shape[1])
+    leading = condense(steps.silent(), Gaussian(width * denoiser.data_variance).slopes(denoiser.schedule, steps), nodes)
     found = torch.maximum(path.response[-1, 0].abs(), leading.response[-1, 0].abs())
     return found.clamp(min=FAINTEST)
 

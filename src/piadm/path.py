@@ -35,6 +35,10 @@ NOISE_CHUNK = 64
 #: rounds were the same with none, and the samples of a trained network 2e-5 apart; 7e-6 with one, 6e-7 with two.
 SWEEPS = 2
 
+#: Rounds after which the states are computed anew from the residuals: every change that is added leaves its rounding,
+#: and the first ones are large where the data's mean and variance were told wrong.
+ANCHOR = 4
+
 #: Relative roundings of the end that two ways of computing it may be apart: up to 5 were seen on a trained network.
 ROUNDINGS = 5
 
@@ -136,6 +140,7 @@ class ParallelPath:
         reference = path if reference is None else reference
         self.reference_slopes, self.constants = self._matrix(reference.slopes), self._matrix(reference.constants)
         self.sweeps = SWEEPS if path.response[:-1, 0].triu(1).any() else 0
+        self.turns = 0
         self.free = self._free(reference, start, draw)
         self.state = self.free.clone()
         self.residual = torch.zeros(path.count, self.batch * self.size, dtype=self.dtype, device=self.device)
@@ -148,7 +153,7 @@ class ParallelPath:
     def _free(self, reference: CondensedPath, start: Tensor, draw: Draw) -> Tensor:
         """``q``, the reference model's states, with the noise drawn chunk by chunk."""
         columns = reference.noise.flatten(2).flatten(0, 1)
-        with full_precision():
+        with full_precision(self.device):
             free = self._matrix(reference.start.flatten(0, 1)) @ start.transpose(0, 1).flatten(1)
             free += self._matrix(reference.offset.flatten())[:, None]
             for first in range(0, columns.shape[1], NOISE_CHUNK):
@@ -176,7 +181,7 @@ class ParallelPath:
 
     def solve(self) -> None:
         """The recurrence of constant residuals: ``x <- q + P R``."""
-        with full_precision():
+        with full_precision(self.device):
             torch.addmm(self.free, self.response, self.residual, out=self.state)
 
     def follow(self, places: Tensor, told: Tensor) -> None:
@@ -185,8 +190,11 @@ class ParallelPath:
             self.solve()
             return
         outputs, residual = (table.view(-1, self.batch, self.size) for table in (self.state, self.residual))
-        with full_precision():
+        with full_precision(self.device):
             self.local.follow(self.response, places, told, outputs, residual, self.sweeps)
+        self.turns += 1
+        if self.turns % ANCHOR == 0:
+            self.solve()
 
     def take_over(self, coarse: ParallelPath, keep: Tensor, old: Tensor, weights: Tensor) -> None:
         """Start from what a coarser node set of the same path has found.
@@ -199,7 +207,7 @@ class ParallelPath:
         """
         assert self.local is not None and coarse.local is not None
         n, residual = len(old), self.residual.view(len(old), self.batch, -1)
-        with full_precision():
+        with full_precision(self.device):
             found = coarse.residual.view(coarse.path.count, len(keep), -1)[:, keep]
             self.residual.copy_(self._matrix(weights) @ found.flatten(1))
             slopes = self._matrix(weights) @ coarse.local.excess.view(coarse.path.count, len(keep))[:, keep]
@@ -274,7 +282,7 @@ class ParallelPath:
         how = self.interpolation
         error = end.new_full((self.batch,), math.inf if how is not None and how.unknown else 0.0)
         if how is not None and how.probes is not None:
-            with full_precision():
+            with full_precision(self.device):
                 probes = self._matrix(how.probes) @ self.residual
             error = error.maximum(rms(probes.view(-1, self.size)).view(-1, self.batch).amax(0))
         if how is not None and how.coarse_end is not None:
@@ -288,11 +296,12 @@ def rms(rows: Tensor) -> Tensor:
 
 
 @contextmanager
-def full_precision() -> Iterator[None]:
-    """Matrix products in full float32: TF32 would lose three digits of a long sum."""
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Matrix products in full float32: TF32, or an autocast around the sampler, would lose digits of a long sum."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
-        yield
+        with torch.autocast(device.type, enabled=False):
+            yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before

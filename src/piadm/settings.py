@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 
 import torch
@@ -162,8 +162,9 @@ def _first_nodes(nodes: object, clock: Tensor, aim: float, *, noisy: bool) -> tu
 
 
 def _importance(steps: Steps, jacobian: Tensor) -> Tensor:
-    """How strongly every step's residual acts on the end, for Gaussian data."""
-    response = condense(steps.silent(), jacobian, every_step(steps.count)).response[-1, 0]
+    """How strongly every step's residual acts on the end, for Gaussian data: as noise would that enters by ``b``."""
+    first = NodeSet(torch.zeros(1, dtype=torch.int64), jacobian.new_zeros(steps.count, 1))
+    response = condense(replace(steps, c=steps.b[..., None]), jacobian, first).noise[-1, 0, :, 0]
     return response.abs().clamp(min=torch.finfo(torch.float64).tiny)
 
 

@@ -124,7 +124,8 @@ class CarriedResidual:
         heard = self.influence @ movement.surprise
         seen = (SHARE_SAFETY * movement.end / heard.clamp(min=torch.finfo(torch.float64).tiny)).clamp(min=LEAST_SHARE)
         before = torch.ones_like(seen) if self.share is None else self.share
-        self.share = torch.where(heard > 0, seen.maximum(0.5 * before), before)
+        told = (heard > 0) & (movement.end > movement.rounding)  # rounding over rounding says nothing
+        self.share = torch.where(told, seen.maximum(0.5 * before), before)
         return self.share
 
     def _iteration_error(self, movement: Movement, expected: Tensor) -> Tensor:
