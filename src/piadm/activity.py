@@ -42,7 +42,12 @@ class AllRows:
         """Nothing depends on it."""
 
 
-#: Rounds, of as many rows as the path has, after which rows settle at half the threshold, then at a quarter, and so
+#: Rows of a round, relative to the nodes, where no window was given and not every step is a node.  States further ahead
+#: are still far from where they will end: evaluating them too took as many rounds, on mixtures and trained networks,
+#: and a tenth more evaluations.
+REACH = 3 / 4
+
+#: Rounds, of so many rows or what comes to it, after which rows settle at half the threshold, then at a quarter, and so
 #: on, but not for ever.  A sample that takes so long may end on one or the other side of a border, where the smallest
 #: errors grow.
 PATIENCE, HALVINGS = 12, 6
@@ -53,8 +58,8 @@ class SlidingWindow:
     """Rows whose evaluation matters: of every sample the first ``size``.
 
     A row whose state has hardly moved since its last evaluation would tell nothing new: it has settled, until those
-    before it move it again.  As wide as the path the window only leaves out settled rows; narrower, it saves
-    evaluations and may cost rounds.  Every sample has its own, so that an easy one never waits for a hard one.
+    before it move it again.  As wide as the path the window only leaves out settled rows; much narrower, it
+    saves evaluations and costs rounds.  Every sample has its own, so that an easy one never waits for a hard one.
 
     Attributes:
         size: rows per sample and round.
@@ -69,7 +74,8 @@ class SlidingWindow:
 
     def choose(self, expected: Tensor, rounds: int) -> Tensor:
         """The first ``size`` rows that have not settled."""
-        late = min(max(0, rounds * self.size // len(expected) - PATIENCE), HALVINGS)
+        passed = int(rounds * min(1.0, self.size / (REACH * len(expected))))
+        late = min(max(0, passed - PATIENCE), HALVINGS)
         active = expected > self.threshold[:, None] * 2.0**-late
         return active & (active.long().cumsum(0) <= self.size)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from piadm.activity import SlidingWindow
+from piadm.activity import REACH, SlidingWindow
 from piadm.condense import CondensedPath, condense
 from piadm.cost import TimedWindow, latency
 from piadm.executor import Asking, drive
@@ -39,6 +39,11 @@ FAINTEST = 1e-9
 #: Variance, in that of the data, of data whose noise hides nothing of them.
 BOUNDLESS = 1e12
 
+#: A sample that went in circles is nearly undecided between two outcomes, and all but the smallest errors choose for
+#: it: on finer nodes its aim is so many times smaller.  Of two such samples half ended on the wrong side with the aim
+#: of all, none with a quarter of it.
+CARE = 16
+
 #: Rounds on a finer node set before the distance from the end on the coarser one, which starts at zero, is believed.
 FINER_ROUNDS = 3
 
@@ -68,18 +73,20 @@ def rounds(engine: Engine, problem: Problem, tally: Tally, limit: int, return_st
             go_on = refinable and not tally.interrupted and tally.rounds < limit
             again = (verdict == Verdict.REFINE) & go_on
             tally.close(left[~again], verdict[~again] == Verdict.DONE)
-            coarse, left = _Coarse(nodes, path, rule, again), left[again]
+            careful = bool((rule.circling & again).any()) or (coarse is not None and coarse.careful)
+            coarse, left = _Coarse(nodes, path, rule, again, careful), left[again]
     return None if states is None else states.reshape(-1, *problem.shape)
 
 
 @dataclass(frozen=True)
 class _Coarse:
-    """A solved path on a coarser node set, and which of its samples go on."""
+    """A solved path on a coarser node set, which of its samples go on, and whether some of them went in circles."""
 
     nodes: NodeSet
     path: ParallelPath
     rule: CarriedResidual
     again: Tensor
+    careful: bool
 
 
 def _rules(
@@ -89,13 +96,14 @@ def _rules(
     known = None if coarse is None or coarse.rule.contraction is None else coarse.rule.contraction[coarse.again]
     count = path.path.count
     influence = _influence(engine, problem, path.path, nodes)
+    aim = engine.aim / CARE if coarse is not None and coarse.careful else engine.aim
     # Rows that have settled may together leave this share of the tolerance.
-    threshold = SETTLED_SHARE * engine.aim / count / influence
+    threshold = SETTLED_SHARE * aim / count / influence
     rule = CarriedResidual(
         influence,
         threshold,
         engine.tol,
-        aim=engine.aim,
+        aim=aim,
         refinable=refinable,
         earliest=1 if coarse is None else FINER_ROUNDS,
         exact_after=TURNS_PER_NODE * count if count == engine.steps.count else math.inf,
@@ -111,7 +119,9 @@ def _active_rows(engine: Engine, problem: Problem, count: int, threshold: Tensor
         known = latency(denoiser.network, problem.start.device, problem.shape[1:])
         most = problem.executor.given_max_batch
         return TimedWindow(threshold, known, None if most is None else most // denoiser.rows_per_call)
-    return SlidingWindow(count if engine.window is None else int(engine.window), threshold)
+    if engine.window is None:
+        return SlidingWindow(count if count == engine.steps.count else math.ceil(REACH * count), threshold)
+    return SlidingWindow(int(engine.window), threshold)
 
 
 def _influence(engine: Engine, problem: Problem, path: CondensedPath, nodes: NodeSet) -> Tensor:

@@ -119,6 +119,11 @@ class CarriedResidual:
         self.share: Tensor | None = None
         self.contraction = contraction
 
+    @property
+    def circling(self) -> Tensor:
+        """Which samples go in circles, shape ``(B,)`` bool."""
+        return self.laps >= LAPS
+
     def _cancellation(self, movement: Movement) -> Tensor:
         """``c``: the last one seen, or half of the one before if that is larger; kept where nothing was heard."""
         heard = self.influence @ movement.surprise
@@ -161,7 +166,7 @@ class CarriedResidual:
         enough = 0.5 * interpolation if self.refinable else torch.full_like(error, SETTLED_SHARE * self.aim)
         verdict[ripe & (iteration <= enough) & (interpolation > 0.5 * self.aim)] = Verdict.REFINE
         if self.refinable:
-            verdict[self.laps >= LAPS] = Verdict.REFINE
+            verdict[self.circling] = Verdict.REFINE
         within = (iteration <= self.aim) & (error <= (self.aim if self.refinable else self.tol))
         verdict[ripe & within] = Verdict.DONE
         verdict[~movement.end.isfinite()] = Verdict.NONFINITE

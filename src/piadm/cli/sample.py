@@ -67,7 +67,7 @@ class Settings:
     num: int
     seed: int
     device: str
-    window: str
+    window: str | None
     max_batch: int | None
     threads: int | None
     reference: bool
@@ -110,8 +110,8 @@ class Settings:
         Raises:
             ValueError: If it is neither "all" nor "auto" nor a number of at least 2.
         """
-        if self.window in ("all", "auto"):
-            return None if self.window == "all" else "auto"
+        if self.window in (None, "all", "auto"):
+            return self.window
         if not self.window.isdecimal() or int(self.window) < 2:
             raise ValueError(f"--window must be all, auto or a number of at least 2, got {self.window!r}")
         return int(self.window)
@@ -125,8 +125,8 @@ def sample(
     seed: Annotated[int, typer.Option(help="Seed of the noise, shared by both runs.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto: cuda if present.")] = "cpu",
     window: Annotated[
-        str, typer.Option(help="Rows per garment and round: all (fewest rounds), auto (fastest), or N.")
-    ] = "all",
+        str | None, typer.Option(help="Rows per garment and round: all, auto (fastest), N; else 3/4 of all.")
+    ] = None,
     max_batch: Annotated[int | None, typer.Option(help="Most rows handed to the network at once.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; torch's own choice by default.")] = None,
     reference: Annotated[bool, typer.Option(help="Run the sequential sampler too.")] = True,

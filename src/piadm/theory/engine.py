@@ -83,8 +83,8 @@ def engine_law(
     denoiser = Denoiser(exact.network, schedule, "sample", data_variance=finite_float("variance", variance, low=0.0))
     sample(
         denoiser, (1, modes, width), method=method, grid=grid, tol=_FINEST, initial=unit[1][None] * start[:, None],
-        noise=unit[2:, None], nodes=nodes, linearization=linearization, max_rounds=rounds, callback=keep,
-        progress=False,
+        noise=unit[2:, None], nodes=nodes, linearization=linearization, window="all", max_rounds=rounds,
+        callback=keep, progress=False,
     )  # fmt: skip
     ends += ends[-1:] * (rounds - len(ends))  # a path that no round changes any more
     found = torch.stack(ends) / share[:, None]
