@@ -57,8 +57,8 @@ class Engine:
         nodes: the first node set.
         refinable: whether finer node sets may follow.
         noisy: whether the steps take noise.
-        window: rows per sample and round that are evaluated; None: ``activity.REACH`` of
-            the nodes, or all where every step is one; "auto": as many as take the least time.
+        window: rows per sample and round that are evaluated; None: ``activity.REACH`` of the nodes, or all where every
+            step is one; "auto": as many as take the least time.
         tol: tolerance.
         aim: what errors that can be helped are brought below: the tolerance, but no looser than is safe.
     """
@@ -119,7 +119,7 @@ def settle(
     first, refinable = _first_nodes(nodes, clock, aim / deviation, noisy=noisy)
     importance = _importance(scheme, jacobian) if noisy else None
     bounds = chosen.bounds(schedule, scheme) if isinstance(chosen, Secant) else (slopes, slopes)
-    # Half of the mean of what Gaussian data answer and the bound 1/alpha, sqrt(G/alpha), finite where alpha is 0.
+    # The mean of what Gaussian data answer and the bound 1/alpha, sqrt(G/alpha), finite where alpha is 0.
     scaled, noise = schedule.alpha(scheme.times).square() * checked.data_variance, schedule.sigma(scheme.times).square()
     rate = ASSUMED * (checked.data_variance / (scaled + noise)).sqrt()
     return Engine(
