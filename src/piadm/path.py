@@ -13,8 +13,7 @@ a round changes is computed, through small matrices.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +23,7 @@ from piadm.activity import Outlook
 from piadm.condense import CondensedPath
 from piadm.executor import Asking, Executor
 from piadm.local_model import Learning, LocalModel
+from piadm.numerics import full_precision, rms
 
 #: Gives standard normals ``first .. last - 1`` of a path, shape ``(last - first, B, d)``.
 Draw = Callable[[int, int], Tensor]
@@ -288,20 +288,3 @@ class ParallelPath:
         if how is not None and how.coarse_end is not None:
             error = error.maximum(rms(end - how.coarse_end))
         return error
-
-
-def rms(rows: Tensor) -> Tensor:
-    """Root mean square over the coordinates of rows ``(B, d)``, shape ``(B,)``."""
-    return rows.square().mean(1).sqrt()
-
-
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Matrix products in full float32: TF32, or an autocast around the sampler, would lose digits of a long sum."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
