@@ -100,33 +100,38 @@ def jacobians(modes: Modes, schedule: NoiseSchedule, steps: AffineSteps) -> Tens
     return torch.stack(slopes, dim=1)
 
 
-def sequential_map(chain: Chain) -> AffineMap:
-    """The whole chain, as the sequential sampler walks it: gain, shift and variance ``(m,)``."""
-    products = suffix_products(chain.factor)
+def sequential_maps(chain: Chain, blocks: int = 1) -> AffineMap:
+    """Blocks of as many steps each, as the sequential sampler walks them: gain, shift and variance ``(N, m)``."""
+    factor, added, noise = (side_by_side(array, blocks) for array in (chain.factor, chain.shift, chain.variance))
+    products = suffix_products(factor)
     after = products[1:]
-    return AffineMap(products[0], (chain.shift * after).sum(0), (chain.variance * after.square()).sum(0))
+    maps = (products[0], (added * after).sum(0), (noise * after.square()).sum(0))
+    return AffineMap(*(array.view(blocks, -1) for array in maps))
 
 
-def constant_start_map(chain: Chain, slopes: Tensor, scale: Tensor, iterations: int) -> AffineMap:
-    """The chain after 1 .. K iterations from states that all start as the first, ``x^0_j = scale_j x_0``.
+def constant_start_maps(chain: Chain, slopes: Tensor, scale: Tensor, iterations: int, blocks: int) -> AffineMap:
+    """Blocks after 1 .. K iterations, each from states that all start as its first, ``x^0_j = scale_j/scale_0 x_0``.
 
     Args:
-        chain: steps and exact denoiser.
+        chain: steps and exact denoiser of the blocks, one after the other.
         slopes: ``G`` of the iteration, ``(J,)``.
         scale: ``(J,)``, ones on a variance-preserving schedule.
         iterations: ``K``.
+        blocks: their number ``N``; all have as many steps.
 
     Returns:
-        Gain, shift and variance, each ``(K, m)``.
+        Gain, shift and variance, each ``(N, K, m)``.
     """
-    rest = chain.steps.b * (chain.jacobian - slopes[:, None])
-    rows, below = [], torch.zeros(())
-    for order in orders(chain, slopes, iterations):
+    per_mode = kept(chain, slopes), missing(chain, slopes), chain.shift, chain.variance, scale[:, None]
+    own, rest, added, noise, scales = (side_by_side(array.expand_as(chain.jacobian), blocks) for array in per_mode)
+    start, rows, below = rest * (scales / scales[:1]), [], torch.zeros(())
+    for order in orders(own, rest, iterations):
         below = below + order
-        after, constant = below[1:], rest * scale[:, None] * order[1:]
-        gain = below[0] + constant.sum(0)
-        rows.append((gain, (chain.shift * after).sum(0), (chain.variance * after.square()).sum(0)))
-    return AffineMap(*(torch.stack(column) for column in zip(*rows, strict=True)))
+        after = below[1:]
+        gain = below[0] + (start * order[1:]).sum(0)
+        rows.append((gain, (added * after).sum(0), (noise * after.square()).sum(0)))
+    columns = (torch.stack(column).view(iterations, blocks, -1).transpose(0, 1) for column in zip(*rows, strict=True))
+    return AffineMap(*columns)
 
 
 def reference_start_map(chain: Chain, slopes: Tensor, constants: Tensor, iterations: int) -> AffineMap:
@@ -143,7 +148,7 @@ def reference_start_map(chain: Chain, slopes: Tensor, constants: Tensor, iterati
     """
     first = chain.steps.b * constants[:, None]
     rows, below = [], torch.zeros(())
-    for order in orders(chain, slopes, iterations + 1):
+    for order in orders(kept(chain, slopes), missing(chain, slopes), iterations + 1):
         reached = below
         below = below + order
         if reached.ndim:
@@ -152,20 +157,35 @@ def reference_start_map(chain: Chain, slopes: Tensor, constants: Tensor, iterati
     return AffineMap(*(torch.stack(column) for column in zip(*rows, strict=True)))
 
 
-def orders(chain: Chain, slopes: Tensor, count: int) -> Iterator[Tensor]:
+def kept(chain: Chain, slopes: Tensor) -> Tensor:
+    """``p = a + b G``, what an iterate makes of its own state, ``(J, 1)``.
+
+    Raises:
+        ValueError: if a step is so long that one is not positive.
+    """
+    own = chain.steps.a[:, :1, 0] + chain.steps.b * slopes[:, None]
+    if bool((own <= 0).any()):
+        time = float(chain.steps.times[int((own <= 0).nonzero()[0, 0])])
+        raise ValueError(f"steps must be short enough that a + b G > 0, got {float(own.min()):g} at time {time:g}")
+    return own
+
+
+def missing(chain: Chain, slopes: Tensor) -> Tensor:
+    """``r = b (J - G)``, what it makes of the iterate before, ``(J, m)``."""
+    return chain.steps.b * (chain.jacobian - slopes[:, None])
+
+
+def side_by_side(array: Tensor, blocks: int) -> Tensor:
+    """Blocks of as many steps each, ``(J, m)``, as more modes: ``(J/N, N m)``."""
+    return array.reshape(blocks, -1, array.shape[1]).transpose(0, 1).flatten(1)
+
+
+def orders(kept: Tensor, missing: Tensor, count: int) -> Iterator[Tensor]:
     """Coefficients of ``z^0, z^1, ..`` in ``prod_{l >= j} (p_l + r_l z)``, each ``(J + 1, m)``.
 
     With ``R = r/p`` and the products ``P_j`` of the ``p``, ``e_k(j) = P_j sum_{l >= j} R_l e_{k-1}(l+1)/P_{l+1}``.
-
-    Raises:
-        ValueError: if a step is so long that ``p`` is not positive.
     """
-    b, guess = chain.steps.b, slopes[:, None]
-    kept = chain.steps.a[:, :1, 0] + b * guess
-    if bool((kept <= 0).any()):
-        time = float(chain.steps.times[int((kept <= 0).nonzero()[0, 0])])
-        raise ValueError(f"steps must be short enough that a + b G > 0, got {float(kept.min()):g} at time {time:g}")
-    ratio, products = b * (chain.jacobian - guess) / kept, suffix_products(kept)
+    ratio, products = missing / kept, suffix_products(kept)
     relative = torch.ones(len(ratio) + 1, ratio.shape[1], dtype=ratio.dtype)
     for _ in range(count):
         yield products * relative

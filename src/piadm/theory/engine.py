@@ -25,8 +25,8 @@ from piadm.schedule import NoiseSchedule
 from piadm.solution import RoundInfo
 from piadm.theory.chain import Chain, chain, reference_start_map
 from piadm.theory.law import Law
-from piadm.theory.laws import OU, initial_law
-from piadm.theory.spectrum import Spectrum
+from piadm.theory.laws import initial_law
+from piadm.theory.spectrum import OU, Spectrum
 
 _Array = np.ndarray[Any, np.dtype[np.float64]]
 _FINEST = 1e-300  # a tolerance that no sample reaches: all rounds are run

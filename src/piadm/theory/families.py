@@ -13,8 +13,8 @@ from piadm.corrector import Corrector
 from piadm.grid import Blocks
 from piadm.theory.engine import gaussian_law, secant_law
 from piadm.theory.law import Law, kl
-from piadm.theory.laws import OU, piadm_ode_law, piadm_sde_law, sequential_law, sequential_ode_law
-from piadm.theory.spectrum import Modes, Spectrum, noised
+from piadm.theory.laws import piadm_ode_law, piadm_sde_law, sequential_law, sequential_ode_law
+from piadm.theory.spectrum import OU, Modes, Spectrum, noised
 
 
 @dataclass(frozen=True)

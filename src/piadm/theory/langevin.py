@@ -1,7 +1,8 @@
 """The exact law of the corrector: Picard iterations of underdamped Langevin dynamics on Gaussian modes.
 
 All steps of a run are equal, so the states of all iterates together, position and velocity each, follow one linear map
-again and again; its power takes as many matrix products as the number of steps has binary digits.
+again and again; its power takes as many matrix products as the number of steps has binary digits.  The dynamics knows
+the time by the noised law alone: runs at different times are as many modes.
 """
 
 from __future__ import annotations
@@ -12,12 +13,9 @@ import torch
 from torch import Tensor
 
 from piadm.corrector import Corrector
-from piadm.integrators import AffineSteps
-from piadm.linearization import ScoreFrozen
-from piadm.schedule import NoiseSchedule
-from piadm.theory.chain import jacobians
-from piadm.theory.law import AffineMap
-from piadm.theory.spectrum import Modes
+from piadm.integrators import variance_preserving
+from piadm.theory.law import AffineMap, Law
+from piadm.theory.spectrum import OU
 
 
 @dataclass(frozen=True)
@@ -55,73 +53,57 @@ class VectorMap:
             square = square.after(square)
 
 
-def corrector_map(
-    modes: Modes, schedule: NoiseSchedule, time: float, corrector: Corrector, bias: float = 0.0
-) -> AffineMap:
-    """What one run of the corrector at a time does to positions: gain, shift and variance ``(m,)``.
+def corrector_map(law: Law, corrector: Corrector, bias: float | Tensor = 0.0) -> AffineMap:
+    """What one run of the corrector does to positions: gain, shift and variance ``(m,)``.
 
     Args:
-        modes: variances and means of the data.
-        schedule: noise schedule.
-        time: schedule time of the dynamics.
+        law: of the noised data, on the variance-preserving scale, ``(m,)``; modes may be noised up to different times.
         corrector: its settings.
-        bias: constant error of the score.
+        bias: constant error of the score on that scale, ``()`` or ``(m,)``.
     """
-    steps = corrector.steps(schedule, time).part(0, 1)
-    slopes = ScoreFrozen().slopes(schedule, steps)
-    block = _block_map(modes, schedule, steps, slopes, bias, corrector.block_steps, corrector.iterations)
-    return _positions(block.power(corrector.blocks))
+    return _positions(_block_map(law, corrector, bias).power(corrector.blocks))
 
 
-def sequential_corrector_map(
-    modes: Modes, schedule: NoiseSchedule, time: float, corrector: Corrector, bias: float = 0.0
-) -> AffineMap:
+def sequential_corrector_map(law: Law, corrector: Corrector) -> AffineMap:
     """The same with every step taken in turn, which as many iterations as a block has steps come to."""
-    steps = corrector.steps(schedule, time).part(0, 1)
-    return _positions(_step_map(modes, schedule, steps, bias).power(corrector.blocks * corrector.block_steps))
+    carried, push = _step(corrector)
+    matrix = carried.matrix.repeat(len(law.variance), 1, 1)
+    matrix[:, :, 0] -= push / law.variance[:, None]
+    step = VectorMap(matrix, push * (law.mean / law.variance)[:, None], carried.covariance.expand_as(matrix))
+    return _positions(step.power(corrector.blocks * corrector.block_steps))
 
 
-def _step_map(modes: Modes, schedule: NoiseSchedule, steps: AffineSteps, bias: float) -> VectorMap:
-    """One step with the exact denoiser, of ``(u, v)``."""
-    jacobian = jacobians(modes, schedule, steps)[0]
-    return _with_slope(modes, schedule, steps, jacobian, bias)
+def _step(corrector: Corrector) -> tuple[VectorMap, Tensor]:
+    """A step of ``(u, v)`` without a score, and what a score adds to it, ``(2,)``: the same at all OU times."""
+    steps = corrector.steps(OU, 1.0)
+    alpha, variance, _ = variance_preserving(OU, steps.times[:1])
+    a, b, c = steps.a[0], steps.b[0] / alpha, steps.c[0]
+    still = VectorMap(torch.stack([a[:, 0] + b, a[:, 1]], dim=1), torch.zeros(2, dtype=torch.float64), c @ c.T)
+    return still, b * variance  # D = (x + sigma^2 s)/alpha
 
 
-def _with_slope(modes: Modes, schedule: NoiseSchedule, steps: AffineSteps, slope: Tensor, bias: float) -> VectorMap:
-    """One step that answers its own position with a slope ``(m,)`` or ``()``, of ``(u, v)``."""
-    b, count = steps.b[0], len(modes.variances)
-    matrix = steps.a[0].expand(count, 2, 2).clone()
-    matrix[:, :, 0] += slope.expand(count)[:, None] * b
-    alpha, sigma = (float(level(steps.times)) for level in (schedule.alpha, schedule.sigma))
-    constant = (1 - alpha * jacobians(modes, schedule, steps)[0]) * modes.means + sigma**2 / alpha * bias
-    noise = (steps.c[0] @ steps.c[0].T).expand(count, 2, 2)
-    return VectorMap(matrix, constant[:, None] * b, noise)
-
-
-def _block_map(
-    modes: Modes, schedule: NoiseSchedule, steps: AffineSteps, slopes: Tensor, bias: float, count: int, iterations: int
-) -> VectorMap:
-    """One block after ``iterations`` Picard iterations from a constant start, of ``(u, v)``.
+def _block_map(law: Law, corrector: Corrector, bias: float | Tensor) -> VectorMap:
+    """One block after its Picard iterations from a constant start, of ``(u, v)``: the score ``-(u - mean)/variance``.
 
     The states carried are the position of the starting guess, which stays, then ``(u, v)`` of each iterate.
     """
-    own = _with_slope(modes, schedule, steps, slopes[0], bias)
-    rest = (jacobians(modes, schedule, steps)[0] - slopes[0])[:, None] * steps.b[0]
-    size = 1 + 2 * iterations
-    matrix, shift = (torch.zeros(len(rest), size, *more, dtype=torch.float64) for more in ((size,), ()))
+    carried, push = _step(corrector)
+    answer, constant = push / law.variance[:, None], push * (law.mean / law.variance + bias)[:, None]
+    count, size = corrector.iterations, 1 + 2 * corrector.iterations
+    matrix, shift = (torch.zeros(len(answer), size, *more, dtype=torch.float64) for more in ((size,), ()))
     matrix[:, 0, 0] = 1
-    for k in range(iterations):
+    for k in range(count):
         rows = slice(1 + 2 * k, 3 + 2 * k)
-        matrix[:, rows, rows] = own.matrix
-        matrix[:, rows, max(0, 2 * k - 1)] = rest
-        shift[:, rows] = own.shift
+        matrix[:, rows, rows] = carried.matrix
+        matrix[:, rows, max(0, 2 * k - 1)] = -answer
+        shift[:, rows] = constant
     noise = torch.zeros_like(matrix)
-    noise[:, 1:, 1:] = own.covariance.repeat(1, iterations, iterations)
-    whole = VectorMap(matrix, shift, noise).power(count)
+    noise[:, 1:, 1:] = carried.covariance.repeat(count, count)
+    whole = VectorMap(matrix, shift, noise).power(corrector.block_steps)
     # Every iterate starts from the same position and velocity; the last one is the result.
     last, starts = slice(size - 2, size), torch.zeros(size, 2, dtype=torch.float64)
     starts[0, 0] = 1
-    starts[1:] = torch.eye(2, dtype=torch.float64).repeat(iterations, 1)
+    starts[1:] = torch.eye(2, dtype=torch.float64).repeat(count, 1)
     return VectorMap(whole.matrix[:, last] @ starts, whole.shift[:, last], whole.covariance[:, last, last])
 
 

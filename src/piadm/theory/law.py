@@ -43,6 +43,10 @@ class AffineMap:
         """Law of ``y`` for a law of ``x``."""
         return Law(self.gain * law.mean + self.shift, self.gain.square() * law.variance + self.variance)
 
+    def __getitem__(self, index: int) -> AffineMap:
+        """The map of one of several."""
+        return AffineMap(self.gain[index], self.shift[index], self.variance[index])
+
 
 def kl(law: Law, target: Law) -> Tensor:
     """``KL(law || target)`` of each mode, ``(r - 1 - ln r)/2 + (difference of means)^2/(2 target variance)``.

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 
 import torch
+from torch import Tensor
 
 from piadm._checks import positive_int
 from piadm.corrector import Corrector
 from piadm.grid import Blocks, TimeGrid
 from piadm.integrators import Integrator, ScoreExponential, integrator, variance_preserving
 from piadm.linearization import ScoreFrozen
-from piadm.schedule import NoiseSchedule, OUSchedule
-from piadm.theory.chain import Chain, ScoreError, chain, constant_start_map, sequential_map
+from piadm.schedule import NoiseSchedule
+from piadm.theory.chain import Chain, ScoreError, chain, constant_start_maps, sequential_maps
 from piadm.theory.langevin import corrector_map, sequential_corrector_map
 from piadm.theory.law import AffineMap, Law
-from piadm.theory.spectrum import Modes
-
-OU = OUSchedule()
+from piadm.theory.spectrum import OU, Modes, noised
 
 
 def initial_law(modes: Modes, schedule: NoiseSchedule, time: float) -> Law:
@@ -51,7 +51,7 @@ def sequential_law(
     """
     steps = integrator(method).steps(schedule, grid)
     start = initial_law(modes, schedule, float(grid.times[0]))
-    return sequential_map(chain(modes, schedule, steps, error))(start)
+    return sequential_maps(chain(modes, schedule, steps, error))[0](start)
 
 
 def piadm_sde_law(
@@ -105,13 +105,7 @@ def piadm_ode_law(
     Raises:
         TypeError, ValueError: for bad arguments, or a step too long for the score-frozen iteration.
     """
-    bias = 0.0 if error is None else error.bias
-
-    def correct(time: float) -> AffineMap:
-        assert corrector is not None
-        return corrector_map(modes, schedule, time, corrector, bias)
-
-    return _block_by_block(modes, blocks, iterations, schedule, error, 0.0, None if corrector is None else correct)
+    return _block_by_block(modes, blocks, iterations, schedule, error, 0.0, corrector)
 
 
 def sequential_ode_law(
@@ -129,23 +123,21 @@ def sequential_ode_law(
         Mean and variance per mode, ``(m,)``.
     """
     whole, ends, law = _predictor(modes, blocks, schedule, None, 0.0)
-    first = 0
-    for size, end in zip(blocks.sizes, ends, strict=True):
-        law = sequential_map(whole.part(first, first + size))(law)
-        if corrector is not None:
-            law = sequential_corrector_map(modes, schedule, end, corrector)(law)
-        first += size
-    return law
+    maps = [sequential_maps(whole.part(*steps), count) for steps, count in _alike(blocks)]
+    if corrector is None:
+        return _through(law, maps, None)
+    corrections = _corrections(modes, schedule, ends, lambda at, _: sequential_corrector_map(at, corrector))
+    return _through(law, maps, corrections)
 
 
 def _predictor(
     modes: Modes, blocks: Blocks, schedule: NoiseSchedule, error: ScoreError | None, eta: float
-) -> tuple[Chain, list[float], Law]:
+) -> tuple[Chain, Tensor, Law]:
     """The predictor's steps over all blocks, the schedule times at which blocks end, and the first state."""
     grid = blocks.grid(schedule)
     whole = chain(modes, schedule, ScoreExponential(eta).steps(schedule, grid), error)
     last = torch.tensor(blocks.sizes).cumsum(0)
-    return whole, grid.times[last].tolist(), initial_law(modes, schedule, float(grid.times[0]))
+    return whole, grid.times[last], initial_law(modes, schedule, float(grid.times[0]))
 
 
 def _block_by_block(
@@ -155,18 +147,47 @@ def _block_by_block(
     schedule: NoiseSchedule,
     error: ScoreError | None,
     eta: float,
-    correct: Callable[[float], AffineMap] | None,
+    corrector: Corrector | None,
 ) -> Law:
-    """Picard iterations, then what follows a block, block after block."""
+    """Picard iterations, then the corrector's, block after block."""
     positive_int("iterations", iterations)
     whole, ends, law = _predictor(modes, blocks, schedule, error, eta)
     slopes = ScoreFrozen().slopes(schedule, whole.steps)
     scales = variance_preserving(schedule, whole.steps.times)[2]
+    maps = [
+        constant_start_maps(whole.part(*at), slopes[slice(*at)], scales[slice(*at)], iterations, count)
+        for at, count in _alike(blocks)
+    ]
+    if corrector is None:
+        return _through(law, maps, None)
+    bias = 0.0 if error is None else error.bias
+    corrections = _corrections(modes, schedule, ends, lambda at, scale: corrector_map(at, corrector, bias * scale))
+    return _through(law, maps, corrections)
+
+
+def _alike(blocks: Blocks) -> Iterator[tuple[tuple[int, int], int]]:
+    """Runs of blocks of as many steps each: their steps ``first .. last - 1`` and their number."""
     first = 0
-    for size, end in zip(blocks.sizes, ends, strict=True):
-        at = slice(first, first + size)
-        part = whole.part(first, first + size)
-        law = constant_start_map(part, slopes[at], scales[at] / scales[first], iterations)(law)
-        law = law if correct is None else correct(end)(law)
-        first += size
+    for size, run in groupby(blocks.sizes):
+        count = len(list(run))
+        yield (first, first + size * count), count
+        first += size * count
+
+
+def _corrections(
+    modes: Modes, schedule: NoiseSchedule, ends: Tensor, run: Callable[[Law, Tensor], AffineMap]
+) -> AffineMap:
+    """What a corrector does at each of some times, ``(N, m)``, from what it does on the variance-preserving scale."""
+    law, scale = noised(modes, schedule, ends), variance_preserving(schedule, ends)[2][:, None]
+    scale = scale.expand_as(law.mean)
+    found = run(Law((law.mean / scale).flatten(), (law.variance / scale.square()).flatten()), scale.flatten())
+    gain, shift, variance = (array.view_as(scale) for array in (found.gain, found.shift, found.variance))
+    return AffineMap(gain, scale * shift, scale.square() * variance)
+
+
+def _through(law: Law, maps: Sequence[AffineMap], corrections: AffineMap | None) -> Law:
+    """The law after all blocks, given as runs ``(N', ..., m)`` of them, each followed by its correction."""
+    blocks = (run[n] for run in maps for n in range(len(run.gain)))
+    for n, block in enumerate(blocks):
+        law = block(law) if corrections is None else corrections[n](block(law))
     return law

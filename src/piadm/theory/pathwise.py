@@ -15,8 +15,8 @@ from piadm.integrators import Integrator, integrator
 from piadm.schedule import NoiseSchedule
 from piadm.theory.chain import ScoreError, chain
 from piadm.theory.law import kl
-from piadm.theory.laws import OU, initial_law
-from piadm.theory.spectrum import Modes, noised
+from piadm.theory.laws import initial_law
+from piadm.theory.spectrum import OU, Modes, noised
 
 
 def path_kl(

@@ -21,8 +21,7 @@ from piadm.models import MixtureDenoiser
 from piadm.noise import Seed
 from piadm.paper import piadm_sde
 from piadm.schedule import NoiseSchedule
-from piadm.theory.laws import OU
-from piadm.theory.spectrum import positive_vector
+from piadm.theory.spectrum import OU, positive_vector
 
 #: Points per standard deviation of the narrowest noise: the trapezoidal rule then errs by e^{-2 (1.6 pi)^2} = 1e-22.
 PER_DEVIATION = 1.6

@@ -12,7 +12,6 @@ from typing import TypeAlias
 from piadm._checks import finite_float, positive_int
 from piadm.theory.families import Engine, Family, PaperODE, PaperSDE, Target
 from piadm.theory.fits import Fit, last_exponent, log_polynomial_fit, power_fit
-from piadm.theory.laws import OU
 from piadm.theory.pathwise import path_kl
 from piadm.theory.search import (
     Found,
@@ -23,7 +22,7 @@ from piadm.theory.search import (
     past_the_best,
     shortest_horizon,
 )
-from piadm.theory.spectrum import Spectrum
+from piadm.theory.spectrum import OU, Spectrum
 
 #: The paper's blocks have length Theta(1): here 1.
 BLOCK = 1.0

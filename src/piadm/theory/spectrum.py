@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from piadm._checks import finite_float, positive_int, real_vector
-from piadm.schedule import NoiseSchedule
+from piadm.schedule import NoiseSchedule, OUSchedule
 from piadm.theory.law import Law
+
+OU = OUSchedule()
 
 _MOST_DIMENSIONS = 10**15  # beyond, a float64 sum over the modes has no digits left
 _BOUND_POINTS = 9  # variances tried between the bounds; the worst of them stands for all
@@ -40,9 +42,9 @@ class Modes(Protocol):
         ...
 
 
-def noised(modes: Modes, schedule: NoiseSchedule, time: float) -> Law:
-    """Law of the noised data at a time: ``N(alpha mean, alpha^2 variance + sigma^2)`` per mode."""
-    t = torch.tensor(time, dtype=torch.float64)
+def noised(modes: Modes, schedule: NoiseSchedule, time: float | Tensor) -> Law:
+    """Law of the noised data at a time: ``N(alpha mean, alpha^2 variance + sigma^2)`` per mode, ``(..., m)``."""
+    t = torch.as_tensor(time, dtype=torch.float64)[..., None]
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     return Law(alpha * modes.means, alpha.square() * modes.variances + sigma.square())
 
