@@ -164,7 +164,11 @@ def test_samplers_have_the_agreed_arguments(name: str) -> None:
 @pytest.mark.parametrize(
     "call, names, defaults",
     [
-        (piadm.Denoiser, ["network", "schedule", "prediction", "data_mean", "data_variance"], (0.0, 1.0)),
+        (
+            piadm.Denoiser,
+            ["network", "schedule", "prediction", "data_mean", "data_variance", "draft"],
+            (0.0, 1.0, None),
+        ),
         (piadm.Blocks.paper, ["horizon", "early_stop", "length", "step"], ()),
         (piadm.Corrector, ["duration", "length", "step", "iterations", "friction"], (2.0,)),
         (piadm.VPSchedule, ["beta_min", "beta_max"], (0.1, 20.0)),
@@ -192,7 +196,8 @@ def test_results_have_the_agreed_fields() -> None:
 
     assert fields(piadm.Solution) == ["sample", "status", "error_estimate", "stats", "states", "failures"]
     counts = ["rounds", "evaluations", "rounds_per_sample", "evaluations_per_sample"]
-    assert fields(piadm.Stats) == [*counts, "peak_batch", "peak_states", "nodes", "window", "wall_time", "residuals"]
+    rest = ["peak_batch", "peak_states", "nodes", "window", "wall_time", "residuals"]
+    assert fields(piadm.Stats) == [*counts, *rest, "draft_rounds", "draft_evaluations"]
     assert fields(piadm.RoundInfo) == ["round", "total", "sample", "denoised", "error_estimate", "active_rows"]
     assert [status.name for status in piadm.Status] == ["CONVERGED", "MAX_ROUNDS", "NONFINITE", "INTERRUPTED"]
     assert all(len(status.value.split()) > 4 for status in piadm.Status)  # the value is the message

@@ -6,7 +6,7 @@ from piadm.denoiser import Denoiser, GuidedNetwork
 from piadm.grid import Blocks, TimeGrid
 from piadm.integrators import DataExponential, Integrator, ScoreExponential
 from piadm.linearization import DataFrozen, Gaussian, Identity, Linearization, ScoreFrozen, Secant
-from piadm.models import load
+from piadm.models import fit_draft, load
 from piadm.moments import measure_moments
 from piadm.paper import piadm_ode, piadm_sde
 from piadm.samplers import sample
@@ -58,6 +58,7 @@ __all__ = [
     "TimeGrid",
     "VESchedule",
     "VPSchedule",
+    "fit_draft",
     "load",
     "measure_moments",
     "piadm_ode",

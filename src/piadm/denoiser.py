@@ -52,10 +52,14 @@ class Denoiser:
             the Gaussian linearization use it: a wrong value costs rounds, never exactness.
         data_variance: variance of the data about ``data_mean``, likewise.  ``measure_moments`` asks the network for
             both.
+        draft: another denoiser that says about the same at far less cost, on the same schedule and of the same
+            conditions, or None: ``sample`` starts from its path.  A bad one costs rounds, never exactness.
+            ``fit_draft`` makes one of samples.
 
     Raises:
-        TypeError: if the network is not callable or the schedule is no ``NoiseSchedule``.
-        ValueError: if the prediction is unknown, or the mean or variance is not finite or not positive.
+        TypeError: if the network is not callable, the schedule is no ``NoiseSchedule`` or the draft no ``Denoiser``.
+        ValueError: if the prediction is unknown, the mean or variance is not finite or not positive, or the draft's
+            schedule is another one.
 
     Reference: Salimans & Ho 2022 (arXiv 2202.00512, appendix D) for v; Lipman et al. 2023
         (arXiv 2210.02747) for velocity.
@@ -66,6 +70,7 @@ class Denoiser:
     prediction: str
     data_mean: float = 0.0
     data_variance: float = 1.0
+    draft: Denoiser | None = None
 
     def __post_init__(self) -> None:
         if not callable(self.network):
@@ -77,6 +82,12 @@ class Denoiser:
         choice("prediction", self.prediction, PREDICTIONS)
         finite_float("data_mean", self.data_mean)
         finite_float("data_variance", self.data_variance, low=0.0)
+        if self.draft is not None and not isinstance(self.draft, Denoiser):
+            raise TypeError(f"draft must be a piadm.Denoiser or None, got {described(self.draft)}")
+        if self.draft is not None and not _agree(self.schedule, self.draft.schedule):
+            raise ValueError(
+                f"draft must have the schedule of the denoiser, {self.schedule}, got one with {self.draft.schedule}"
+            )
 
     @classmethod
     def from_diffusers(
@@ -193,6 +204,17 @@ def _slope(value: Tensor, times: Tensor) -> Tensor:
     if not value.requires_grad:
         return torch.zeros_like(times).detach()
     return torch.autograd.grad(value.sum(), times)[0]
+
+
+def _agree(one: NoiseSchedule, other: NoiseSchedule) -> bool:
+    """Whether two schedules are the same, at all of some times."""
+    if one is other:
+        return True
+    times = torch.linspace(one.t_start, one.t_end, 9, dtype=torch.float64)
+    return one.t_range == other.t_range and all(
+        torch.allclose(mine(times), theirs(times), rtol=1e-6, atol=1e-9)
+        for mine, theirs in ((one.alpha, other.alpha), (one.sigma, other.sigma))
+    )
 
 
 class GuidedNetwork:

@@ -11,6 +11,7 @@ from torch import Tensor
 from piadm.activity import REACH, SlidingWindow
 from piadm.condense import CondensedPath, condense
 from piadm.cost import TimedWindow, latency
+from piadm.draft import start_from_draft
 from piadm.executor import Asking, drive
 from piadm.iteration import turns
 from piadm.linearization import Gaussian
@@ -66,6 +67,8 @@ def rounds(engine: Engine, problem: Problem, tally: Tally, limit: int, return_st
             path = _path(engine, problem, nodes, left, coarse)
             refinable = engine.refinable and nodes.count < engine.steps.count
             rows, rule = _rules(engine, problem, path, nodes, refinable, coarse)
+            if coarse is None and problem.denoiser.draft is not None:
+                tally.draft = start_from_draft(problem, path, rule)
             verdict = yield from turns(tally, path, rows, rule, limit)
             tally.nodes, tally.window = nodes.count, min(rows.size or nodes.count, nodes.count)
             if states is not None:

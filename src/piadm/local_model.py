@@ -128,6 +128,12 @@ class LocalModel:
         """RMS distance of states ``(n B, d)`` from where they were last evaluated, ``(n B,)``."""
         return (states - self.seen).square_().mean(1).sqrt_()
 
+    def forget(self, lost: Tensor, states: Tensor) -> None:
+        """Take the lines for a guess about states ``(n, B, d)``, and constants for the samples ``lost (B,)``."""
+        self.excess.view(-1, len(lost))[:, lost] = 0
+        self.seen = states.flatten(0, 1).clone()
+        self.known.fill_(False)
+
     def inherit(self, nodes: Tensor, coarse: LocalModel, columns: Tensor, excess: Tensor, states: Tensor) -> None:
         """Take over what a coarser node set has learnt.
 

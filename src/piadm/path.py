@@ -39,6 +39,9 @@ SWEEPS = 2
 #: and the first ones are large where the data's mean and variance were told wrong.
 ANCHOR = 4
 
+#: Largest state that is worth starting from, relative to those of the reference: on others networks may fail.
+ABSURD = 1e3
+
 #: Relative roundings of the end that two ways of computing it may be apart: up to 5 were seen on a trained network.
 ROUNDINGS = 5
 
@@ -220,6 +223,16 @@ class ParallelPath:
         self.follow(places.expand(self.batch, -1), told.transpose(0, 1))
         self.outlook.inherit(old, coarse.outlook, keep.cpu())
         self.outlook.look(self.local.drift(self.rows).view(len(old), self.batch).cpu().double())
+
+    def unlearn(self) -> None:
+        """Keep states, residuals and slopes as a guess: no row counts as evaluated, and the absurd is forgotten."""
+        assert self.local is not None
+        state, free = (table.view(-1, self.batch, self.size) for table in (self.state, self.free))
+        lost = ~(state.abs().amax((0, 2)) <= ABSURD * free.abs().amax((0, 2)))  # or not finite
+        state[:, lost] = free[:, lost]
+        self.residual.view(-1, self.batch, self.size)[:, lost] = 0
+        self.local.forget(lost, self.nodes)
+        self.outlook = Outlook(self.outlook.assumed.squeeze(1), self.batch)
 
     def turn(self, executor: Executor, active: Tensor) -> Asking[Movement]:
         """One round: ask for the estimates of the active rows, solve, and report what has moved.

@@ -46,6 +46,8 @@ class Stats:
         wall_time: seconds from the call to the return, everything included.
         residuals: error estimate after each round, RMS per coordinate of the final sample, shape ``(rounds, B)``;
             empty where the method makes no estimate.
+        draft_rounds: sequential batched calls of the denoiser's draft, which are not among the rounds.
+        draft_evaluations: its rows, per sample (mean over the batch).
     """
 
     rounds: int
@@ -58,6 +60,8 @@ class Stats:
     window: int | None
     wall_time: float
     residuals: Tensor
+    draft_rounds: int = 0
+    draft_evaluations: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ class Tally:
     peak_states: int = 0
     nodes: int | None = None
     window: int | None = None
+    draft: Tally | None = None
     residuals: list[Tensor] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
@@ -124,6 +125,11 @@ class Tally:
         finally:
             self.bar.close()
 
+    @property
+    def evaluations(self) -> float:
+        """Rows evaluated so far, per sample (mean over the batch)."""
+        return int(self.problem.executor.evaluations.sum()) / self.problem.batch
+
     def solution(self, states: Tensor | None, *, raise_on_failure: bool) -> Solution:
         """The result; warns of samples that failed.
 
@@ -133,7 +139,7 @@ class Tally:
         batch, counts = self.problem.batch, self.problem.executor.evaluations
         stats = Stats(
             rounds=self.rounds,
-            evaluations=int(counts.sum()) / batch,
+            evaluations=self.evaluations,
             rounds_per_sample=self.rounds_per_sample,
             evaluations_per_sample=counts,
             peak_batch=self.problem.executor.peak_batch,
@@ -142,6 +148,8 @@ class Tally:
             window=self.window,
             wall_time=time.perf_counter() - self.began,
             residuals=torch.stack(self.residuals) if self.residuals else self.error.new_zeros(0, batch),
+            draft_rounds=0 if self.draft is None else self.draft.rounds,
+            draft_evaluations=0.0 if self.draft is None else self.draft.evaluations,
         )
         sample = self.end.reshape(self.problem.shape)
         solution = Solution(sample, tuple(self.status), self.error, stats, states, tuple(self.failures))

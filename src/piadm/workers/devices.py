@@ -104,12 +104,13 @@ class _Devices(Team):
 
 
 def replica(denoiser: Denoiser, device: torch.device) -> Denoiser:
-    """The denoiser with a copy of its network on a device.
+    """The denoiser with a copy of its network, and of its draft's, on a device.
 
     Raises:
         TypeError: if the network has parameters elsewhere and cannot be moved.
     """
-    return replace(denoiser, network=_copied(denoiser.network, device))
+    draft = None if denoiser.draft is None else replica(denoiser.draft, device)
+    return replace(denoiser, network=_copied(denoiser.network, device), draft=draft)
 
 
 def _copied(network: Any, device: torch.device) -> Any:  # noqa: ANN401 - any callable

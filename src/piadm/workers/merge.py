@@ -57,6 +57,8 @@ def merged(parts: Sequence[Solution]) -> Solution:
             window=max((one.window for one in stats if one.window is not None), default=None),
             wall_time=max(one.wall_time for one in stats),
             residuals=_side_by_side([one.residuals for one in stats]),
+            draft_rounds=max(one.draft_rounds for one in stats),
+            draft_evaluations=sum(one.draft_evaluations * len(one.rounds_per_sample) for one in stats) / len(counts),
         ),
         states=torch.cat([states[:reached] for states in kept], dim=1) if kept else None,
         failures=tuple(failure for part in parts for failure in part.failures),

@@ -1,0 +1,51 @@
+"""The start from a draft: its own path on the network's nodes, which costs no call of the network."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import replace
+
+from piadm._checks import caller_level
+from piadm.activity import SlidingWindow
+from piadm.iteration import solve
+from piadm.path import ParallelPath
+from piadm.problem import Problem
+from piadm.settings import TURNS_PER_NODE
+from piadm.solution import NetworkError
+from piadm.stopping import CarriedResidual
+from piadm.tally import Tally
+
+
+def start_from_draft(problem: Problem, path: ParallelPath, rule: CarriedResidual) -> Tally:
+    """Bring a path to where the denoiser's draft would have it, with the slopes that the draft has shown.
+
+    The network's iteration then starts there.  Its fixed point is what it was, and no row counts as evaluated: what
+    the draft says is believed of no sample.  Where the draft fails the path starts from the reference.
+
+    Args:
+        problem: what is being sampled.
+        path: its path, at the reference's starting guess.
+        rule: judges the network's samples, and a copy of it the draft's.
+
+    Returns:
+        The draft's rounds and evaluations.
+
+    Raises:
+        NetworkError: if the draft raises or returns the wrong shape.
+        KeyboardInterrupt: if it came from the keyboard in the meantime.
+    """
+    draft = problem.denoiser.draft
+    assert draft is not None
+    tally = Tally(replace(problem, denoiser=draft, executor=problem.executor.alone(draft)))
+    count = path.path.count
+    try:
+        solve(tally, path, SlidingWindow(count, rule.threshold[:, 0]), copy.copy(rule), TURNS_PER_NODE * count)
+    except NetworkError as error:
+        raise NetworkError(f"the draft failed: {error}") from error
+    if tally.interrupted:
+        raise KeyboardInterrupt
+    if tally.failures:
+        warnings.warn(f"the draft failed: {'; '.join(tally.failures)}", RuntimeWarning, stacklevel=caller_level())
+    path.unlearn()
+    return tally
