@@ -92,6 +92,8 @@ def cost(found: piadm.Solution, errors: Tensor) -> Row:
         "rounds": int(stats.rounds_per_sample.float().quantile(0.5, interpolation="higher")),
         "most rounds": int(stats.rounds_per_sample.max()),
         "evaluations": float(stats.evaluations_per_sample.float().median()),
+        "draft rounds": stats.draft_rounds,
+        "draft evaluations": stats.draft_evaluations,
         "median error": float(errors.median()),
         "worst error": float(errors.max()),
         "CONVERGED": sum(status is piadm.Status.CONVERGED for status in found.status),
