@@ -55,6 +55,8 @@ class LowRankMixtureNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.schedule = schedule
+        # In memory as ``(d, K, r)``, in which all of them are one matrix.
+        directions = directions.permute(1, 0, 2).contiguous().permute(1, 0, 2)
         for name, value in dict(means=means, directions=directions, wide=wide, narrow=narrow, weights=weights).items():
             self.register_buffer(name, value)
 
