@@ -63,7 +63,7 @@ class SlidingWindow:
 
     Attributes:
         size: rows per sample and round.
-        threshold: a row has settled when its expected surprise is no more than this, ``(n,)`` float64; less after
+        threshold: a row has settled when its expected surprise is no more than this, ``(n, B)`` float64; less after
             ``PATIENCE`` rounds of as many rows as the path has.
 
     Reference: Shih et al. 2023 (arXiv 2305.16317), section 3.2, for the window.
@@ -76,7 +76,7 @@ class SlidingWindow:
         """The first ``size`` rows that have not settled."""
         passed = int(rounds * min(1.0, self.size / (REACH * len(expected))))
         late = min(max(0, passed - PATIENCE), HALVINGS)
-        active = expected > self.threshold[:, None] * 2.0**-late
+        active = expected > self.threshold * 2.0**-late
         return active & (active.long().cumsum(0) <= self.size)
 
     def took(self, rows: int, seconds: float) -> None:

@@ -40,7 +40,7 @@ def start_from_draft(problem: Problem, path: ParallelPath, rule: CarriedResidual
     tally = Tally(replace(problem, denoiser=draft, executor=problem.executor.alone(draft)))
     count = path.path.count
     try:
-        solve(tally, path, SlidingWindow(count, rule.threshold[:, 0]), copy.copy(rule), TURNS_PER_NODE * count)
+        solve(tally, path, SlidingWindow(count, rule.threshold), copy.copy(rule), TURNS_PER_NODE * count)
     except NetworkError as error:
         raise NetworkError(f"the draft failed: {error}") from error
     if tally.interrupted:

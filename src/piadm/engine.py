@@ -59,6 +59,7 @@ def run(engine: Engine, problem: Problem, tally: Tally, limit: int, return_state
 def rounds(engine: Engine, problem: Problem, tally: Tally, limit: int, return_states: bool) -> Asking[Tensor | None]:
     """Solve on one node set after the other; a sample stays in the batch until it is judged."""
     nodes, left, coarse = engine.nodes, torch.arange(problem.batch), None
+    aim = torch.full((problem.batch,), engine.aim, dtype=torch.float64)
     states = problem.start.new_empty(engine.steps.count + 1, *problem.start.shape) if return_states else None
     with tally.running():
         while len(left):
@@ -66,7 +67,7 @@ def rounds(engine: Engine, problem: Problem, tally: Tally, limit: int, return_st
                 nodes = with_readings(refine(nodes, engine.clock, engine.order), engine.importance)
             path = _path(engine, problem, nodes, left, coarse)
             refinable = engine.refinable and nodes.count < engine.steps.count
-            rows, rule = _rules(engine, problem, path, nodes, refinable, coarse)
+            rows, rule = _rules(engine, problem, path, nodes, refinable, coarse, aim[left])
             if coarse is None and problem.denoiser.draft is not None:
                 tally.draft = start_from_draft(problem, path, rule)
             verdict = yield from turns(tally, path, rows, rule, limit)
@@ -76,32 +77,36 @@ def rounds(engine: Engine, problem: Problem, tally: Tally, limit: int, return_st
             go_on = refinable and not tally.interrupted and tally.rounds < limit
             again = (verdict == Verdict.REFINE) & go_on
             tally.close(left[~again], verdict[~again] == Verdict.DONE)
-            careful = bool((rule.circling & again).any()) or (coarse is not None and coarse.careful)
-            coarse, left = _Coarse(nodes, path, rule, again, careful), left[again]
+            aim[left[rule.circling]] = engine.aim / CARE
+            coarse, left = _Coarse(nodes, path, rule, again), left[again]
     return None if states is None else states.reshape(-1, *problem.shape)
 
 
 @dataclass(frozen=True)
 class _Coarse:
-    """A solved path on a coarser node set, which of its samples go on, and whether some of them went in circles."""
+    """A solved path on a coarser node set, and which of its samples go on."""
 
     nodes: NodeSet
     path: ParallelPath
     rule: CarriedResidual
     again: Tensor
-    careful: bool
 
 
 def _rules(
-    engine: Engine, problem: Problem, path: ParallelPath, nodes: NodeSet, refinable: bool, coarse: _Coarse | None
+    engine: Engine,
+    problem: Problem,
+    path: ParallelPath,
+    nodes: NodeSet,
+    refinable: bool,
+    coarse: _Coarse | None,
+    aim: Tensor,
 ) -> tuple[SlidingWindow | TimedWindow, CarriedResidual]:
-    """Which rows are evaluated, and when a sample is finished."""
+    """Which rows are evaluated, and when a sample is finished, ``aim`` being that of each, shape ``(B,)``."""
     known = None if coarse is None or coarse.rule.contraction is None else coarse.rule.contraction[coarse.again]
     count = path.path.count
     influence = _influence(engine, problem, path.path, nodes)
-    aim = engine.aim / CARE if coarse is not None and coarse.careful else engine.aim
     # Rows that have settled may together leave this share of the tolerance.
-    threshold = SETTLED_SHARE * aim / count / influence
+    threshold = SETTLED_SHARE * aim / count / influence[:, None]
     rule = CarriedResidual(
         influence,
         threshold,

@@ -90,9 +90,10 @@ class CarriedResidual:
 
     Args:
         influence: ``w``, shape ``(n,)`` float64.
-        threshold: expected surprise of a row that has settled, shape ``(n,)`` float64.
+        threshold: expected surprise of a row that has settled, shape ``(n, B)`` float64.
         tol: tolerance.
-        aim: what the iteration's share of the error must come below, and all of it where finer nodes can be had.
+        aim: what the iteration's share of a sample's error must come below, and all of it where finer nodes can be had,
+            shape ``(B,)`` float64.
         refinable: whether finer nodes can be had when interpolation is what limits the sample.
         earliest: round before which no sample is judged that still moves.
         exact_after: number of rounds after which the iteration is exact but for settled rows.
@@ -105,13 +106,13 @@ class CarriedResidual:
         threshold: Tensor,
         tol: float,
         *,
-        aim: float,
+        aim: Tensor,
         refinable: bool,
         earliest: int,
         exact_after: float,
         contraction: Tensor | None = None,
     ) -> None:
-        self.influence, self.threshold, self.tol, self.aim = influence, threshold[:, None], tol, aim
+        self.influence, self.threshold, self.tol, self.aim = influence, threshold, tol, aim
         self.refinable, self.earliest, self.exact_after = refinable, earliest, exact_after
         self.rounds = 0
         self.laps = torch.zeros(())
@@ -157,13 +158,13 @@ class CarriedResidual:
         still = (movement.surprise == 0).all(0) & expected.isfinite().all(0)
         exact = still | (self.rounds >= self.exact_after)
         iteration = self._iteration_error(movement, expected)
-        iteration = torch.where(exact, torch.full_like(iteration, SETTLED_SHARE * self.aim), iteration)
+        iteration = torch.where(exact, SETTLED_SHARE * self.aim, iteration)
         interpolation = movement.interpolation
         error = torch.hypot(iteration, interpolation) + movement.rounding
 
         verdict = torch.full_like(error, Verdict.GO_ON)
         ripe = still | (self.rounds >= self.earliest)
-        enough = 0.5 * interpolation if self.refinable else torch.full_like(error, SETTLED_SHARE * self.aim)
+        enough = 0.5 * interpolation if self.refinable else SETTLED_SHARE * self.aim
         verdict[ripe & (iteration <= enough) & (interpolation > 0.5 * self.aim)] = Verdict.REFINE
         if self.refinable:
             verdict[self.circling] = Verdict.REFINE
