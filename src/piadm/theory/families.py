@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,7 +12,8 @@ from torch import Tensor
 
 from piadm._checks import finite_float
 from piadm.corrector import Corrector
-from piadm.grid import Blocks
+from piadm.grid import Blocks, TimeGrid
+from piadm.schedule import NoiseSchedule
 from piadm.theory.engine import gaussian_law, secant_law
 from piadm.theory.law import Law, kl
 from piadm.theory.laws import piadm_ode_law, piadm_sde_law, sequential_law, sequential_ode_law
@@ -48,6 +51,14 @@ class Target:
         """The paper's partition into ``count`` blocks."""
         return Blocks.paper(horizon, self.early_stop, (horizon - self.early_stop) / count, step)
 
+    def fewest_blocks(self, horizon: float, longest: float) -> int:
+        """How many blocks of some length at most it takes."""
+        return max(1, math.ceil((horizon - self.early_stop) / longest - 1e-9))
+
+    def span(self, horizon: float) -> float:
+        """Number of steps times their length ``eps``, for short ones."""
+        return max(0.0, horizon - max(self.early_stop, 1.0)) + math.log(min(horizon, 1.0) / self.early_stop)
+
     def steps(self, start: float, step: float) -> float:
         """How many steps that partition has from a time on, before they are rounded up to whole ones."""
         uniform = max(0.0, start - max(self.early_stop, 1 + step)) / step
@@ -80,19 +91,33 @@ class Family(Protocol):
 
 @dataclass(frozen=True)
 class PaperSDE:
-    """PIADM-SDE, Algorithm 1."""
+    """PIADM-SDE, Algorithm 1.
 
-    def corrector(self, target: Target, step: float) -> Corrector | None:
+    Args:
+        longest_block: longest of the paper's blocks, which are cut into ``count``; None: the paper's are as many.
+    """
+
+    longest_block: float | None = None
+
+    def fewest_blocks(self, target: Target, horizon: float) -> int:
+        """The least number of blocks."""
+        return 1 if self.longest_block is None else target.fewest_blocks(horizon, self.longest_block)
+
+    def blocks(self, target: Target, horizon: float, count: int, step: float) -> CutBlocks:
+        """Its partition."""
+        return _partition(target, self.longest_block, horizon, count, step)
+
+    def corrector(self, target: Target, horizon: float, count: int, step: float) -> Corrector | None:
         """None: it has no corrector."""
         return None
 
     def settled(self, target: Target, horizon: float, count: int, step: float) -> Law:
         """Law of the sequential sampler."""
-        return sequential_law(target.modes, "paper-sde", target.blocks(horizon, count, step).grid(OU))
+        return sequential_law(target.modes, "paper-sde", self.blocks(target, horizon, count, step).grid(OU))
 
     def iterates(self, target: Target, horizon: float, count: int, step: float, iterations: int) -> Law:
         """Law after each number of iterations per block."""
-        return piadm_sde_law(target.modes, target.blocks(horizon, count, step), iterations)
+        return piadm_sde_law(target.modes, self.blocks(target, horizon, count, step), iterations)
 
     def rounds(self, count: int, iterations: int) -> int:
         """``K N``."""
@@ -112,28 +137,43 @@ class PaperODE:
     """PIADM-ODE, Algorithm 2, with the corrector's time and friction in the natural units of the sharpest mode.
 
     With ``L`` the Lipschitz constant of the score where sampling ends: ``T_dagger = h_dagger = 1/sqrt(L)``,
-    friction ``sqrt(L)``, and as many steps as a predictor block of unit length, ``eps_dagger = eps/sqrt(L)``.
+    friction ``sqrt(L)``, and as many steps as a predictor block of unit length, ``eps_dagger = eps/sqrt(L)``.  Where
+    predictor blocks have fewer steps than that, a run has no more than these: there are more runs, and as much Langevin
+    time in all.
 
     Args:
         inner: Picard iterations ``K_dagger`` of the corrector.
+        time: longest ``T_dagger``, in units of ``1/sqrt(L)``.
+        longest_block: as of ``PaperSDE``.
     """
 
     inner: int
+    time: float = 1.0
+    longest_block: float | None = None
 
-    def corrector(self, target: Target, step: float) -> Corrector:
-        """The corrector that goes with a predictor step."""
+    def fewest_blocks(self, target: Target, horizon: float) -> int:
+        """The least number of blocks."""
+        return 1 if self.longest_block is None else target.fewest_blocks(horizon, self.longest_block)
+
+    def blocks(self, target: Target, horizon: float, count: int, step: float) -> CutBlocks:
+        """Its partition."""
+        return _partition(target, self.longest_block, horizon, count, step)
+
+    def corrector(self, target: Target, horizon: float, count: int, step: float) -> Corrector:
+        """The corrector that goes with a partition."""
         root = 1 / math.sqrt(float(target.law.variance.min()))
-        return Corrector(1 / root, 1 / root, step / root, self.inner, root)
+        time = min(self.time, target.span(horizon) / count)
+        return Corrector(time / root, time / root, step / root, self.inner, root)
 
     def settled(self, target: Target, horizon: float, count: int, step: float) -> Law:
         """Law of the sequential sampler, the corrector's steps taken in turn too."""
-        blocks = target.blocks(horizon, count, step)
-        return sequential_ode_law(target.modes, blocks, self.corrector(target, step))
+        settings = (target, horizon, count, step)
+        return sequential_ode_law(target.modes, self.blocks(*settings), self.corrector(*settings))
 
     def iterates(self, target: Target, horizon: float, count: int, step: float, iterations: int) -> Law:
         """Law after each number of the predictor's iterations per block."""
-        blocks = target.blocks(horizon, count, step)
-        return piadm_ode_law(target.modes, blocks, iterations, self.corrector(target, step))
+        settings = (target, horizon, count, step)
+        return piadm_ode_law(target.modes, self.blocks(*settings), iterations, self.corrector(*settings))
 
     def rounds(self, count: int, iterations: int) -> int:
         """``(K + K_dagger N_dagger) N`` with ``N_dagger = 1``."""
@@ -187,6 +227,58 @@ class Engine:
     def states(self, target: Target, horizon: float, count: int, step: float) -> float:
         """All of the grid's: there is one window."""
         return target.steps(horizon, step)
+
+
+@dataclass(frozen=True)
+class CutBlocks:
+    """Blocks cut into more.
+
+    Attributes:
+        paper: the blocks.
+        sizes: steps of each of the more.
+    """
+
+    paper: Blocks
+    sizes: tuple[int, ...]
+
+    def grid(self, schedule: NoiseSchedule) -> TimeGrid:
+        """All times, on the schedule's own clock."""
+        return self.paper.grid(schedule)
+
+    def blocks(self) -> Blocks:
+        """For the samplers."""
+        times = self.paper.grid(OU).times
+        borders = itertools.accumulate(self.sizes, initial=0)
+        return Blocks([times[first : last + 1] for first, last in itertools.pairwise(borders)])
+
+
+def _partition(target: Target, longest: float | None, horizon: float, count: int, step: float) -> CutBlocks:
+    fewest = count if longest is None else target.fewest_blocks(horizon, longest)
+    paper = target.blocks(horizon, fewest, step)
+    return CutBlocks(paper, tuple(cut(paper.sizes, count)))
+
+
+def cut(sizes: Sequence[int], count: int) -> list[int]:
+    """Steps of ``count`` blocks, each at most as long as one of those given and with as few steps as can be.
+
+    The last of the paper's blocks has several times the steps of one of the others: it is cut first, and all of them
+    anew once its parts have fewer.
+
+    Args:
+        sizes: steps of each of the paper's blocks; all but the last have as many.
+        count: number of blocks, between theirs and that of all steps.
+    """
+    before, last = list(sizes[:-1]), sizes[-1]
+    parts = _evenly(last, count - len(before)) if count - len(before) <= last else []
+    if parts and (not before or parts[0] >= before[0]):
+        return before + parts
+    return _evenly(sum(sizes), count)
+
+
+def _evenly(steps: int, count: int) -> list[int]:
+    """So many steps in blocks that differ by one at most, the larger ones first."""
+    fewest, more = divmod(steps, count)
+    return [fewest + 1] * more + [fewest] * (count - more)
 
 
 def _largest_block(target: Target, horizon: float, count: int, step: float) -> float:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -43,9 +44,27 @@ class AffineMap:
         """Law of ``y`` for a law of ``x``."""
         return Law(self.gain * law.mean + self.shift, self.gain.square() * law.variance + self.variance)
 
-    def __getitem__(self, index: int) -> AffineMap:
-        """The map of one of several."""
+    def after(self, first: AffineMap) -> AffineMap:
+        """This map applied to what ``first`` gives, their noises independent."""
+        shift, variance = self.gain * first.shift + self.shift, self.gain.square() * first.variance + self.variance
+        return AffineMap(self.gain * first.gain, shift, variance)
+
+    def __getitem__(self, index: int | slice | tuple[slice, None]) -> AffineMap:
+        """One of several maps, some of them, or all with one more dimension."""
         return AffineMap(self.gain[index], self.shift[index], self.variance[index])
+
+    @staticmethod
+    def joined(maps: Sequence[AffineMap]) -> AffineMap:
+        """Several maps after several others, along the first dimension."""
+        return AffineMap(*(torch.cat([getattr(one, field.name) for one in maps]) for field in fields(AffineMap)))
+
+    def chained(self) -> AffineMap:
+        """All maps ``(N, ...)`` one after the other, ``(...)``: by pairs, and pairs of pairs."""
+        maps = self
+        while (count := len(maps.gain)) > 1:
+            pairs = maps[1::2].after(maps[: count - 1 : 2])
+            maps = AffineMap.joined([pairs, maps[count - 1 :]]) if count % 2 else pairs
+        return maps[0]
 
 
 def kl(law: Law, target: Law) -> Tensor:

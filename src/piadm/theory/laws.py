@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from piadm._checks import positive_int
 from piadm.corrector import Corrector
-from piadm.grid import Blocks, TimeGrid
+from piadm.grid import TimeGrid
 from piadm.integrators import Integrator, ScoreExponential, integrator, variance_preserving
 from piadm.linearization import ScoreFrozen
 from piadm.schedule import NoiseSchedule
@@ -18,6 +19,19 @@ from piadm.theory.chain import Chain, ScoreError, chain, constant_start_maps, se
 from piadm.theory.langevin import corrector_map, sequential_corrector_map
 from piadm.theory.law import AffineMap, Law
 from piadm.theory.spectrum import OU, Modes, noised
+
+
+class Partition(Protocol):
+    """Blocks of an OU horizon: ``piadm.Blocks``, or a way to cut some."""
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of steps of each block."""
+        ...
+
+    def grid(self, schedule: NoiseSchedule) -> TimeGrid:
+        """All times, on the schedule's own clock."""
+        ...
 
 
 def initial_law(modes: Modes, schedule: NoiseSchedule, time: float) -> Law:
@@ -56,7 +70,7 @@ def sequential_law(
 
 def piadm_sde_law(
     modes: Modes,
-    blocks: Blocks,
+    blocks: Partition,
     iterations: int,
     *,
     schedule: NoiseSchedule = OU,
@@ -82,7 +96,7 @@ def piadm_sde_law(
 
 def piadm_ode_law(
     modes: Modes,
-    blocks: Blocks,
+    blocks: Partition,
     iterations: int,
     corrector: Corrector | None,
     *,
@@ -109,7 +123,7 @@ def piadm_ode_law(
 
 
 def sequential_ode_law(
-    modes: Modes, blocks: Blocks, corrector: Corrector | None, *, schedule: NoiseSchedule = OU
+    modes: Modes, blocks: Partition, corrector: Corrector | None, *, schedule: NoiseSchedule = OU
 ) -> Law:
     """Law of Algorithm 2 with all its steps, the corrector's too, taken one after the other.
 
@@ -131,7 +145,7 @@ def sequential_ode_law(
 
 
 def _predictor(
-    modes: Modes, blocks: Blocks, schedule: NoiseSchedule, error: ScoreError | None, eta: float
+    modes: Modes, blocks: Partition, schedule: NoiseSchedule, error: ScoreError | None, eta: float
 ) -> tuple[Chain, Tensor, Law]:
     """The predictor's steps over all blocks, the schedule times at which blocks end, and the first state."""
     grid = blocks.grid(schedule)
@@ -142,7 +156,7 @@ def _predictor(
 
 def _block_by_block(
     modes: Modes,
-    blocks: Blocks,
+    blocks: Partition,
     iterations: int,
     schedule: NoiseSchedule,
     error: ScoreError | None,
@@ -162,10 +176,10 @@ def _block_by_block(
         return _through(law, maps, None)
     bias = 0.0 if error is None else error.bias
     corrections = _corrections(modes, schedule, ends, lambda at, scale: corrector_map(at, corrector, bias * scale))
-    return _through(law, maps, corrections)
+    return _through(law, maps, corrections[:, None])
 
 
-def _alike(blocks: Blocks) -> Iterator[tuple[tuple[int, int], int]]:
+def _alike(blocks: Partition) -> Iterator[tuple[tuple[int, int], int]]:
     """Runs of blocks of as many steps each: their steps ``first .. last - 1`` and their number."""
     first = 0
     for size, run in groupby(blocks.sizes):
@@ -187,7 +201,5 @@ def _corrections(
 
 def _through(law: Law, maps: Sequence[AffineMap], corrections: AffineMap | None) -> Law:
     """The law after all blocks, given as runs ``(N', ..., m)`` of them, each followed by its correction."""
-    blocks = (run[n] for run in maps for n in range(len(run.gain)))
-    for n, block in enumerate(blocks):
-        law = block(law) if corrections is None else corrections[n](block(law))
-    return law
+    blocks = AffineMap.joined(maps)
+    return (blocks if corrections is None else corrections.after(blocks)).chained()(law)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-
-from torch import Tensor
 
 from piadm._checks import choice, finite_float, positive_int
 from piadm.corrector import Corrector
@@ -15,36 +12,18 @@ from piadm.grid import Blocks
 from piadm.theory.families import PaperODE, PaperSDE, Target
 from piadm.theory.law import Law, pinsker
 from piadm.theory.law import kl as mode_kl
-from piadm.theory.laws import piadm_ode_law, piadm_sde_law
-from piadm.theory.search import (
-    BEYOND,
-    SHARE,
-    SHORTENED,
-    Found,
-    best,
-    candidates,
-    iterations_needed,
-    shortest_horizon,
-)
+from piadm.theory.proposals import MORE, MOST, MOST_BLOCKS, SHARES, Cost, Proposal, Search, cost
+from piadm.theory.search import BEYOND, Expansion, iterations_needed, shortest_horizon
 from piadm.theory.spectrum import Modes, Spectrum, VarianceBounds
 
 #: Horizons tried beyond the shortest that will do.
-SPACING, HORIZONS = 0.5, 3
-
-#: Most Picard iterations per block, and iterations of the corrector that are tried.
-MOST, INNER = 60, (3, 4, 5, 7, 10)
+SPACING, HORIZONS = 1.0, 2
 
 #: Least divergence per coordinate: it falls with the square of the step, which would be about 1e-6.
 LEAST_PER_MODE = 1e-12
 
 #: Most steps: with more, the exact law alone would take minutes, and nobody could hold the states.
 MOST_STEPS = 3e6
-
-#: Share of the divergence that the steps may take where memory is short, and every step less is a round less.
-SHORT_OF_MEMORY = 0.8
-
-#: Most blocks into which a limit of memory may cut the horizon: with more, parallel sampling is none.
-MOST_BLOCKS = 500
 
 
 @dataclass(frozen=True)
@@ -141,11 +120,42 @@ def plan(
     target = Target(_modes(dimension, spectrum, lipschitz), early_stop)
     if allowed < (least := LEAST_PER_MODE * target.modes.dimension):
         raise ValueError(f"kl must be at least {least:g} here, got {allowed:g}: less takes over 1e7 steps")
-    families: Sequence[PaperSDE | PaperODE] = [PaperSDE()] if method == "sde" else [PaperODE(inner) for inner in INNER]
-    free = _search(families, target, allowed, block, SHARE, None)
+    search = Search(method, target, allowed, block, _horizons(method, target, allowed, block))
+    free = _best(search, math.inf)
+    if free is None:
+        raise ValueError(
+            f"kl must be one that {MOST} iterations per block can reach, got {allowed:g}; a longer early_stop or a "
+            "shorter longest_block may do"
+        )
     if limit is None or free.states <= limit:
         return free
-    return replace(_search(families, target, allowed, block, SHORT_OF_MEMORY, limit), forbidden=free)
+    found = _best(search, limit)
+    if found is None:
+        raise ValueError(
+            f"memory_limit must be at least {search.least_states()} states for this dimension and kl, got {limit}: "
+            f"with fewer there are over {MOST_BLOCKS} blocks, and next to nothing runs in parallel"
+        )
+    return replace(found, forbidden=free)
+
+
+def _horizons(method: str, target: Target, allowed: float, block: float) -> list[float]:
+    """OU times to try.
+
+    Raises:
+        ValueError: if with all of them there are too many blocks or steps.
+    """
+    family = PaperSDE() if method == "sde" else PaperODE(MORE[-1])
+    first = shortest_horizon(family, target, allowed, SPACING)
+    if target.fewest_blocks(first, block) > MOST_BLOCKS:
+        raise ValueError(
+            f"longest_block must be at least {(first - target.early_stop) / MOST_BLOCKS:.3g} here, got {block:g}: with "
+            f"shorter ones there are over {MOST_BLOCKS} blocks, and next to nothing runs in parallel"
+        )
+    step = Expansion.of(family, target, first, 1, allowed).longest_step(target, SHARES[-1] * allowed)
+    steps = math.inf if step is None else target.steps(first, step)
+    if steps > MOST_STEPS:
+        raise ValueError(f"kl must be one that {MOST_STEPS:g} steps can reach, got one that needs {steps:.2g}")
+    return [first + SPACING * i for i in range(HORIZONS)]
 
 
 def _modes(dimension: int, spectrum: Sequence[float] | Modes | None, lipschitz: float) -> Modes:
@@ -160,86 +170,39 @@ def _modes(dimension: int, spectrum: Sequence[float] | Modes | None, lipschitz: 
     return Spectrum.repeated(spectrum, size)
 
 
-def _search(
-    families: Sequence[PaperSDE | PaperODE],
-    target: Target,
-    allowed: float,
-    block: float,
-    share: float,
-    limit: int | None,
-) -> Plan:
-    """The plan of fewest rounds of the first family that will do, evaluated exactly.
+def _best(search: Search, limit: float) -> Plan | None:
+    """The plan of least cost by the exact law.
 
-    Families come with more and more iterations of the corrector: those beyond need cost a round per block each.
+    Proposals come in the order of what they may cost at best: once that is more than a plan costs, none is better.
     """
-    first = shortest_horizon(families[0], target, allowed, SPACING)
-    horizons = [first + SPACING * i for i in range(HORIZONS)]
-
-    def counts(horizon: float) -> list[int]:
-        return [max(1, math.ceil((horizon - target.early_stop) / block - 1e-9))]
-
-    for family in families:
-        found = best(candidates(family, target, allowed, horizons, counts, MOST, share))
-        if found is not None:
-            _check_size(target.steps(found.horizon, found.step), limit)
-        for shortening in range(SHORTENED if found is not None else 0):
-            assert found is not None
-            plan = _evaluate(family, target, replace(found, step=found.step * 0.9**shortening), allowed, limit)
-            if plan is not None:
-                return plan
-    raise ValueError(
-        f"kl must be one that {MOST} iterations per block can reach, got {allowed:g}; a longer early_stop or a shorter "
-        "longest_block may do"
-    )
+    best: Plan | None = None
+    for proposal in search.proposals(limit):
+        if best is not None and _cost(best) <= proposal.cost(proposal.least):
+            break
+        plan = _evaluate(search, proposal)
+        if plan is not None and (best is None or _cost(plan) < _cost(best)):
+            best = plan
+    return best
 
 
-def _check_size(steps: float, limit: int | None) -> None:
-    if steps > MOST_STEPS:
-        raise ValueError(f"kl must be one that {MOST_STEPS:g} steps can reach, got one that needs {steps:.2g}")
-    least = math.ceil(steps / MOST_BLOCKS)
-    if limit is not None and limit < least:
-        raise ValueError(
-            f"memory_limit must be at least {least} states for this dimension and kl, got {limit}: with fewer there "
-            f"are over {MOST_BLOCKS} blocks, and next to nothing runs in parallel"
-        )
+def _cost(plan: Plan) -> Cost:
+    return plan.rounds, plan.evaluations, plan.states
 
 
-def _cut(blocks: Blocks, limit: int) -> Blocks:
-    """Every block in equal parts of at most ``limit`` steps."""
-    cut: list[Tensor] = []
-    for times in blocks.times:
-        steps = len(times) - 1
-        parts = math.ceil(steps / limit)
-        borders = [round(steps * i / parts) for i in range(parts + 1)]
-        cut += [times[first : last + 1] for first, last in itertools.pairwise(borders)]
-    return Blocks(cut)
-
-
-def _evaluate(
-    family: PaperSDE | PaperODE, target: Target, found: Found, allowed: float, limit: int | None
-) -> Plan | None:
+def _evaluate(search: Search, proposal: Proposal) -> Plan | None:
     """A plan with as many iterations as it needs by the exact law; None: a few more than expected are not enough."""
-    blocks, corrector = target.blocks(found.horizon, found.count, found.step), family.corrector(target, found.step)
-    if limit is not None:
-        blocks = _cut(blocks, limit)
-        if corrector is not None:
-            parts = math.ceil(corrector.block_steps / limit)
-            corrector = replace(corrector, length=corrector.duration / parts)
-    most = found.iterations + BEYOND
-    if corrector is None:
-        law = piadm_sde_law(target.modes, blocks, most)
-    else:
-        law = piadm_ode_law(target.modes, blocks, most, corrector)
-    divergence = target.kl(law)
-    iterations = iterations_needed(divergence, allowed)
+    target, family, most = search.target, proposal.family, proposal.most + BEYOND
+    settings = (target, proposal.horizon, proposal.count, proposal.step)
+    law = family.iterates(*settings, most)
+    iterations = iterations_needed(target.kl(law), search.allowed)
     if iterations is None or iterations == most:
         return None
-    return _plan(target, blocks, iterations, corrector, law[iterations - 1])
+    return _plan(target, family.blocks(*settings).blocks(), iterations, proposal.corrector, law[iterations - 1])
 
 
 def _plan(target: Target, blocks: Blocks, iterations: int, corrector: Corrector | None, law: Law) -> Plan:
     """Settings with what they cost and what their law comes to."""
-    runs, steps = (corrector.blocks * corrector.iterations, corrector.block_steps) if corrector else (0, 0)
+    rounds, evaluations, states = cost(blocks.sizes, corrector, iterations)
     divergence = target.kl(law)
     data = Law(target.modes.means, target.modes.variances)
     return Plan(
@@ -251,7 +214,7 @@ def _plan(target: Target, blocks: Blocks, iterations: int, corrector: Corrector 
         kl=float(divergence),
         tv=float(pinsker(divergence)),
         kl_data=float(target.modes.total(mode_kl(law, data))),
-        rounds=blocks.count * (iterations + runs),
-        evaluations=blocks.steps * iterations + blocks.count * runs * steps,
-        states=max(*blocks.sizes, steps),
+        rounds=rounds,
+        evaluations=evaluations,
+        states=states,
     )

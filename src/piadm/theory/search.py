@@ -21,9 +21,13 @@ from torch import Tensor
 from piadm.theory.families import Family, Target
 from piadm.theory.law import Law
 
-#: The settled law is expanded from grids of steps 4, 2 and 1 times a finest one: so many times sqrt(allowed/d), which
-#: is about the step that will be found, and between these bounds.
-FINEST, FINEST_FROM, FINEST_TO = 8.0, 1e-4, 0.01
+#: The settled law is expanded from grids of these multiples of a finest step: so many times sqrt(allowed/d), which is
+#: about the step that will be found, between so much of the smallest variance and this bound.
+GRIDS, FINEST, FINEST_FROM, FINEST_TO = (8, 4, 2, 1), 12.0, 0.03, 0.01
+
+#: Fewest steps per block of the coarse grids, where blocks are many: of those for the expansion and of the one for the
+#: iterations.
+IN_BLOCK, COUNTED_IN_BLOCK = 4, 40
 
 #: Step of the grid that iterations are counted on.
 COUNTED_ON = 0.02
@@ -78,8 +82,8 @@ class Expansion:
     """A settled law as a polynomial of the step, ``sum_i coefficient_i eps^i``.
 
     Attributes:
-        means: coefficients of the means, ``(3, m)``.
-        variances: of the variances, ``(3, m)``.
+        means: coefficients of the means, ``(4, m)``.
+        variances: of the variances, ``(4, m)``.
     """
 
     means: Tensor
@@ -88,17 +92,19 @@ class Expansion:
     @classmethod
     def of(cls, family: Family, target: Target, horizon: float, count: int, allowed: float) -> Expansion:
         """Of a family at a horizon and number of blocks, near the step that goes with a divergence."""
-        finest = min(FINEST_TO, max(FINEST_FROM, FINEST * math.sqrt(allowed / target.modes.dimension)))
-        steps = torch.tensor([4 * finest, 2 * finest, finest], dtype=torch.float64)
-        laws = [family.settled(target, horizon, count, step) for step in steps.tolist()]
+        least = FINEST_FROM * float(target.law.variance.min())
+        most = min(FINEST_TO, target.span(horizon) / (GRIDS[0] * IN_BLOCK * count))
+        finest = min(most, max(least, FINEST * math.sqrt(allowed / target.modes.dimension)))
+        grids, powers = torch.tensor(GRIDS, dtype=torch.float64), torch.arange(len(GRIDS))
+        laws = [family.settled(target, horizon, count, step) for step in (grids * finest).tolist()]
         # In units of the finest step, for a well-conditioned system.
-        inverse = torch.linalg.inv((steps / finest)[:, None] ** torch.arange(3)) / finest ** torch.arange(3)[:, None]
+        inverse = torch.linalg.inv(grids[:, None] ** powers) / finest ** powers[:, None]
         means, variances = ([getattr(law, name) for law in laws] for name in ("mean", "variance"))
         return cls(inverse @ torch.stack(means), inverse @ torch.stack(variances))
 
     def at(self, steps: Tensor | float) -> Law:
         """The law of a step, or of each of several ``(k,)``: ``(m,)`` or ``(k, m)``."""
-        powers = torch.as_tensor(steps, dtype=torch.float64)[..., None] ** torch.arange(3)
+        powers = torch.as_tensor(steps, dtype=torch.float64)[..., None] ** torch.arange(len(GRIDS))
         return Law(powers @ self.means, powers @ self.variances)
 
     def longest_step(self, target: Target, allowed: float) -> float | None:
@@ -135,8 +141,10 @@ def candidates(
             step = expansion.longest_step(target, share * allowed)
             if step is None:
                 break
-            law = _carried(family, target, expansion, (horizon, count, step), most)
-            divergence = target.kl(law)
+            grid = counted_on(target, horizon, count, step)
+            iterates = family.iterates(target, horizon, count, grid, most)
+            settled = family.settled(target, horizon, count, grid)
+            divergence = target.kl(carried(iterates, settled, expansion.at(step)))
             needed = iterations_needed(divergence, allowed)
             if needed is not None:
                 found = Found(horizon, count, step, needed, 0, 0.0, 0.0, exact=False)
@@ -238,15 +246,17 @@ def shortest_horizon(family: Family, target: Target, allowed: float, spacing: fl
     return first + spacing * high
 
 
-def _carried(
-    family: Family, target: Target, expansion: Expansion, settings: tuple[float, int, float], most: int
-) -> Law:
-    """Law after each number of iterations: what these leave on a coarse grid, put on the settled law of fine steps."""
-    horizon, count, step = settings
-    grid = max(step, COUNTED_ON)
-    coarse = family.iterates(target, horizon, count, grid, most)
-    settled, coarse_settled = expansion.at(step), family.settled(target, horizon, count, grid)
-    return Law(
-        settled.mean + coarse.mean - coarse_settled.mean,
-        settled.variance * coarse.variance / coarse_settled.variance,
-    )
+def carried(iterates: Law, settled: Law, fine: Law) -> Law:
+    """What iterations leave on a coarse grid, ``(K, m)``, put on the settled law of fine steps.
+
+    Args:
+        iterates: law after each number of iterations on the coarse grid, ``(K, m)``.
+        settled: settled law there, ``(m,)``.
+        fine: settled law of fine steps, ``(m,)``.
+    """
+    return Law(fine.mean + iterates.mean - settled.mean, fine.variance * iterates.variance / settled.variance)
+
+
+def counted_on(target: Target, horizon: float, count: int, step: float) -> float:
+    """Step of the grid that iterations are counted on, where the sampler's own grid has another step."""
+    return max(step, min(COUNTED_ON, target.span(horizon) / (COUNTED_IN_BLOCK * count)))
