@@ -180,15 +180,24 @@ def ltx_video() -> Any:  # noqa: ANN401 - a pipeline
     return quiet(df.LTXPipeline, "text_encoder", "tokenizer", transformer=network, vae=codec, scheduler=scheduler)
 
 
-def animate_diff() -> Any:  # noqa: ANN401 - a pipeline
+def animate_diff(kind: type = df.AnimateDiffPipeline, **more: nn.Module) -> Any:  # noqa: ANN401 - a pipeline
     motion = built(
         df.MotionAdapter, block_out_channels=(8, 16), motion_layers_per_block=1, motion_norm_num_groups=2,
         motion_num_attention_heads=4,
     )  # fmt: skip
-    parts = dict(vae=vae(), unet=unet(), motion_adapter=motion, scheduler=ddim())
-    pipe = quiet(df.AnimateDiffPipeline, "text_encoder", "tokenizer", **parts)
+    parts = dict(vae=vae(), unet=unet(), motion_adapter=motion, scheduler=ddim(), **more)
+    pipe = quiet(kind, "text_encoder", "tokenizer", **parts)
     pipe.unet.eval()
     return pipe
+
+
+def sparse_control() -> nn.Module:
+    return built(
+        df.SparseControlNetModel, block_out_channels=(8, 16), layers_per_block=1, conditioning_channels=3,
+        down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"), norm_num_groups=2, cross_attention_dim=16,
+        attention_head_dim=2, motion_num_attention_heads=2, use_simplified_condition_embedding=False,
+        conditioning_embedding_out_channels=(4, 8),
+    )  # fmt: skip
 
 
 def stable_audio() -> Any:  # noqa: ANN401 - a pipeline
@@ -278,5 +287,9 @@ CASES: dict[str, Case] = {
     "DiT": Case(dit, dict(class_labels=[3, 5]), "np"),
     "LTX-Video": Case(ltx_video, dict(height=32, width=32, num_frames=9, **prompts(1), **masks())),
     "AnimateDiff": Case(animate_diff, SD | dict(num_frames=3)),
+    "AnimateDiff, SparseCtrl of one sample": Case(
+        lambda: animate_diff(df.AnimateDiffSparseControlNetPipeline, controlnet=sparse_control()),
+        SD | prompts(1) | dict(num_frames=3, conditioning_frames=image(16, 1), controlnet_frame_indices=[1])
+    ),
     "Stable Audio": Case(stable_audio, AUDIO),
 }

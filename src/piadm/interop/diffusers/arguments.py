@@ -204,7 +204,7 @@ class Slot:
         if table.ndim > 1 and not shared:
             if table.shape[1] == total:
                 return table[step, row]
-            if table.shape[1] == self.batch:
+            if table.shape[1] == self.batch and (self.batch > 1 or len(table) > 1):  # networks spread a single row
                 return table[step[: len(rows)], samples]
             if path[-1] in PER_FRAME and table.shape[1] % total == 0:
                 return table.reshape(len(table), total, -1, *table.shape[2:])[step, row].flatten(0, 1)
