@@ -6,7 +6,6 @@ import warnings
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated
 
 import torch
@@ -125,7 +124,7 @@ def run(settings: Settings) -> bool:
         KeyboardInterrupt: If Ctrl-C came before there was anything to show.
         ValueError: If the model cannot be loaded or sampled, or none of the rivals can run it.
     """
-    figure = _import_figure()
+    figure = files.drawing("compare_figure")
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     rivals = chosen(settings.only)
@@ -219,13 +218,3 @@ def _diffusers_version() -> dict[str, str]:
         return {"diffusers": str(import_module("diffusers").__version__)}
     except ImportError:
         return {}
-
-
-def _import_figure() -> ModuleType:
-    """Import the drawing module first of all: an hour of sampling must not end in a missing package."""
-    try:
-        return import_module("piadm.cli.compare_figure")
-    except ModuleNotFoundError as error:
-        if error.name is None or not error.name.startswith("matplotlib"):
-            raise
-        raise ImportError("the figure needs matplotlib: pip install 'piadm[plots]'") from error

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import math
 from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO
 
 from rich import box
 from rich.table import Table
 
+from piadm.cli import files
 from piadm.rivals import Result, Run
 
 _HEAD = ("", "rounds", "evaluations", "seconds", "worst", "median", "setting")
@@ -61,7 +60,7 @@ class Report:
             "targets": self.targets,
             "rivals": [self._rival(result) for result in self.results],
         }
-        stream.write(json.dumps(_finite(figures), indent=2, allow_nan=False).encode() + b"\n")
+        files.write_json(stream, figures)
 
     def _rival(self, result: Result) -> dict[str, Any]:
         return {
@@ -101,13 +100,3 @@ def _closest(result: Result) -> list[str]:
 
 def _record(run: Run | None) -> dict[str, Any] | None:
     return None if run is None else asdict(run)
-
-
-def _finite(value: Any) -> Any:  # noqa: ANN401 - JSON has no narrower type
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -1,12 +1,16 @@
-"""Output files: checked before the work starts, and written whole or not at all."""
+"""Output files: checked before the work starts, and written whole or not at all; the drawing of figures, likewise."""
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import tempfile
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
-from typing import BinaryIO
+from types import ModuleType
+from typing import Any, BinaryIO
 
 
 def check_writable(option: str, path: Path, suffix: str) -> None:
@@ -53,3 +57,32 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_json(stream: BinaryIO, figures: object) -> None:
+    """Write figures as JSON; one that is not finite becomes null: JSON has no such number."""
+    stream.write(json.dumps(_finite(figures), indent=2, allow_nan=False).encode() + b"\n")
+
+
+def _finite(value: Any) -> Any:  # noqa: ANN401 - JSON has no narrower type
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def drawing(module: str) -> ModuleType:
+    """Import a drawing module of this package first of all: an hour of sampling must not end in a missing package.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+    """
+    try:
+        return import_module(f"piadm.cli.{module}")
+    except ModuleNotFoundError as error:
+        if error.name is None or not error.name.startswith("matplotlib"):
+            raise
+        raise ImportError("the figure needs matplotlib: pip install 'piadm[plots]'") from error

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json as json_format
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import Annotated, Any
 
 import typer
 from rich import box
@@ -101,7 +100,7 @@ def plan(
         raise typer.BadParameter(str(error)) from error
     if settings.json is not None:
         record = {"call": settings.call(), "plan": figures(found)}
-        files.write_whole(settings.json, lambda stream: _write(record, stream))
+        files.write_whole(settings.json, lambda stream: files.write_json(stream, record))
     _print(settings, found)
 
 
@@ -132,10 +131,6 @@ def figures(found: Plan) -> dict[str, Any]:
         "kl_data": found.kl_data,
         "forbidden": None if found.forbidden is None else figures(found.forbidden),
     }  # fmt: skip
-
-
-def _write(record: dict[str, Any], stream: BinaryIO) -> None:
-    stream.write(json_format.dumps(record, indent=2, allow_nan=False).encode() + b"\n")
 
 
 def _print(settings: Settings, found: Plan) -> None:

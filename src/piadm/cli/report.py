@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +12,7 @@ from rich import box
 from rich.table import Table
 from torch import Tensor
 
+from piadm.cli import files
 from piadm.solution import Status
 
 if TYPE_CHECKING:
@@ -141,8 +140,7 @@ class Report:
 
     def write_json(self, stream: BinaryIO) -> None:
         """Write every figure as JSON; a figure that is not finite becomes null: JSON has no such number."""
-        text = json.dumps(_finite(dataclasses.asdict(self)), indent=2, allow_nan=False)
-        stream.write(text.encode() + b"\n")
+        files.write_json(stream, dataclasses.asdict(self))
 
 
 def warnings_of(runs: dict[str, RunFigures]) -> tuple[str, ...]:
@@ -160,13 +158,3 @@ def warnings_of(runs: dict[str, RunFigures]) -> tuple[str, ...]:
 
 def _words(status: str) -> str:
     return status.lower().replace("_", " ")
-
-
-def _finite(value: Any) -> Any:  # noqa: ANN401 - JSON has no narrower type
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

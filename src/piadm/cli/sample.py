@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from enum import Enum
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Annotated
 
 import torch
@@ -164,7 +162,7 @@ def run(settings: Settings) -> bool:
     Raises:
         ImportError: If matplotlib or diffusers is not installed.
     """
-    figure = _import_figure()
+    figure = files.drawing("figure")
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     denoiser = piadm.load("fashion", device=settings.device)
@@ -242,13 +240,3 @@ def _print(settings: Settings, report: Report) -> None:
 
 def _was_interrupted(solution: Solution) -> bool:
     return Status.INTERRUPTED in solution.status
-
-
-def _import_figure() -> ModuleType:
-    """Import the drawing module first of all: an hour of sampling must not end in a missing package."""
-    try:
-        return import_module("piadm.cli.figure")
-    except ModuleNotFoundError as error:
-        if error.name is None or not error.name.startswith("matplotlib"):
-            raise
-        raise ImportError("the picture needs matplotlib: pip install 'piadm[plots]'") from error

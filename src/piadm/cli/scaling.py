@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from pathlib import Path
 from time import perf_counter
-from types import ModuleType
 from typing import Annotated
 
 import typer
@@ -116,7 +114,7 @@ def run(settings: Settings) -> None:
         ImportError: If matplotlib is not installed.
         ValueError: If no sampler reaches the divergence.
     """
-    figure = _import_figure()
+    figure = files.drawing("scaling_figure")
     began = perf_counter()
     with progress.bar("scaling") as update:
         curves = measure(
@@ -143,13 +141,3 @@ def run(settings: Settings) -> None:
     screen.print(report.table())
     screen.print(report.growth())
     screen.print(f"figure: {settings.out}", soft_wrap=True, markup=False)
-
-
-def _import_figure() -> ModuleType:
-    """Import the drawing module first of all: a search must not end in a missing package."""
-    try:
-        return import_module("piadm.cli.scaling_figure")
-    except ModuleNotFoundError as error:
-        if error.name is None or not error.name.startswith("matplotlib"):
-            raise
-        raise ImportError("the figure needs matplotlib: pip install 'piadm[plots]'") from error

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO
 
 from rich import box
 from rich.table import Table
 
+from piadm.cli import files
 from piadm.theory import Curve, Point
 
 _FEWEST = 4  # points that a fit of three coefficients needs
@@ -78,7 +78,7 @@ class Report:
             "seconds": self.seconds,
             "samplers": [_record(curve) for curve in self.curves],
         }
-        stream.write(json.dumps(figures, indent=2, allow_nan=False).encode() + b"\n")
+        files.write_json(stream, figures)
 
 
 def _record(curve: Curve) -> dict[str, Any]:
