@@ -44,6 +44,8 @@ class RunFigures:
     failures: tuple[str, ...]
     nodes: int | None
     window: int | None
+    draft_rounds: int
+    draft_evaluations_per_sample: float
 
     @classmethod
     def of(cls, solution: Solution) -> RunFigures:
@@ -51,7 +53,8 @@ class RunFigures:
         stats = solution.stats
         counts = Counter(status.name for status in solution.status)
         cost = (stats.rounds, stats.evaluations, stats.wall_time)
-        return cls(*cost, dict(counts), solution.failures, stats.nodes, stats.window)
+        draft = (stats.draft_rounds, stats.draft_evaluations)
+        return cls(*cost, dict(counts), solution.failures, stats.nodes, stats.window, *draft)
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,9 @@ class Report:
 
         row("rounds (network calls in a row)", [str(run.rounds) for run in runs])
         row("evaluations per sample", [f"{run.evaluations_per_sample:.0f}" for run in runs])
+        if self.parallel.draft_rounds:
+            calls = f"{self.parallel.draft_rounds}, {self.parallel.draft_evaluations_per_sample:.0f}"
+            row("rounds and evaluations of the draft", [calls])
         row("nodes, and most rows in a round", [f"{self.parallel.nodes}, {self.parallel.window}"])
         row("seconds", [f"{run.seconds:.1f}" for run in runs])
         if self.rms_difference is not None:
