@@ -120,6 +120,16 @@ def test_a_truncated_weights_file_is_named(copy: Path, kept: int) -> None:
         load_folder(copy)
 
 
+def test_a_folder_may_have_no_draft_but_no_wrong_one(copy: Path) -> None:
+    draft = copy / "draft.safetensors"
+    assert load_folder(copy).draft is not None
+    draft.write_bytes((copy / "weights.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="draft.safetensors is no mixture of low-rank Gaussians"):
+        load_folder(copy)
+    draft.unlink()
+    assert load_folder(copy).draft is None
+
+
 @pytest.mark.parametrize("text", ["", "{", "[1, 2]", "3"])
 def test_a_broken_config_is_named(copy: Path, text: str) -> None:
     (copy / "config.json").write_text(text)

@@ -10,6 +10,7 @@ import importlib.metadata
 import inspect
 import math
 import re
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -41,11 +42,11 @@ extras = {"typer", "rich", "matplotlib", "diffusers", "scipy"}
 print(thread_time() - begin, sorted(extras & set(sys.modules)))
 """
     seconds = []
-    while len(seconds) < 5 and not any(took < 0.3 for took in seconds):
+    for _ in range(3):
         duration, extras = python(code).stdout.split(" ", 1)
         assert extras.strip() == "[]"
         seconds.append(float(duration))
-    assert min(seconds) < 0.3  # the project's budget; 0.07 s was measured, beside 1 s for torch
+    assert statistics.median(seconds) < 0.3  # the project's budget; 0.07 s was measured, beside 1 s for torch
 
 
 def core_files() -> list[Path]:

@@ -106,7 +106,7 @@ class GaussianNetwork:
 
     def _levels(self, t: float | Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``alpha (R, 1)`` and the variance of ``x_t`` per eigendirection ``(R, 1 or d)``, float64."""
-        alpha, noise = _levels(self.schedule, t, x, self.shape)
+        alpha, noise = levels(self.schedule, t, x, self.shape)
         return alpha, alpha.square() * self.eigenvalues.to(x.device) + noise
 
     def _map(self, x: Tensor, alpha: Tensor, gain: Tensor, scale: Tensor) -> Tensor:
@@ -176,7 +176,7 @@ class MixtureNetwork:
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """Posterior mean of rows ``x (R, *shape)`` at their times ``t (R,)``, in the dtype of ``x``."""
-        alpha, noise = _levels(self.schedule, t, x, tuple(self.means.shape[1:]))
+        alpha, noise = levels(self.schedule, t, x, tuple(self.means.shape[1:]))
         work = torch.promote_types(x.dtype, torch.float32)
         # Everything is measured from the mean of the means: less is lost where |x - alpha m|^2 is expanded.
         means = _flat(self.means).to(x.device)
@@ -269,7 +269,7 @@ def _eigen(covariance: Tensor) -> tuple[Tensor, Tensor]:
     return eigenvalues.clamp(min=0.0), basis
 
 
-def _levels(
+def levels(
     schedule: NoiseSchedule, t: float | Tensor, x: Tensor, shape: tuple[int, ...] | None
 ) -> tuple[Tensor, Tensor]:
     """Check rows and their times; return ``alpha`` and ``sigma^2``, float64 ``(R, 1)``."""

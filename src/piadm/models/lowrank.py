@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import final
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from piadm._checks import described, positive_int, shown
 from piadm.denoiser import Denoiser, network_device
+from piadm.models.analytic import levels
 from piadm.problem import check_denoiser
 from piadm.schedule import NoiseSchedule
 
@@ -62,9 +64,9 @@ class LowRankMixtureNetwork(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, **condition: object) -> Tensor:
         """Posterior mean of rows ``x (R, *shape)`` at their times ``t (R,)``; it knows of no condition."""
-        rows, times = x.flatten(1).to(self.means.dtype), t.double()
-        alpha, sigma = (level(times).to(rows)[:, None] for level in (self.schedule.alpha, self.schedule.sigma))
-        power, noise = alpha.square(), sigma.square()
+        rows = x.flatten(1).to(self.means.dtype)
+        alpha, noise = (level.to(rows) for level in levels(self.schedule, t, x, None))
+        power = alpha.square()
         components, size, rank = self.directions.shape
         flat = self.directions.permute(1, 0, 2).reshape(size, -1)
         centres = torch.einsum("kd,kdr->kr", self.means, self.directions)
@@ -107,13 +109,24 @@ def fit_draft(denoiser: Denoiser, samples: Tensor, *, components: int = 16, rank
         raise ValueError(f"samples must be finite, of shape (S, *sample_shape) with S >= 2, got {shown(samples)}")
     count = min(positive_int("components", components), len(samples))
     parts = _fitted(samples.detach().flatten(1).float().cpu(), count, positive_int("rank", rank))
-    network = LowRankMixtureNetwork(denoiser.schedule, *(part.float() for part in parts)).eval()
-    network.to(network_device(denoiser.network) or samples.device)
+    place = network_device(denoiser.network) or samples.device
+    return drafted(denoiser, {name: part.to(place) for name, part in parts.items()})
+
+
+def drafted(denoiser: Denoiser, parts: Mapping[str, Tensor]) -> Denoiser:
+    """The denoiser with a ``LowRankMixtureNetwork`` of these parts as its draft, where they lie.
+
+    It is kept in single precision: its sums over directions are long.
+
+    Raises:
+        TypeError: if they are not the parts of one.
+    """
+    network = LowRankMixtureNetwork(denoiser.schedule, **{name: part.float() for name, part in parts.items()}).eval()
     return replace(denoiser, draft=replace(denoiser, network=network, prediction="sample", draft=None))
 
 
-def _fitted(rows: Tensor, components: int, rank: int) -> tuple[Tensor, ...]:
-    """Means, directions, wide and narrow variances and weights: a component for each cluster of ``rows (S, d)``."""
+def _fitted(rows: Tensor, components: int, rank: int) -> dict[str, Tensor]:
+    """The parts of a mixture with a component for each cluster of ``rows (S, d)``."""
     try:
         from sklearn.cluster import KMeans
     except ImportError as error:
@@ -123,7 +136,7 @@ def _fitted(rows: Tensor, components: int, rank: int) -> tuple[Tensor, ...]:
     sizes = torch.bincount(cluster)  # some are 0 where samples are equal
     found = [_component(rows[cluster == number], min(rank, rows.shape[1]), least) for number in sizes.nonzero()]
     means, directions, wide, narrow = (torch.stack(parts) for parts in zip(*found, strict=True))
-    return means, directions, wide, narrow, sizes[sizes > 0]
+    return dict(means=means, directions=directions, wide=wide, narrow=narrow, weights=sizes[sizes > 0])
 
 
 def _component(members: Tensor, rank: int, least: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from piadm._checks import choice
 from piadm.denoiser import Denoiser
-from piadm.models.lowrank import LowRankMixtureNetwork
+from piadm.models.lowrank import drafted
 from piadm.schedule import DiscreteSchedule
 
 SHIPPED = ("fashion",)
@@ -71,7 +70,7 @@ def load_folder(
     schedule = DiscreteSchedule.ddpm(betas["timesteps"], beta_start=betas["start"], beta_end=betas["end"])
     plain = Denoiser(network, schedule, settings["prediction"], data_mean=data["mean"], data_variance=data["variance"])
     file = Path(folder) / "draft.safetensors"
-    return replace(plain, draft=_build_draft(plain, _read_weights(file, device, dtype))) if file.is_file() else plain
+    return _with_draft(plain, _read_weights(file, device, dtype)) if file.is_file() else plain
 
 
 def _check_target(device: torch.device | str, dtype: torch.dtype) -> None:
@@ -134,10 +133,8 @@ def _build_network(settings: dict[str, Any], weights: dict[str, Tensor]) -> nn.M
     return network
 
 
-def _build_draft(denoiser: Denoiser, parts: dict[str, Tensor]) -> Denoiser:
-    """The draft around its stored parts, in single precision: its sums over directions are long."""
+def _with_draft(denoiser: Denoiser, parts: dict[str, Tensor]) -> Denoiser:
     try:
-        network = LowRankMixtureNetwork(denoiser.schedule, **{name: part.float() for name, part in parts.items()})
+        return drafted(denoiser, parts)
     except TypeError as error:
         raise ValueError(f"draft.safetensors is no mixture of low-rank Gaussians ({error}); {_REMEDY}") from error
-    return replace(denoiser, network=network.eval(), prediction="sample")

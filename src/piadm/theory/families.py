@@ -89,8 +89,24 @@ class Family(Protocol):
         ...
 
 
+class _InBlocks:
+    """What the paper's algorithms share: their blocks."""
+
+    longest_block: float | None
+
+    def fewest_blocks(self, target: Target, horizon: float) -> int:
+        """The least number of blocks."""
+        return 1 if self.longest_block is None else target.fewest_blocks(horizon, self.longest_block)
+
+    def blocks(self, target: Target, horizon: float, count: int, step: float) -> CutBlocks:
+        """The partition into ``count`` blocks."""
+        fewest = count if self.longest_block is None else self.fewest_blocks(target, horizon)
+        paper = target.blocks(horizon, fewest, step)
+        return CutBlocks(paper, tuple(cut(paper.sizes, count)))
+
+
 @dataclass(frozen=True)
-class PaperSDE:
+class PaperSDE(_InBlocks):
     """PIADM-SDE, Algorithm 1.
 
     Args:
@@ -98,14 +114,6 @@ class PaperSDE:
     """
 
     longest_block: float | None = None
-
-    def fewest_blocks(self, target: Target, horizon: float) -> int:
-        """The least number of blocks."""
-        return 1 if self.longest_block is None else target.fewest_blocks(horizon, self.longest_block)
-
-    def blocks(self, target: Target, horizon: float, count: int, step: float) -> CutBlocks:
-        """Its partition."""
-        return _partition(target, self.longest_block, horizon, count, step)
 
     def corrector(self, target: Target, horizon: float, count: int, step: float) -> Corrector | None:
         """None: it has no corrector."""
@@ -133,7 +141,7 @@ class PaperSDE:
 
 
 @dataclass(frozen=True)
-class PaperODE:
+class PaperODE(_InBlocks):
     """PIADM-ODE, Algorithm 2, with the corrector's time and friction in the natural units of the sharpest mode.
 
     With ``L`` the Lipschitz constant of the score where sampling ends: ``T_dagger = h_dagger = 1/sqrt(L)``,
@@ -150,14 +158,6 @@ class PaperODE:
     inner: int
     time: float = 1.0
     longest_block: float | None = None
-
-    def fewest_blocks(self, target: Target, horizon: float) -> int:
-        """The least number of blocks."""
-        return 1 if self.longest_block is None else target.fewest_blocks(horizon, self.longest_block)
-
-    def blocks(self, target: Target, horizon: float, count: int, step: float) -> CutBlocks:
-        """Its partition."""
-        return _partition(target, self.longest_block, horizon, count, step)
 
     def corrector(self, target: Target, horizon: float, count: int, step: float) -> Corrector:
         """The corrector that goes with a partition."""
@@ -250,12 +250,6 @@ class CutBlocks:
         times = self.paper.grid(OU).times
         borders = itertools.accumulate(self.sizes, initial=0)
         return Blocks([times[first : last + 1] for first, last in itertools.pairwise(borders)])
-
-
-def _partition(target: Target, longest: float | None, horizon: float, count: int, step: float) -> CutBlocks:
-    fewest = count if longest is None else target.fewest_blocks(horizon, longest)
-    paper = target.blocks(horizon, fewest, step)
-    return CutBlocks(paper, tuple(cut(paper.sizes, count)))
 
 
 def cut(sizes: Sequence[int], count: int) -> list[int]:

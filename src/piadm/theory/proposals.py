@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 from piadm.corrector import Corrector
@@ -132,7 +132,7 @@ class Search:
 
     def _settings(self) -> Iterator[Settings]:
         family = next(self._families(INNER))
-        return (Settings(self.target, self.allowed, family, horizon, {}, {}) for horizon in self.horizons)
+        return (Settings(self.target, self.allowed, family, horizon) for horizon in self.horizons)
 
 
 def lowered(bar: int, found: Sequence[Proposal]) -> int:
@@ -157,8 +157,8 @@ class Settings:
     allowed: float
     family: PaperSDE | PaperODE
     horizon: float
-    expansions: dict[int, Expansion]
-    settled: dict[tuple[int, float], Law]
+    expansions: dict[int, Expansion] = field(default_factory=dict)
+    settled: dict[tuple[int, float], Law] = field(default_factory=dict)
 
     def proposals(self, family: PaperSDE | PaperODE, limit: float, bar: int) -> list[Proposal]:
         """Those of a sampler that may take ``bar`` rounds or fewer.
