@@ -175,6 +175,5 @@ def test_the_shipped_network_has_a_draft_that_helps() -> None:
     denoiser = piadm.load("fashion")
     assert denoiser.draft is not None
     bare = replace(denoiser, draft=None)
-    plain, fast = (piadm.sample(one, (1, 1, 28, 28), method="ode", steps=50) for one in (bare, denoiser))
-    assert fast.converged and fast.stats.rounds < plain.stats.rounds
-    assert fast.stats.evaluations < plain.stats.evaluations
+    plain, fast = (piadm.sample(one, (2, 1, 28, 28), method="ode", steps=50) for one in (bare, denoiser))
+    assert fast.converged and fast.stats.rounds_per_sample.sum() < plain.stats.rounds_per_sample.sum()

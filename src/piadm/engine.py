@@ -19,7 +19,7 @@ from piadm.nodes import NodeSet, every_step, refine, thin
 from piadm.path import Interpolation, ParallelPath
 from piadm.problem import Problem
 from piadm.settings import TURNS_PER_NODE, Engine, with_readings
-from piadm.stopping import SETTLED_SHARE, CarriedResidual, Verdict
+from piadm.stopping import SETTLED_SHARE, CarriedResidual, FixedIterations, Verdict
 from piadm.tally import Tally
 
 #: Estimated interpolation error per RMS of the probe, the change of the end with a poorer interpolation: linear instead
@@ -48,6 +48,11 @@ CARE = 16
 #: Rounds on a finer node set before the distance from the end on the coarser one, which starts at zero, is believed.
 FINER_ROUNDS = 3
 
+#: Rounds on the opening nodes.  The first rounds find out what the sample is to be, which takes few nodes.  Two rounds
+#: on a quarter of the nodes saved mixtures, an MLP and the shipped U-Net 15 to 30 % of the evaluations and cost no
+#: rounds; three, or two more on half of the nodes, saved a few per cent more and cost up to one.
+OPENING_ROUNDS = 2
+
 
 @torch.no_grad()
 def run(engine: Engine, problem: Problem, tally: Tally, limit: int, return_states: bool) -> Tensor | None:
@@ -70,6 +75,8 @@ def rounds(engine: Engine, problem: Problem, tally: Tally, limit: int, return_st
             rows, rule = _rules(engine, problem, path, nodes, refinable, coarse, aim[left])
             if coarse is None and problem.denoiser.draft is not None:
                 tally.draft = start_from_draft(problem, path, rule)
+            elif coarse is None and engine.opening is not None:
+                yield from _open(engine, problem, path, rule, tally, limit)
             verdict = yield from turns(tally, path, rows, rule, limit)
             tally.nodes, tally.window = nodes.count, min(rows.size or nodes.count, nodes.count)
             if states is not None:
@@ -90,6 +97,23 @@ class _Coarse:
     path: ParallelPath
     rule: CarriedResidual
     again: Tensor
+
+
+def _open(
+    engine: Engine, problem: Problem, path: ParallelPath, rule: CarriedResidual, tally: Tally, limit: int
+) -> Asking[None]:
+    """Bring a path to where a few rounds on some of its nodes have it: a draft made by the network itself."""
+    few = engine.opening
+    assert few is not None
+    reference = condense(engine.steps, engine.prior[0], few, engine.prior[1])
+    coarse = _guess(engine, problem, few, path.samples, reference)
+    size = math.ceil(REACH * few.count)
+    size = min(size, engine.window) if isinstance(engine.window, int) else size
+    threshold = rule.threshold[torch.isin(engine.nodes.indices, few.indices)]
+    unjudged = FixedIterations(OPENING_ROUNDS, estimate=math.inf)
+    yield from turns(tally, coarse, SlidingWindow(size, threshold), unjudged, limit)
+    _take_over(path, engine.nodes, coarse, few, torch.ones(path.batch, dtype=torch.bool, device=path.device))
+    tally.end[path.numbers] = path.end[:, 0]
 
 
 def _rules(
@@ -149,26 +173,27 @@ def _influence(engine: Engine, problem: Problem, path: CondensedPath, nodes: Nod
 
 def _path(engine: Engine, problem: Problem, nodes: NodeSet, samples: Tensor, coarse: _Coarse | None) -> ParallelPath:
     """The path of some samples on a node set, at its starting guess: the reference's, or the coarser set's."""
+    reference = condense(engine.steps, engine.prior[0], nodes, engine.prior[1])
     if coarse is None:
-        return _bare_path(engine, problem, nodes, samples)
+        return _guess(engine, problem, nodes, samples, reference, _interpolation(engine, nodes, reference, None))
     keep = coarse.again.to(coarse.path.device)
-    path = _bare_path(engine, problem, nodes, samples, coarse.path.end[keep, 0])
-    old = torch.isin(nodes.indices, coarse.nodes.indices)
-    path.take_over(coarse.path, keep, old, coarse.nodes.weights[nodes.indices])
+    judged = _interpolation(engine, nodes, reference, coarse.path.end[keep, 0])
+    path = _guess(engine, problem, nodes, samples, reference, judged)
+    _take_over(path, nodes, coarse.path, coarse.nodes, keep)
     return path
 
 
-def _bare_path(
+def _guess(
     engine: Engine,
     problem: Problem,
     nodes: NodeSet,
     samples: Tensor,
-    coarse_end: Tensor | None = None,
+    reference: CondensedPath,
+    interpolation: Interpolation | None = None,
     *,
     learns: bool = True,
 ) -> ParallelPath:
     """The path of some samples, at the reference model's own solution."""
-    reference = condense(engine.steps, engine.prior[0], nodes, engine.prior[1])
     condensed = reference
     if not torch.equal(engine.slopes, engine.prior[0]):
         condensed = condense(engine.steps.silent(), engine.slopes, nodes)
@@ -179,9 +204,15 @@ def _bare_path(
         lambda first, last: problem.noise.path(first, last)[:, numbers],
         samples,
         reference,
-        _interpolation(engine, nodes, reference, coarse_end),
+        interpolation,
         engine.learning.at(nodes.indices) if learns else None,
     )
+
+
+def _take_over(path: ParallelPath, nodes: NodeSet, coarse: ParallelPath, coarse_nodes: NodeSet, keep: Tensor) -> None:
+    """Bring a path to where one of the same samples, or of more, is on some of its nodes."""
+    old = torch.isin(nodes.indices, coarse_nodes.indices)
+    path.take_over(coarse, keep, old, coarse_nodes.weights[nodes.indices])
 
 
 def _interpolation(
@@ -209,7 +240,9 @@ def _interpolation(
 def _all_states(engine: Engine, problem: Problem, nodes: NodeSet, path: ParallelPath) -> Tensor:
     """The states at every step, ``(J + 1, B, d)``, from the residuals at the nodes."""
     if nodes.count < engine.steps.count:
-        fine = _bare_path(engine, problem, every_step(engine.steps.count), path.samples, learns=False)
+        every = every_step(engine.steps.count)
+        reference = condense(engine.steps, engine.prior[0], every, engine.prior[1])
+        fine = _guess(engine, problem, every, path.samples, reference, learns=False)
         fine.residual.copy_(nodes.weights.to(path.residual) @ path.residual)
         fine.solve()
         path = fine

@@ -38,7 +38,7 @@ def turns(tally: Tally, path: ParallelPath, rows: ActiveRows, rule: StoppingRule
     tally.peak_states = max(tally.peak_states, count * len(samples))
     before = tally.rounds
     with tally.stoppable():
-        while tally.rounds < limit and (going := verdict == Verdict.GO_ON).any():
+        while not tally.interrupted and tally.rounds < limit and (going := verdict == Verdict.GO_ON).any():
             active = rows.choose(path.outlook.expected, tally.rounds - before) & going
             began = time.perf_counter()
             movement = yield from path.turn(tally.problem.executor, active)  # ends with the round's synchronisation

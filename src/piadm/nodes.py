@@ -100,6 +100,12 @@ def averaged(nodes: NodeSet, importance: Tensor) -> NodeSet:
     return replace(nodes, readings=readings)
 
 
+def every(nodes: NodeSet, log_snr: Tensor, stride: int, order: int = 1) -> NodeSet:
+    """Every ``stride``-th node of a set, and the last one."""
+    indices = torch.unique(torch.cat([nodes.indices[::stride], nodes.indices[-1:]]))
+    return NodeSet(indices, weights(_finite(log_snr), indices, order))
+
+
 def thin(nodes: NodeSet, log_snr: Tensor, order: int = 1) -> list[NodeSet]:
     """What the interpolation is compared with to judge it: poorer ones from the same residuals.
 

@@ -15,7 +15,7 @@ from piadm.grid import TimeGrid
 from piadm.integrators import Integrator, Steps, integrator
 from piadm.linearization import Gaussian, Linearization, Secant, check_slopes, linearization
 from piadm.local_model import Learning
-from piadm.nodes import NodeSet, averaged, every_step, spread
+from piadm.nodes import NodeSet, averaged, every, every_step, spread
 from piadm.problem import check_denoiser, check_grid
 
 #: Degree of the interpolation between nodes, for the ODE and for the SDE, whose residuals are as rough as its noise.
@@ -25,6 +25,9 @@ SMOOTH_ORDER, ROUGH_ORDER = 3, 1
 #: need a second one.  Grids of fewer than twice as many steps are solved with every step a node.
 FACTOR_SMOOTH, POWER_SMOOTH = 1.65, 0.75
 FACTOR_ROUGH, POWER_ROUGH = 3.2, 1.0
+
+#: Nodes of the first rounds, of those that the library has chosen: so many times fewer than an aim takes, but at least.
+OPENING_SHARE, OPENING_FEWEST = 4, 6
 
 #: Errors that can be helped are brought below this, relative to the data, even where the tolerance is looser: near a
 #: border between two outcomes the error is as large as the data or far smaller, and a looser aim does not see the
@@ -55,6 +58,7 @@ class Engine:
         importance: how strongly every step's residual acts on what follows, where the network is to read averages of
             the states about a node; None: where it reads the states.
         nodes: the first node set.
+        opening: those of its nodes that the first rounds are confined to; None: they have all.
         refinable: whether finer node sets may follow.
         noisy: whether the steps take noise.
         window: rows per sample and round that are evaluated; None: ``activity.REACH`` of the nodes, or all where every
@@ -71,6 +75,7 @@ class Engine:
     clock: Tensor
     importance: Tensor | None
     nodes: NodeSet
+    opening: NodeSet | None
     refinable: bool
     noisy: bool
     window: int | str | None
@@ -118,6 +123,7 @@ def settle(
     noisy = scheme.normals > 0
     first, refinable = _first_nodes(nodes, clock, aim / deviation, noisy=noisy)
     importance = _importance(scheme, jacobian) if noisy else None
+    opening = _opening(first, clock, aim / deviation, noisy=noisy) if nodes is None else None
     bounds = chosen.bounds(schedule, scheme) if isinstance(chosen, Secant) else (slopes, slopes)
     # The mean of what Gaussian data answer and the bound 1/alpha, sqrt(G/alpha), finite where alpha is 0.
     scaled, noise = schedule.alpha(scheme.times).square() * checked.data_variance, schedule.sigma(scheme.times).square()
@@ -131,6 +137,7 @@ def settle(
         clock=clock,
         importance=importance,
         nodes=with_readings(first, importance),
+        opening=None if opening is None else with_readings(opening, importance),
         refinable=refinable,
         noisy=noisy,
         window=_window(window, scheme.count),
@@ -153,8 +160,7 @@ def _first_nodes(nodes: object, clock: Tensor, aim: float, *, noisy: bool) -> tu
         return every_step(count), False
     distinct = bool((clock.diff() > 0).all())
     if nodes is None:
-        factor, power = (FACTOR_ROUGH, POWER_ROUGH) if noisy else (FACTOR_SMOOTH, POWER_SMOOTH)
-        first = math.ceil(min(factor * aim**-power, count))
+        first = math.ceil(min(_enough(aim, noisy=noisy), count))
         return (every_step(count), False) if count < 2 * first or not distinct else (spread(clock, first, order), True)
     accepted = "'all', an integer >= 2 or None"
     if isinstance(nodes, bool) or not isinstance(nodes, (str, Integral)):
@@ -164,6 +170,20 @@ def _first_nodes(nodes: object, clock: Tensor, aim: float, *, noisy: bool) -> tu
     if not distinct:
         raise ValueError(f"nodes must be 'all' or None where two steps have one noise level, got {shown(nodes)}")
     return spread(clock, int(nodes), order), False
+
+
+def _enough(aim: float, *, noisy: bool) -> float:
+    """How many nodes an aim relative to the data takes."""
+    factor, power = (FACTOR_ROUGH, POWER_ROUGH) if noisy else (FACTOR_SMOOTH, POWER_SMOOTH)
+    return factor * math.pow(aim, -power)
+
+
+def _opening(nodes: NodeSet, clock: Tensor, aim: float, *, noisy: bool) -> NodeSet | None:
+    """The nodes of the first rounds; None where they would be too few, or not few."""
+    stride = int(OPENING_SHARE * nodes.count / _enough(aim, noisy=noisy) + 0.5)
+    if stride < 2 or nodes.count < OPENING_FEWEST * stride or not bool((clock.diff() > 0).all()):
+        return None
+    return every(nodes, clock, stride, ROUGH_ORDER if noisy else SMOOTH_ORDER)
 
 
 def _importance(steps: Steps, jacobian: Tensor) -> Tensor:

@@ -44,17 +44,19 @@ class FixedIterations:
 
     Args:
         iterations: number of rounds K.
+        estimate: what stands for an error estimate.
     """
 
     iterations: int
+    estimate: float = torch.nan
     done: int = field(default=0, init=False)
 
     def judge(self, movement: Movement, expected: Tensor) -> tuple[Tensor, Tensor]:
-        """DONE for every sample after K rounds; the error estimate is NaN."""
+        """DONE for every sample after K rounds."""
         self.done += 1
         verdict = torch.full_like(movement.end, Verdict.DONE if self.done >= self.iterations else Verdict.GO_ON)
         verdict[~movement.end.isfinite()] = Verdict.NONFINITE
-        return torch.full_like(movement.end, torch.nan), verdict.long()
+        return torch.full_like(movement.end, self.estimate), verdict.long()
 
 
 #: Contraction factors above this are not trusted: what is still to come is then ten times the next move.
