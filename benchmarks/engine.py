@@ -1,7 +1,7 @@
 """What ``piadm.sample`` costs and how true it is, line by line against what it was built for.
 
-    python benchmarks/engine.py [--tables targets truth windows short time] [--num 16] [--threads 2]
-                                [--json engine.json]
+    python benchmarks/engine.py [--tables targets truth windows short time] [--networks mixture digits fashion]
+                                [--num 16] [--threads 2] [--json engine.json]
 
 Every error is the RMS difference per coordinate from the sequential sampler's result on the same grid and noise, sample
 by sample.  Rounds are sequential batched network calls and evaluations network rows, all of them; medians are over
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from _common import Row, options, print_table, seconds, write_json
@@ -57,9 +57,14 @@ SHAPES = {"mixture": (1, 8, 8), "digits": (64,), "fashion": (1, 28, 28)}
 
 
 class Truth:
-    """Sequential samples, each drawn once and kept."""
+    """Networks and their sequential samples, each drawn once and kept.
 
-    def __init__(self) -> None:
+    Args:
+        names: of the networks that tables are about.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
         self.networks: dict[str, piadm.Denoiser] = {}
         self.kept: dict[tuple[str, str, int, int], Tensor] = {}
 
@@ -101,7 +106,7 @@ def cost(found: piadm.Solution, errors: Tensor) -> Row:
 
 
 def targets(truth: Truth, num: int) -> Iterator[Row]:
-    for name in NETWORKS:
+    for name in truth.names:
         for (method, nodes), (rounds, evaluations) in TARGETS.items():
             count = min(num, ALL_NODES) if name == "fashion" and nodes == "all" else num
             found, errors = truth.judged(name, method, 1000, count, tol=1e-2, nodes=nodes)
@@ -113,7 +118,7 @@ def targets(truth: Truth, num: int) -> Iterator[Row]:
 
 
 def truths(truth: Truth, num: int) -> Iterator[Row]:
-    for name in NETWORKS:
+    for name in truth.names:
         count = num // 2 if name == "fashion" else 8 * num
         for method in ("ode", "sde"):
             for tol in TOLERANCES:
@@ -132,7 +137,7 @@ def truths(truth: Truth, num: int) -> Iterator[Row]:
 
 
 def windows(truth: Truth, num: int) -> Iterator[Row]:
-    for name in NETWORKS:
+    for name in truth.names:
         for method in ("ode", "sde"):
             for window in WINDOWS:
                 found, errors = truth.judged(name, method, 1000, num, tol=1e-2, window=window)
@@ -140,7 +145,7 @@ def windows(truth: Truth, num: int) -> Iterator[Row]:
 
 
 def short(truth: Truth, num: int) -> Iterator[Row]:
-    for name in NETWORKS:
+    for name in truth.names:
         for method in ("ode", "sde"):
             for steps in (50, 100):
                 found, errors = truth.judged(name, method, steps, num, tol=1e-2)
@@ -181,9 +186,10 @@ def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--num", type=int, default=16, help="samples (default %(default)s)")
     parser.add_argument("--tables", nargs="+", choices=list(TABLES), default=list(TABLES))
+    parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     given: argparse.Namespace = parser.parse_args()
     torch.set_num_threads(given.threads)
-    truth, printed = Truth(), {}
+    truth, printed = Truth(given.networks), {}
     for name in given.tables:
         print(f"== {name}", flush=True)
         printed[name] = list(TABLES[name](truth, given.num))
