@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -12,7 +13,6 @@ import piadm
 from piadm import Status, settings
 from piadm.activity import REACH
 from piadm.cli.compare_model import mixture
-from piadm.engine import OPENING_ROUNDS
 from piadm.settings import Engine, settle
 from piadm.solution import RoundInfo
 
@@ -25,21 +25,22 @@ def engine(method: str, steps: int = 1000, nodes: object = None, tol: float = 1e
 
 
 @pytest.mark.parametrize("method", ["ode", "sde"])
-@pytest.mark.parametrize("steps", [30, 50, 300, 1000])
+@pytest.mark.parametrize("steps", [30, 50, 100, 300, 1000])
 def test_opening_nodes_are_few_of_the_nodes_with_both_ends(method: str, steps: int) -> None:
     found = engine(method, steps)
     if method == "sde" and steps <= 50:  # fewer steps than an opening would have nodes
-        assert found.opening is None
+        assert not found.opening
         return
-    assert found.opening is not None
-    few, nodes = found.opening.indices, found.nodes.indices
-    assert torch.isin(few, nodes).all() and few[0] == nodes[0] and few[-1] == nodes[-1]
-    assert settings.OPENING_FEWEST <= len(few) <= len(nodes) / 2 + 1
+    sets = [few.indices for few in found.opening] + [found.nodes.indices]
+    assert len(sets) > 1 and len(sets[0]) >= settings.OPENING_FEWEST
+    for few, more in itertools.pairwise(sets):
+        assert torch.isin(few, more).all() and few[0] == more[0] and few[-1] == more[-1]
+        assert len(few) <= len(more) / 2 + 1
 
 
 @pytest.mark.parametrize("nodes", ["all", 40])
 def test_nodes_that_were_asked_for_are_evaluated_from_the_first_round(nodes: object) -> None:
-    assert engine("ode", nodes=nodes).opening is None
+    assert not engine("ode", nodes=nodes).opening
     rows: list[int] = []
     piadm.sample(mixture(), SHAPE, method="ode", steps=100, nodes=nodes, window="all", callback=lambda info: (
         rows.append(info.active_rows)))  # fmt: skip
@@ -50,13 +51,12 @@ def test_nodes_that_were_asked_for_are_evaluated_from_the_first_round(nodes: obj
 def test_the_first_rounds_evaluate_no_more_than_the_opening(window: object) -> None:
     infos: list[RoundInfo] = []
     found = piadm.sample(mixture(), SHAPE, method="ode", window=window, callback=lambda info: infos.append(info))
-    few = engine("ode").opening
-    assert few is not None and found.converged
-    most = math.ceil(REACH * few.count) if window != 5 else 5
-    assert infos[0].active_rows == 16 * most
-    assert all(info.active_rows <= 16 * most for info in infos[:OPENING_ROUNDS])
-    assert all(info.error_estimate.isinf().all() for info in infos[:OPENING_ROUNDS])  # it tells nothing of the errors
-    assert window in ("auto", 5) or infos[OPENING_ROUNDS].active_rows > 16 * most
+    opening = engine("ode").opening
+    assert len(opening) == 2 and found.converged
+    most = [16 * (5 if window == 5 else math.ceil(REACH * few.count)) for few in opening]
+    assert infos[0].active_rows == most[0] and infos[1].active_rows <= most[1]
+    assert all(info.error_estimate.isinf().all() for info in infos[:2])  # it tells nothing of the errors
+    assert window in ("auto", 5) or infos[2].active_rows > most[1]
 
 
 @pytest.mark.parametrize("method", ["ode", "sde"])

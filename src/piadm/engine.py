@@ -48,11 +48,6 @@ CARE = 16
 #: Rounds on a finer node set before the distance from the end on the coarser one, which starts at zero, is believed.
 FINER_ROUNDS = 3
 
-#: Rounds on the opening nodes.  The first rounds find out what the sample is to be, which takes few nodes.  Two rounds
-#: on a quarter of the nodes saved mixtures, an MLP and the shipped U-Net 15 to 30 % of the evaluations and cost no
-#: rounds; three, or two more on half of the nodes, saved a few per cent more and cost up to one.
-OPENING_ROUNDS = 2
-
 
 @torch.no_grad()
 def run(engine: Engine, problem: Problem, tally: Tally, limit: int, return_states: bool) -> Tensor | None:
@@ -75,7 +70,7 @@ def rounds(engine: Engine, problem: Problem, tally: Tally, limit: int, return_st
             rows, rule = _rules(engine, problem, path, nodes, refinable, coarse, aim[left])
             if coarse is None and problem.denoiser.draft is not None:
                 tally.draft = start_from_draft(problem, path, rule)
-            elif coarse is None and engine.opening is not None:
+            elif coarse is None:
                 yield from _open(engine, problem, path, rule, tally, limit)
             verdict = yield from turns(tally, path, rows, rule, limit)
             tally.nodes, tally.window = nodes.count, min(rows.size or nodes.count, nodes.count)
@@ -102,18 +97,22 @@ class _Coarse:
 def _open(
     engine: Engine, problem: Problem, path: ParallelPath, rule: CarriedResidual, tally: Tally, limit: int
 ) -> Asking[None]:
-    """Bring a path to where a few rounds on some of its nodes have it: a draft made by the network itself."""
-    few = engine.opening
-    assert few is not None
-    reference = condense(engine.steps, engine.prior[0], few, engine.prior[1])
-    coarse = _guess(engine, problem, few, path.samples, reference)
-    size = math.ceil(REACH * few.count)
-    size = min(size, engine.window) if isinstance(engine.window, int) else size
-    threshold = rule.threshold[torch.isin(engine.nodes.indices, few.indices)]
-    unjudged = FixedIterations(OPENING_ROUNDS, estimate=math.inf)
-    yield from turns(tally, coarse, SlidingWindow(size, threshold), unjudged, limit)
-    _take_over(path, engine.nodes, coarse, few, torch.ones(path.batch, dtype=torch.bool, device=path.device))
-    tally.end[path.numbers] = path.end[:, 0]
+    """Bring a path to where a round each on more and more of its nodes has it: a draft made by the network itself."""
+    everyone = torch.ones(path.batch, dtype=torch.bool, device=path.device)
+    last: tuple[NodeSet, ParallelPath] | None = None
+    for few in engine.opening:
+        reference = condense(engine.steps, engine.prior[0], few, engine.prior[1])
+        coarse = _guess(engine, problem, few, path.samples, reference)
+        if last is not None:
+            _take_over(coarse, few, *last, everyone)
+        size = math.ceil(REACH * few.count)
+        size = min(size, engine.window) if isinstance(engine.window, int) else size
+        rows = SlidingWindow(size, rule.threshold[torch.isin(engine.nodes.indices, few.indices)])
+        yield from turns(tally, coarse, rows, FixedIterations(1, estimate=math.inf), limit)
+        last = few, coarse
+    if last is not None:
+        _take_over(path, engine.nodes, *last, everyone)
+        tally.end[path.numbers] = path.end[:, 0]
 
 
 def _rules(
@@ -179,7 +178,7 @@ def _path(engine: Engine, problem: Problem, nodes: NodeSet, samples: Tensor, coa
     keep = coarse.again.to(coarse.path.device)
     judged = _interpolation(engine, nodes, reference, coarse.path.end[keep, 0])
     path = _guess(engine, problem, nodes, samples, reference, judged)
-    _take_over(path, nodes, coarse.path, coarse.nodes, keep)
+    _take_over(path, nodes, coarse.nodes, coarse.path, keep)
     return path
 
 
@@ -209,7 +208,7 @@ def _guess(
     )
 
 
-def _take_over(path: ParallelPath, nodes: NodeSet, coarse: ParallelPath, coarse_nodes: NodeSet, keep: Tensor) -> None:
+def _take_over(path: ParallelPath, nodes: NodeSet, coarse_nodes: NodeSet, coarse: ParallelPath, keep: Tensor) -> None:
     """Bring a path to where one of the same samples, or of more, is on some of its nodes."""
     old = torch.isin(nodes.indices, coarse_nodes.indices)
     path.take_over(coarse, keep, old, coarse_nodes.weights[nodes.indices])

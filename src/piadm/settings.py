@@ -26,7 +26,7 @@ SMOOTH_ORDER, ROUGH_ORDER = 3, 1
 FACTOR_SMOOTH, POWER_SMOOTH = 1.65, 0.75
 FACTOR_ROUGH, POWER_ROUGH = 3.2, 1.0
 
-#: Nodes of the first rounds, of those that the library has chosen: so many times fewer than an aim takes, but at least.
+#: Nodes of the first round, of those that the library has chosen: so many times fewer than an aim takes, but at least.
 OPENING_SHARE, OPENING_FEWEST = 4, 6
 
 #: Errors that can be helped are brought below this, relative to the data, even where the tolerance is looser: near a
@@ -58,7 +58,7 @@ class Engine:
         importance: how strongly every step's residual acts on what follows, where the network is to read averages of
             the states about a node; None: where it reads the states.
         nodes: the first node set.
-        opening: those of its nodes that the first rounds are confined to; None: they have all.
+        opening: the few of its nodes that each of the first rounds is confined to.
         refinable: whether finer node sets may follow.
         noisy: whether the steps take noise.
         window: rows per sample and round that are evaluated; None: ``activity.REACH`` of the nodes, or all where every
@@ -75,7 +75,7 @@ class Engine:
     clock: Tensor
     importance: Tensor | None
     nodes: NodeSet
-    opening: NodeSet | None
+    opening: tuple[NodeSet, ...]
     refinable: bool
     noisy: bool
     window: int | str | None
@@ -123,7 +123,7 @@ def settle(
     noisy = scheme.normals > 0
     first, refinable = _first_nodes(nodes, clock, aim / deviation, noisy=noisy)
     importance = _importance(scheme, jacobian) if noisy else None
-    opening = _opening(first, clock, aim / deviation, noisy=noisy) if nodes is None else None
+    opening = _opening(first, clock, aim / deviation, noisy=noisy) if nodes is None else ()
     bounds = chosen.bounds(schedule, scheme) if isinstance(chosen, Secant) else (slopes, slopes)
     # The mean of what Gaussian data answer and the bound 1/alpha, sqrt(G/alpha), finite where alpha is 0.
     scaled, noise = schedule.alpha(scheme.times).square() * checked.data_variance, schedule.sigma(scheme.times).square()
@@ -137,7 +137,7 @@ def settle(
         clock=clock,
         importance=importance,
         nodes=with_readings(first, importance),
-        opening=None if opening is None else with_readings(opening, importance),
+        opening=tuple(with_readings(few, importance) for few in opening),
         refinable=refinable,
         noisy=noisy,
         window=_window(window, scheme.count),
@@ -178,12 +178,14 @@ def _enough(aim: float, *, noisy: bool) -> float:
     return factor * math.pow(aim, -power)
 
 
-def _opening(nodes: NodeSet, clock: Tensor, aim: float, *, noisy: bool) -> NodeSet | None:
-    """The nodes of the first rounds; None where they would be too few, or not few."""
+def _opening(nodes: NodeSet, clock: Tensor, aim: float, *, noisy: bool) -> tuple[NodeSet, ...]:
+    """The nodes of the first rounds, each round's among those of the next; none where they would be too few."""
     stride = int(OPENING_SHARE * nodes.count / _enough(aim, noisy=noisy) + 0.5)
-    if stride < 2 or nodes.count < OPENING_FEWEST * stride or not bool((clock.diff() > 0).all()):
-        return None
-    return every(nodes, clock, stride, ROUGH_ORDER if noisy else SMOOTH_ORDER)
+    half = stride // 2
+    if half < 1 or nodes.count < OPENING_FEWEST * stride or not bool((clock.diff() > 0).all()):
+        return ()
+    order = ROUGH_ORDER if noisy else SMOOTH_ORDER
+    return tuple(every(nodes, clock, one, order) for one in ((2 * half, half) if half > 1 else (stride,)))
 
 
 def _importance(steps: Steps, jacobian: Tensor) -> Tensor:
