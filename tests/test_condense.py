@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import mpmath as mp
 import numpy as np
 import pytest
@@ -11,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import piadm
-from piadm.condense import CondensedPath, condense
-from piadm.integrators import AffineSteps
+from piadm.condense import CondensedPath, condense, weights_on_end
+from piadm.integrators import AffineSteps, MultistepSteps
 from piadm.models import GaussianDenoiser
 from piadm.nodes import NodeSet, averaged, every_step, refine, spread, thin
 
@@ -92,6 +94,25 @@ def test_a_condensed_path_is_the_recurrence(problem: tuple[AffineSteps, Tensor, 
     assert float((error / np.array(sizes)).max()) <= 50 * EPS
     assert torch.equal(path.times, steps.times[nodes.indices])
     assert torch.equal(path.slopes, slopes[nodes.indices]) and torch.equal(path.constants, constants[nodes.indices])
+
+
+@quick
+@given(problem=problems())
+def test_weights_on_the_end_are_the_last_row_of_the_path(problem: tuple[AffineSteps, Tensor, NodeSet, Tensor]) -> None:
+    steps, slopes, nodes, _ = problem
+    weights, response = weights_on_end(steps, slopes), condense(steps, slopes, nodes).response[-1, 0]
+    whole = condense(replace(steps, a=steps.a.abs(), b=steps.b.abs()), slopes.abs(), nodes)  # without cancellations
+    most = whole.response[-1, 0] + (weights.abs() @ nodes.weights.abs()) + 1e-300
+    assert float(((weights @ nodes.weights - response).abs() / most).max()) <= 50 * EPS  # as above
+
+
+def test_weights_on_the_end_of_steps_that_look_back() -> None:
+    rng = np.random.default_rng(0)
+    a, b = (np.tril(rng.normal(size=(30, 30))) / 6 for _ in range(2))
+    times, *parts = (torch.tensor(part) for part in (np.arange(30.0), a, b, rng.normal(size=(30, 30, 1))))
+    steps, slopes = MultistepSteps(times, *parts), torch.tensor(rng.normal(size=30))
+    wanted = condense(steps, slopes, every_step(30)).response[-1, 0]
+    torch.testing.assert_close(weights_on_end(steps, slopes), wanted, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(

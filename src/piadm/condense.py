@@ -95,11 +95,47 @@ def condense(steps: Steps, slopes: Tensor, nodes: NodeSet, constants: Tensor | N
     )
 
 
+def weights_on_end(steps: Steps, slopes: Tensor) -> Tensor:
+    """How a residual at each step acts on the end: the last row of ``P`` for every step a node, shape ``(J,)``.
+
+    The same recurrence, walked backwards by one row, so that no other row is computed.
+
+    Args:
+        steps: coefficients of the ``J`` steps.
+        slopes: Jacobian guess ``G_j`` of every step, shape ``(J,)``.
+    """
+    b = steps.b.numpy()
+    if not isinstance(steps, AffineSteps):
+        last = np.eye(1, steps.count, steps.count - 1)[0][:, None]
+        system = torch.from_numpy(_system(steps, slopes.numpy()).T.copy())
+        row = torch.linalg.solve_triangular(system, torch.from_numpy(last), upper=True, unitriangular=True)
+        return torch.from_numpy(row[:, 0].numpy() @ b)
+    a = _with_slopes(steps, slopes.numpy())
+    row, weights = np.eye(1, steps.components)[0], np.empty(steps.count)
+    for j in range(steps.count - 1, -1, -1):
+        weights[j] = row @ b[j]
+        row = row @ a[j]
+    return torch.from_numpy(weights)
+
+
+def _with_slopes(steps: AffineSteps, slopes: Array) -> Array:
+    """``a + b G``: the factor of each step, shape ``(J, s, s)``."""
+    a = steps.a.numpy().copy()
+    a[:, :, 0] += steps.b.numpy() * slopes[:, None]
+    return a
+
+
+def _system(steps: MultistepSteps, slopes: Array) -> Array:
+    """The recurrence as a matrix: ``x - F x_before``, shape ``(J, J)``."""
+    system = np.eye(steps.count)
+    system[:, :-1] -= (steps.a.numpy() + steps.b.numpy() * slopes)[:, 1:]
+    return system
+
+
 def _walk(steps: AffineSteps, slopes: Array, model: Array, read: Array) -> Array:
     """The outputs' matrices ``(n + 1, s, columns)``, by the recurrence itself."""
     s, r, count = steps.components, steps.normals, steps.count
-    a, b, c = steps.a.numpy().copy(), steps.b.numpy(), steps.c.numpy()
-    a[:, :, 0] += b * slopes[:, None]
+    a, b, c = _with_slopes(steps, slopes), steps.b.numpy(), steps.c.numpy()
     first = s + model.shape[1]
     state = np.zeros((s, first + count * r))
     state[:, :s] = np.eye(s)
@@ -117,13 +153,10 @@ def _walk(steps: AffineSteps, slopes: Array, model: Array, read: Array) -> Array
 def _solve(steps: MultistepSteps, slopes: Array, model: Array, read: Array) -> Array:
     """The outputs' matrices ``(n + 1, 1, columns)``: forward substitution in ``x = F x_before + known``."""
     b, count = steps.b.numpy(), steps.count
-    factors = steps.a.numpy() + b * slopes
-    system = np.eye(count)
-    system[:, :-1] -= factors[:, 1:]
-    known = np.concatenate([factors[:, :1], b @ model, steps.c.numpy().reshape(count, -1)], axis=1)
-    states = torch.linalg.solve_triangular(
-        torch.from_numpy(system), torch.from_numpy(known), upper=False, unitriangular=True
-    ).numpy()
+    first = (steps.a.numpy() + b * slopes)[:, :1]
+    known = np.concatenate([first, b @ model, steps.c.numpy().reshape(count, -1)], axis=1)
+    system = torch.from_numpy(_system(steps, slopes))
+    states = torch.linalg.solve_triangular(system, torch.from_numpy(known), upper=False, unitriangular=True).numpy()
     initial = np.eye(1, known.shape[1])
     walked = np.concatenate([initial, states])
     return np.concatenate([read @ walked[:-1], walked[-1:]])[:, None]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from piadm.activity import REACH, SlidingWindow
-from piadm.condense import CondensedPath, condense
+from piadm.condense import CondensedPath, condense, weights_on_end
 from piadm.cost import TimedWindow, latency
 from piadm.draft import start_from_draft
 from piadm.executor import Asking, drive
@@ -165,8 +165,8 @@ def _influence(engine: Engine, problem: Problem, path: CondensedPath, nodes: Nod
     """
     steps, denoiser = engine.steps, problem.denoiser
     width = BOUNDLESS if engine.noisy else math.sqrt(problem.start.shape[1])
-    leading = condense(steps.silent(), Gaussian(width * denoiser.data_variance).slopes(denoiser.schedule, steps), nodes)
-    found = torch.maximum(path.response[-1, 0].abs(), leading.response[-1, 0].abs())
+    leading = weights_on_end(steps, Gaussian(width * denoiser.data_variance).slopes(denoiser.schedule, steps))
+    found = torch.maximum(path.response[-1, 0].abs(), (leading @ nodes.weights).abs())
     return found.clamp(min=FAINTEST)
 
 
@@ -227,11 +227,11 @@ def _interpolation(
         fewest, share = UNKNOWN_ROUGH, max(PROBE_SHARE_ROUGH, PROBE_SHARE_PER_GAP * gap)
     elif coarse_end is not None:
         return Interpolation(None, coarse_end)
-    probes = []
+    probes, every = [], weights_on_end(engine.steps, engine.prior[0])
     for poorer in thin(nodes, engine.clock, engine.order):
         probe = reference.response[-1, 0].clone()
         there = torch.isin(nodes.indices, poorer.indices)
-        probe[there] -= condense(engine.steps.silent(), engine.prior[0], poorer).response[-1, 0]
+        probe[there] -= every @ poorer.weights
         probes.append(share * probe)
     return Interpolation(torch.stack(probes), unknown=nodes.count < fewest)
 

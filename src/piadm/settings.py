@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from numbers import Integral
 
 import torch
 from torch import Tensor
 
 from piadm._checks import choice, described, finite_float, positive_int, shown
-from piadm.condense import condense
+from piadm.condense import weights_on_end
 from piadm.grid import TimeGrid
 from piadm.integrators import Integrator, Steps, integrator
 from piadm.linearization import Gaussian, Linearization, Secant, check_slopes, linearization
@@ -189,10 +189,8 @@ def _opening(nodes: NodeSet, clock: Tensor, aim: float, *, noisy: bool) -> tuple
 
 
 def _importance(steps: Steps, jacobian: Tensor) -> Tensor:
-    """How strongly every step's residual acts on the end, for Gaussian data: as noise would that enters by ``b``."""
-    first = NodeSet(torch.zeros(1, dtype=torch.int64), jacobian.new_zeros(steps.count, 1))
-    response = condense(replace(steps, c=steps.b[..., None]), jacobian, first).noise[-1, 0, :, 0]
-    return response.abs().clamp(min=torch.finfo(torch.float64).tiny)
+    """How strongly every step's residual acts on the end, for Gaussian data."""
+    return weights_on_end(steps, jacobian).abs().clamp(min=torch.finfo(torch.float64).tiny)
 
 
 def with_readings(nodes: NodeSet, importance: Tensor | None) -> NodeSet:
