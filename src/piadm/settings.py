@@ -26,8 +26,8 @@ SMOOTH_ORDER, ROUGH_ORDER = 3, 1
 FACTOR_SMOOTH, POWER_SMOOTH = 1.65, 0.75
 FACTOR_ROUGH, POWER_ROUGH = 3.2, 1.0
 
-#: Nodes of the first round, where the library has chosen the nodes: so many times fewer than an aim takes, but at least.
-#: The first rounds find out what the sample is to be, which takes few nodes.  One on a quarter of them and one on half
+#: Nodes of the first round, where the library chooses them: so many times fewer than an aim takes, but at least.  The
+#: first rounds find out what the sample is to be, which takes few nodes.  One on a quarter of them and one on half
 #: saved mixtures, an MLP and a U-Net 10 to 30 % of the evaluations and cost a quarter of a round on average; two on the
 #: quarter saved as much and cost a little more, two on each saved a few per cent more and cost up to a round.
 OPENING_SHARE, OPENING_FEWEST = 4, 6
