@@ -31,7 +31,7 @@ def _sample(course: Course) -> list[Ladder]:
 
     # The draft's calls are no network's and not among the rounds: the table says that there were some.
     begun = [] if course.denoiser.draft is None else ["from a draft"]
-    counts = [(count, None) for count in (16, 32, 64, 128) if count < course.count]
+    counts = [(count, window) for count in (16, 32, 64, 128) if count < course.count for window in (None, "all")]
     pairs = [(None, None), ("all", None), *counts, (None, "all"), (None, 32), (None, 8)]
     return [[rung(nodes, window, tolerance) for tolerance in _TOLERANCES] for nodes, window in pairs]
 
