@@ -94,12 +94,12 @@ def cost(found: piadm.Solution, errors: Tensor) -> Row:
     stats = found.stats
     return {
         "samples": len(errors),
-        "rounds": int(stats.rounds_per_sample.float().quantile(0.5, interpolation="higher")),
+        "rounds": statistics.median(stats.rounds_per_sample.tolist()),
         "most rounds": int(stats.rounds_per_sample.max()),
-        "evaluations": float(stats.evaluations_per_sample.float().median()),
+        "evaluations": statistics.median(stats.evaluations_per_sample.tolist()),
         "draft rounds": stats.draft_rounds,
         "draft evaluations": stats.draft_evaluations,
-        "median error": float(errors.median()),
+        "median error": statistics.median(errors.tolist()),
         "worst error": float(errors.max()),
         "CONVERGED": sum(status is piadm.Status.CONVERGED for status in found.status),
     }
