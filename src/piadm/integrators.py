@@ -201,8 +201,9 @@ class ScoreExponential:
 
 def variance_preserving(schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``(alpha, sigma^2, scale)`` of the variance-preserving process ``x / scale`` at times ``t``, float64."""
-    scale = torch.hypot(schedule.alpha(t), schedule.sigma(t))
-    return schedule.alpha(t) / scale, (schedule.sigma(t) / scale).square(), scale
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    scale = torch.hypot(alpha, sigma)
+    return alpha / scale, (sigma / scale).square(), scale
 
 
 def _scalar_steps(times: Tensor, a: Tensor, b: Tensor, c: Tensor, *, noisy: bool) -> AffineSteps:
