@@ -177,6 +177,7 @@ def growth() -> list[Row]:
             "quadratic's R2": round(fit.r_squared, 4) if parallel else None,
             "of whole rounds": round(whole.r_squared, 4) if parallel else None,
             "end exponent": round(curve.end_exponent(), 3) if parallel else None,
+            "errors to a + b d^0.1": round(curve.against_power(0.1), 1) if parallel else None,
             "states, 1e8": curve.points[-1].states,
             "exact": all(point.found.exact for point in curve.points),
         })  # fmt: skip

@@ -97,6 +97,7 @@ def test_paper_blocks_tile_the_horizon_in_equal_parts(horizon: float, stop: floa
     assert equal <= length * (1 + ROUNDING)
     assert blocks.count == 1 or (horizon - stop) / (blocks.count - 1) > length  # no fewer would do
     assert blocks.sizes == tuple(len(block) - 1 for block in blocks.times)
+    assert blocks.sizes == Blocks.paper_sizes(horizon, stop, blocks.count, step)
     assert blocks.steps == sum(blocks.sizes) == blocks.grid(OUSchedule()).steps
 
 

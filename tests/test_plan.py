@@ -16,12 +16,15 @@ import piadm
 from piadm import theory
 from piadm.cli import app
 from piadm.models import GaussianDenoiser
+from piadm.theory.families import PaperODE, Target
+from piadm.theory.proposals import DOUBT
+from piadm.theory.search import Expansion
 
 VARIANCES = [0.05, 0.3, 1.0, 3.0]
 
-#: What is promised in seconds is promised for a core of its time, at work on this alone; others may be so much slower.
-#: The same code on the same machine took 0.9 and 1.8 s on two days.
-SLOWER = 3.0
+#: A second is promised for a core at work on this alone.  The slowest of these plans takes 0.6 s then; the same core
+#: has been found at half its speed.
+SLOWER = 1.5
 
 
 def seconds(call: Callable[[], object]) -> Iterator[float]:
@@ -116,6 +119,23 @@ def test_the_least_memory_that_is_named_will_do() -> None:
     assert piadm.plan(10**7, memory_limit=least, **given).states <= least
 
 
+def test_a_limit_beyond_the_least_is_not_refused() -> None:
+    # What its coarse grids said of the step was 15 % off once, and a limit twice the least memory was refused.
+    plan = piadm.plan(10**8, kl=0.1, method="ode", memory_limit=1000)
+    assert plan.states <= 1000 < plan.forbidden.states and plan.kl <= 0.1
+
+
+def test_what_a_step_settles_to_is_foretold() -> None:
+    target = Target(theory.VarianceBounds(1 / 20, 20.0, 10**8))
+    for count in (14, 31, 75, 140, 300):
+        settings = (PaperODE(3, 0.7, 1.0), target, 14.0, count)
+        expansion = Expansion.of(*settings, 0.1)
+        step = expansion.longest_step(target, 0.09)
+        foretold, family = target.kl(expansion.at(step)), settings[0]
+        # The doubt that proposals are judged with, at a step a dozen times shorter than the grids'.
+        assert 1 / DOUBT <= float(target.kl(family.settled(*settings[1:], step)) / foretold) <= DOUBT
+
+
 def test_a_plan_run_for_real_has_the_divergence_it_predicts() -> None:
     dimension, each, count = 100, 20, 2000
     plan = piadm.plan(dimension, kl=0.1, spectrum=VARIANCES)
@@ -183,32 +203,6 @@ def test_nonsense_is_named(arguments: dict[str, object], named: str) -> None:
     given = dict(dimension=100, kl=0.1) | arguments
     with pytest.raises((ValueError, TypeError), match=named):
         piadm.plan(given.pop("dimension"), **given)
-
-
-@pytest.mark.parametrize(
-    ("call", "named"),
-    [
-        (lambda: theory.Spectrum([1.0], [1.0, 2.0]), "counts"),
-        (lambda: theory.Spectrum([1.0], [-1.0]), "counts"),
-        (lambda: theory.Spectrum([1.0], [1.0], [0.0, 1.0]), "means"),
-        (lambda: theory.Spectrum([1.0], [1e16]), "counts"),
-        (lambda: theory.Spectrum.two_level(0.1, 1.0, 1.5, 10), "share"),
-        (lambda: theory.Spectrum.power_law(-1.0, 10), "power"),
-        (lambda: theory.VarianceBounds(2.0, 1.0, 10), "high"),
-    ],
-)
-def test_wrong_spectra_are_named(call: object, named: str) -> None:
-    with pytest.raises(ValueError, match=named):
-        call()
-
-
-def test_spectra_add_up() -> None:
-    power = theory.Spectrum.power_law(2.0, 10**6, top=4.0, ratio=100.0)
-    assert power.dimension == 10**6 and float(power.variances.max()) < 4.0 and float(power.variances.min()) > 0.04
-    # The ranks' continuum from 1 to 10: the mean of 4/q^2 is 4/10, by 24 midpoints within a few percent.
-    assert power.average == pytest.approx(0.4, rel=0.03)
-    two = theory.Spectrum.two_level(0.1, 2.0, 0.25, 1000)
-    assert two.dimension == 1000 and two.average == pytest.approx(0.575)
 
 
 def test_the_command_prints_and_writes_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -106,6 +106,25 @@ def test_rounds_grow_as_a_polynomial_of_the_logarithm(name: str, curves: dict[st
     assert curve.polynomial().r_squared >= 0.985  # of seven points; of thirteen, as the benchmark has, 0.99
     assert curve.end_exponent() < 0.1
     assert curve.power().r_squared < curve.polynomial().r_squared
+    # Of seven points, four are left for the error: Student's t with four degrees of freedom passes 2.1 in 5 % of cases.
+    assert curve.against_power(0.1) > 2.1
+
+
+def test_a_power_is_told_from_a_logarithm() -> None:
+    d, generator = [10 ** (k / 2) for k in range(4, 17)], torch.Generator().manual_seed(0)
+    noise = 2 * torch.randn(len(d), dtype=torch.float64, generator=generator)
+    powers, logs = ([f(x) + e for x, e in zip(d, noise.tolist(), strict=True)] for f in (_power, _logarithm))
+    assert theory.against_power(d, powers, 0.25) < 3 < 10 < theory.against_power(d, powers, 0.4)
+    assert theory.against_power(d, logs, 0.0) < 3 < 10 < theory.against_power(d, logs, 0.1)
+    assert theory.against_power(d, powers, -0.5) == 0  # the best exponent is above that
+
+
+def _power(d: float) -> float:
+    return 5 + 3 * d**0.25
+
+
+def _logarithm(d: float) -> float:
+    return 5 + 15 * math.log(d)
 
 
 def test_the_prototypes_rounds_are_met(curves: dict[str, theory.Curve]) -> None:

@@ -235,6 +235,13 @@ class Blocks:
         uniform = [torch.linspace(*span, inner + 1, dtype=torch.float64) for span in spans]
         return cls([*uniform, _shrinking(borders[-2], eta, eps)])
 
+    @staticmethod
+    def paper_sizes(horizon: float, early_stop: float, count: int, step: float) -> tuple[int, ...]:
+        """Steps of each block of that partition into ``count`` equal blocks; takes arguments that are right."""
+        length = (horizon - early_stop) / count
+        last = horizon if count == 1 else early_stop + length
+        return (_ceil(length / step),) * (count - 1) + (max(1, sum(_shrinking_steps(last, early_stop, step))),)
+
     def grid(self, schedule: NoiseSchedule) -> TimeGrid:
         """All blocks joined, on the schedule's own clock: the times of equal log-SNR.
 
@@ -260,18 +267,20 @@ class Blocks:
 
 
 def _shrinking(start: float, end: float, step: float) -> Tensor:
-    """Times from ``start`` to ``end``; a step is at most ``step * min(1, time at its end)``."""
-    # Above 1 + step the uniform step is the shorter one, below it the geometric one: t' = t / (1 + step).
-    rate = math.log1p(step)
-    uniform = max(0, math.ceil((start - max(end, 1.0 + step)) / step))
+    """Times from ``start`` to ``end``; a step is at most ``step * min(1, time at its end)``, the last one cut."""
+    uniform, geometric = _shrinking_steps(start, end, step)
     coarse = start - step * torch.arange(uniform + 1, dtype=torch.float64)
-    turn = float(coarse[-1])
-    geometric = max(0, math.ceil((math.log(turn) - math.log(end)) / rate)) if turn > end else 0
-    fine = turn * torch.exp(-rate * torch.arange(1, geometric + 1, dtype=torch.float64))
-    inner = torch.cat([coarse[1:], fine])
-    # A time this close to the end would leave a step of mere rounding; the one before it takes it along.
-    inner = inner[inner > end + _ROUNDING * step * min(1.0, end)]
+    fine = coarse[-1] * torch.exp(-math.log1p(step) * torch.arange(1, geometric + 1, dtype=torch.float64))
+    inner = torch.cat([coarse[1:], fine])[:-1]
     return torch.cat([inner.new_tensor([start]), inner, inner.new_tensor([end])])
+
+
+def _shrinking_steps(start: float, end: float, step: float) -> tuple[int, int]:
+    """How many of these steps are uniform, and how many geometric; rounding alone makes no step."""
+    # Above 1 + step the uniform step is the shorter one, below it the geometric one: t' = t / (1 + step).
+    uniform = max(0, math.ceil((start - max(end, 1.0 + step)) / step - _ROUNDING))
+    turn = start - step * uniform
+    return uniform, max(0, math.ceil(math.log(turn / end) / math.log1p(step) - _ROUNDING)) if turn > end else 0
 
 
 def _ceil(quotient: float) -> int:

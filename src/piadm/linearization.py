@@ -79,8 +79,13 @@ class Gaussian:
 
     def slopes(self, schedule: NoiseSchedule, steps: Steps) -> Tensor:
         """``alpha v/(alpha^2 v + sigma^2)`` for every step."""
-        alpha, sigma = schedule.alpha(steps.times), schedule.sigma(steps.times)
-        return alpha * self.variance / (alpha.square() * self.variance + sigma.square())
+        return gaussian_slopes(schedule, steps.times, self.variance)
+
+
+def gaussian_slopes(schedule: NoiseSchedule, times: Tensor, variance: float | Tensor) -> Tensor:
+    """``alpha v/(alpha^2 v + sigma^2)`` at times ``(J,)``, for a variance or several ``(..., 1)``."""
+    alpha, sigma = schedule.alpha(times), schedule.sigma(times)
+    return alpha * variance / (alpha.square() * variance + sigma.square())
 
 
 @dataclass(frozen=True)

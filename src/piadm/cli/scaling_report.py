@@ -82,12 +82,13 @@ class Report:
 
 
 def _record(curve: Curve) -> dict[str, Any]:
-    fits: dict[str, Any] = {"power": None, "polynomial": None, "end_exponent": None}
+    fits: dict[str, Any] = {"power": None, "polynomial": None, "end_exponent": None, "against_power": None}
     if len(curve.points) >= _FEWEST:
         fits = {
             "power": asdict(curve.power()),
             "polynomial": asdict(curve.polynomial()),
             "end_exponent": curve.end_exponent(),
+            "against_power": {"power": 0.1, "standard_errors": curve.against_power(0.1)},
         }
     return {"name": curve.name, "title": curve.title, **fits, "points": [_point(point) for point in curve.points]}
 

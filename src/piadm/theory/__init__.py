@@ -6,7 +6,7 @@ without sampling, from the very coefficients that the sampler runs on.
 
 from piadm.theory.chain import ScoreError
 from piadm.theory.engine import engine_law, gaussian_law, secant_law
-from piadm.theory.fits import Fit, last_exponent, log_polynomial_fit, power_fit
+from piadm.theory.fits import Fit, against_power, last_exponent, log_polynomial_fit, power_fit
 from piadm.theory.law import Law, affinity_loss, hellinger_bounds, kl, pinsker, squared_distance
 from piadm.theory.laws import piadm_ode_law, piadm_sde_law, sequential_law, sequential_ode_law
 from piadm.theory.pathwise import path_kl
@@ -28,6 +28,7 @@ __all__ = [
     "Spectrum",
     "VarianceBounds",
     "affinity_loss",
+    "against_power",
     "engine_law",
     "gaussian_law",
     "hellinger_bounds",

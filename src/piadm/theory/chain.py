@@ -9,7 +9,8 @@ What enters iterate ``k - i`` at step ``j`` reaches the end of iterate ``k`` mul
     Q_j(z) = prod_{l > j} (p_l + r_l z)
 
 and what enters all iterates alike, as the noise does, by a partial sum of these.  The coefficients of all ``j`` follow,
-order by order, from one cumulative sum: the law after every number of iterations costs O(K J).
+order by order, from one cumulative sum: the law after every number of iterations costs O(K J).  Sums and products run
+from the last step to the first.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from piadm._checks import finite_float
 from piadm.integrators import AffineSteps
-from piadm.linearization import Gaussian
+from piadm.linearization import gaussian_slopes
 from piadm.schedule import NoiseSchedule
 from piadm.theory.law import AffineMap
 from piadm.theory.spectrum import Modes
@@ -48,31 +49,36 @@ class ScoreError:
         finite_float("noise", self.noise, low=0.0, low_open=False)
 
 
+#: Numbers of an array that are worked on at a time: half a dozen such arrays stay in a processor's cache.
+CACHED = 1 << 14
+
+
 @dataclass(frozen=True)
 class Chain:
-    """Affine steps together with the exact denoiser of Gaussian modes, every array ``(J, m)`` float64.
+    """Affine steps together with the exact denoiser of Gaussian modes, float64.
 
     Attributes:
         steps: coefficients ``a, b, c``.
-        jacobian: ``J`` of the denoiser.
-        shift: ``b g``, what its constant part adds.
-        variance: ``c^2``, and what a noisy score adds.
+        jacobian: ``J`` of the denoiser, ``(m, J)``.
+        shift: ``b g``, what its constant part adds, ``(m, J)``; None: nothing.
+        variance: ``c^2``, and what a noisy score adds, ``(J,)``; None: nothing.
     """
 
     steps: AffineSteps
     jacobian: Tensor
-    shift: Tensor
-    variance: Tensor
+    shift: Tensor | None
+    variance: Tensor | None
 
     @property
     def factor(self) -> Tensor:
-        """``a + b J``: a step of the sequential sampler."""
-        return self.steps.a[:, :1, 0] + self.steps.b[:, :1] * self.jacobian
+        """``a + b J``: a step of the sequential sampler, ``(m, J)``."""
+        return torch.addcmul(self.steps.a[:, 0, 0], self.steps.b[:, 0], self.jacobian)
 
     def part(self, first: int, last: int) -> Chain:
         """Steps ``first .. last - 1``."""
-        arrays = (array[first:last] for array in (self.jacobian, self.shift, self.variance))
-        return Chain(self.steps.part(first, last), *arrays)
+        shift = None if self.shift is None else self.shift[:, first:last]
+        variance = None if self.variance is None else self.variance[first:last]
+        return Chain(self.steps.part(first, last), self.jacobian[:, first:last], shift, variance)
 
 
 def chain(modes: Modes, schedule: NoiseSchedule, steps: AffineSteps, error: ScoreError | None = None) -> Chain:
@@ -84,29 +90,32 @@ def chain(modes: Modes, schedule: NoiseSchedule, steps: AffineSteps, error: Scor
         steps: coefficients of a one-component state.
         error: what is wrong with the score; None: nothing.
     """
-    jacobian = jacobians(modes, schedule, steps)
-    alpha, sigma = (level(steps.times)[:, None] for level in (schedule.alpha, schedule.sigma))
-    shift = steps.b * (1 - alpha * jacobian) * modes.means
-    variance = steps.c.square().sum((1, 2))[:, None].expand_as(jacobian)
+    alpha, sigma, b = schedule.alpha(steps.times), schedule.sigma(steps.times), steps.b[:, 0]
+    jacobian = gaussian_slopes(schedule, steps.times, modes.variances[:, None])
+    shift = b * (1 - alpha * jacobian) * modes.means[:, None] if bool(modes.means.any()) else None
+    variance = steps.c.square().sum((1, 2)) if steps.normals else None
     if error is not None:
-        strength = steps.b * sigma.square() / alpha  # D = (x + sigma^2 s)/alpha
-        shift, variance = shift + strength * error.bias, variance + (strength * error.noise).square()
+        strength = b * sigma.square() / alpha  # D = (x + sigma^2 s)/alpha
+        added, spread = (strength * error.bias).expand_as(jacobian), (strength * error.noise).square()
+        shift = added if shift is None else shift + added
+        variance = spread if variance is None else variance + spread
     return Chain(steps, jacobian, shift, variance)
-
-
-def jacobians(modes: Modes, schedule: NoiseSchedule, steps: AffineSteps) -> Tensor:
-    """Slope of the exact denoiser at every step for each mode, ``(J, m)``."""
-    slopes = [Gaussian(variance).slopes(schedule, steps) for variance in modes.variances.tolist()]
-    return torch.stack(slopes, dim=1)
 
 
 def sequential_maps(chain: Chain, blocks: int = 1) -> AffineMap:
     """Blocks of as many steps each, as the sequential sampler walks them: gain, shift and variance ``(N, m)``."""
-    factor, added, noise = (side_by_side(array, blocks) for array in (chain.factor, chain.shift, chain.variance))
-    products = suffix_products(factor)
-    after = products[1:]
-    maps = (products[0], (added * after).sum(0), (noise * after.square()).sum(0))
-    return AffineMap(*(array.view(blocks, -1) for array in maps))
+    products = backwards(chain.factor, blocks).cumprod(-1)
+    shift = _led_on(chain.shift, products, blocks)
+    variance = _led_on(chain.variance, products if chain.variance is None else products.square(), blocks)
+    return AffineMap(products[..., -1].T, shift.T, variance.T)
+
+
+def _led_on(terms: Tensor | None, products: Tensor, blocks: int) -> Tensor:
+    """``sum_j terms_j prod_{l > j} f_l`` of each block, from the products of its last 1, 2, .. factors, ``(m, N)``."""
+    if terms is None:
+        return torch.zeros_like(products[..., 0])
+    last_first = backwards(terms, blocks)
+    return last_first[..., 0] + (last_first[..., 1:] * products[..., :-1]).sum(-1)
 
 
 def constant_start_maps(chain: Chain, slopes: Tensor, scale: Tensor, iterations: int, blocks: int) -> AffineMap:
@@ -122,16 +131,10 @@ def constant_start_maps(chain: Chain, slopes: Tensor, scale: Tensor, iterations:
     Returns:
         Gain, shift and variance, each ``(N, K, m)``.
     """
-    per_mode = kept(chain, slopes), missing(chain, slopes), chain.shift, chain.variance, scale[:, None]
-    own, rest, added, noise, scales = (side_by_side(array.expand_as(chain.jacobian), blocks) for array in per_mode)
-    start, rows, below = rest * (scales / scales[:1]), [], torch.zeros(())
-    for order in orders(own, rest, iterations):
-        below = below + order
-        after = below[1:]
-        gain = below[0] + (start * order[1:]).sum(0)
-        rows.append((gain, (added * after).sum(0), (noise * after.square()).sum(0)))
-    columns = (torch.stack(column).view(iterations, blocks, -1).transpose(0, 1) for column in zip(*rows, strict=True))
-    return AffineMap(*columns)
+    scales = backwards(scale, blocks)
+    own, ratio = backwards(kept(chain, slopes), blocks), relative(chain, slopes, blocks)
+    reached, begun, shift, variance = sums(chain, own, ratio, ratio * own * (scales / scales[:, -1:]), iterations)
+    return AffineMap(reached + begun, shift, variance)
 
 
 def reference_start_map(chain: Chain, slopes: Tensor, constants: Tensor, iterations: int) -> AffineMap:
@@ -146,59 +149,89 @@ def reference_start_map(chain: Chain, slopes: Tensor, constants: Tensor, iterati
     Returns:
         Gain, shift and variance, each ``(K, m)``.
     """
-    first = chain.steps.b * constants[:, None]
-    rows, below = [], torch.zeros(())
-    for order in orders(kept(chain, slopes), missing(chain, slopes), iterations + 1):
-        reached = below
-        below = below + order
-        if reached.ndim:
-            shift = (chain.shift * reached[1:] + first * order[1:]).sum(0)
-            rows.append((below[0], shift, (chain.variance * below[1:].square()).sum(0)))
-    return AffineMap(*(torch.stack(column) for column in zip(*rows, strict=True)))
+    own, ratio = backwards(kept(chain, slopes), 1), relative(chain, slopes, 1)
+    first = backwards(chain.steps.b[:, 0] * constants, 1)
+    reached, begun, shift, variance = sums(chain, own, ratio, first, iterations + 1)[:, 0]
+    return AffineMap(reached[1:], shift[:-1] + begun[1:], variance[1:])
 
 
 def kept(chain: Chain, slopes: Tensor) -> Tensor:
-    """``p = a + b G``, what an iterate makes of its own state, ``(J, 1)``.
+    """``p = a + b G``, what an iterate makes of its own state, ``(J,)``.
 
     Raises:
         ValueError: if a step is so long that one is not positive.
     """
-    own = chain.steps.a[:, :1, 0] + chain.steps.b * slopes[:, None]
+    own = chain.steps.a[:, 0, 0] + chain.steps.b[:, 0] * slopes
     if bool((own <= 0).any()):
         time = float(chain.steps.times[int((own <= 0).nonzero()[0, 0])])
         raise ValueError(f"steps must be short enough that a + b G > 0, got {float(own.min()):g} at time {time:g}")
     return own
 
 
-def missing(chain: Chain, slopes: Tensor) -> Tensor:
-    """``r = b (J - G)``, what it makes of the iterate before, ``(J, m)``."""
-    return chain.steps.b * (chain.jacobian - slopes[:, None])
+def relative(chain: Chain, slopes: Tensor, blocks: int) -> Tensor:
+    """``R = r/p`` with ``r = b (J - G)``, what an iterate makes of the one before, ``(m, N, M)``, last step first."""
+    return backwards(chain.steps.b[:, 0] / kept(chain, slopes) * (chain.jacobian - slopes), blocks)
 
 
-def side_by_side(array: Tensor, blocks: int) -> Tensor:
-    """Blocks of as many steps each, ``(J, m)``, as more modes: ``(J/N, N m)``."""
-    return array.reshape(blocks, -1, array.shape[1]).transpose(0, 1).flatten(1)
+def backwards(array: Tensor, blocks: int) -> Tensor:
+    """Blocks of as many steps each, ``(..., J)``, as ``(..., N, M)``, the last step first."""
+    return array.reshape(*array.shape[:-1], blocks, -1).flip(-1)
 
 
-def orders(kept: Tensor, missing: Tensor, count: int) -> Iterator[Tensor]:
-    """Coefficients of ``z^0, z^1, ..`` in ``prod_{l >= j} (p_l + r_l z)``, each ``(J + 1, m)``.
+def sums(chain: Chain, own: Tensor, ratio: Tensor, start: Tensor, count: int) -> Tensor:
+    """What each block's orders of ``z^0 .. z^{K-1}`` in ``Q_j(z)`` and their partial sums ``S_j`` come to.
 
-    With ``R = r/p`` and the products ``P_j`` of the ``p``, ``e_k(j) = P_j sum_{l >= j} R_l e_{k-1}(l+1)/P_{l+1}``.
+    Args:
+        chain: steps and exact denoiser of the blocks.
+        own: ``p``, last step first, ``(N, M)``.
+        ratio: ``r/p``, last step first, ``(m, N, M)``.
+        start: what enters a single iterate, last step first, ``(N, M)`` or ``(m, N, M)``.
+        count: ``K``.
+
+    Returns:
+        ``S`` of all steps; the sums over ``j`` of ``start_j Q_j``, of ``b g_j S_j`` and of ``c_j^2 S_j^2``:
+        ``(4, N, K, m)``.
     """
-    ratio, products = missing / kept, suffix_products(kept)
-    relative = torch.ones(len(ratio) + 1, ratio.shape[1], dtype=ratio.dtype)
-    for _ in range(count):
-        yield products * relative
-        following = torch.zeros_like(relative)
-        following[:-1] = suffix_sums(ratio * relative[1:])
-        relative = following
+    products, blocks = own.cumprod(-1), len(own)
+    after = torch.cat([torch.ones_like(products[:, :1]), products[:, :-1]], dim=-1)
+    added = None if chain.shift is None else backwards(chain.shift, blocks) * after
+    noise = None if chain.variance is None else backwards(chain.variance, blocks) * after.square()
+    rows, flat = max(1, CACHED // ratio.shape[-1]), ratio.flatten(0, 1)
+    begun = (start * after).expand_as(ratio).flatten(0, 1)
+    added, noise = (one if one is None else one.expand_as(ratio).flatten(0, 1) for one in (added, noise))
+    parts = []
+    for first in range(0, len(flat), rows):
+        at = slice(first, first + rows)
+        more = (one if one is None else one[at] for one in (added, noise))
+        parts.append(_sums(flat[at], begun[at], *more, count=count))
+    found = torch.cat(parts, dim=-1).view(4, count, *ratio.shape[:2]).permute(0, 3, 1, 2)
+    found[0] *= products[:, -1, None, None]
+    return found
 
 
-def suffix_products(factors: Tensor) -> Tensor:
-    """``prod_{l >= j} factors_l`` for ``j = 0 .. J``, ``(J + 1, m)``; the last is the empty product."""
-    return torch.cat([factors.flip(0).cumprod(0).flip(0), torch.ones_like(factors[:1])])
+def _sums(ratio: Tensor, start: Tensor, added: Tensor | None, noise: Tensor | None, *, count: int) -> Tensor:
+    """These of rows ``(n, M)``, ``(4, K, n)``; the products of the ``p`` are in what is summed."""
+    found, below = ratio.new_zeros(4, count, len(ratio)), torch.zeros_like(ratio)
+    for k, (order, whole) in enumerate(orders(ratio, count)):
+        found[0, k] = whole + found[0, k - 1] if k else whole
+        found[1, k] = (start * order).sum(-1)
+        if added is not None or noise is not None:
+            below += order
+        if added is not None:
+            found[2, k] = (added * below).sum(-1)
+        if noise is not None:
+            found[3, k] = (noise * below.square()).sum(-1)
+    return found
 
 
-def suffix_sums(terms: Tensor) -> Tensor:
-    """``sum_{l >= j} terms_l`` for ``j = 0 .. J - 1``."""
-    return terms.flip(0).cumsum(0).flip(0)
+def orders(ratio: Tensor, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Coefficients of ``z^0, z^1, ..`` in ``prod_{l > j} (1 + R_l z)`` ``(n, M)`` and in that of all steps ``(n,)``.
+
+    They are ``e_k(j) = sum_{l > j} R_l e_{k-1}(l)``; the last step comes first, as it does in ``R (n, M)``.
+    """
+    padded, terms = ratio.new_ones(len(ratio), ratio.shape[1] + 1), ratio.new_zeros(len(ratio), ratio.shape[1] + 1)
+    for k in range(count):
+        if k:
+            torch.mul(ratio, padded[:, :-1], out=terms[:, 1:])
+            padded = terms.cumsum(-1)
+        yield padded[:, :-1], padded[:, -1]

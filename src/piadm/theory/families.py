@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cached_property
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
 from piadm._checks import finite_float
 from piadm.corrector import Corrector
-from piadm.grid import Blocks, TimeGrid
-from piadm.schedule import NoiseSchedule
+from piadm.grid import Blocks
+from piadm.theory.cuts import CutBlocks, cut
 from piadm.theory.engine import gaussian_law, secant_law
 from piadm.theory.law import Law, kl
-from piadm.theory.laws import piadm_ode_law, piadm_sde_law, sequential_law, sequential_ode_law
+from piadm.theory.laws import Predictor, sequential_law
 from piadm.theory.spectrum import OU, Modes, Spectrum, noised
 
 
@@ -38,7 +37,7 @@ class Target:
     def __post_init__(self) -> None:
         finite_float("early_stop", self.early_stop, low=0.0)
 
-    @property
+    @cached_property
     def law(self) -> Law:
         """Law of the noised data."""
         return noised(self.modes, OU, self.early_stop)
@@ -88,11 +87,20 @@ class Family(Protocol):
         """States per sample that the parallel sampler holds at once."""
         ...
 
+    def fitting(self, target: Target, horizon: float, count: int, step: float, coarsest: int) -> float:
+        """A step, at most so long, of which it and multiples up to some are not rounded to fit: its law is smooth."""
+        ...
+
 
 class _InBlocks:
     """What the paper's algorithms share: their blocks."""
 
     longest_block: float | None
+    eta: ClassVar[float]
+
+    def predictor(self, target: Target, horizon: float, count: int, step: float) -> Predictor:
+        """Of the exact law, over ``count`` blocks."""
+        return Predictor.of(target.modes, self.blocks(target, horizon, count, step), self.eta)
 
     def fewest_blocks(self, target: Target, horizon: float) -> int:
         """The least number of blocks."""
@@ -114,6 +122,7 @@ class PaperSDE(_InBlocks):
     """
 
     longest_block: float | None = None
+    eta: ClassVar[float] = 1.0
 
     def corrector(self, target: Target, horizon: float, count: int, step: float) -> Corrector | None:
         """None: it has no corrector."""
@@ -121,11 +130,12 @@ class PaperSDE(_InBlocks):
 
     def settled(self, target: Target, horizon: float, count: int, step: float) -> Law:
         """Law of the sequential sampler."""
-        return sequential_law(target.modes, "paper-sde", self.blocks(target, horizon, count, step).grid(OU))
+        return self.predictor(target, horizon, count, step).settled(None)
 
     def iterates(self, target: Target, horizon: float, count: int, step: float, iterations: int) -> Law:
         """Law after each number of iterations per block."""
-        return piadm_sde_law(target.modes, self.blocks(target, horizon, count, step), iterations)
+        predictor = self.predictor(target, horizon, count, step)
+        return predictor.followed(predictor.picard(iterations), None)
 
     def rounds(self, count: int, iterations: int) -> int:
         """``K N``."""
@@ -138,6 +148,10 @@ class PaperSDE(_InBlocks):
     def states(self, target: Target, horizon: float, count: int, step: float) -> float:
         """The last block has the most steps."""
         return _largest_block(target, horizon, count, step)
+
+    def fitting(self, target: Target, horizon: float, count: int, step: float, coarsest: int) -> float:
+        """Any: blocks have so many steps that one more or less is nothing."""
+        return step
 
 
 @dataclass(frozen=True)
@@ -158,22 +172,24 @@ class PaperODE(_InBlocks):
     inner: int
     time: float = 1.0
     longest_block: float | None = None
+    eta: ClassVar[float] = 0.0
 
     def corrector(self, target: Target, horizon: float, count: int, step: float) -> Corrector:
         """The corrector that goes with a partition."""
         root = 1 / math.sqrt(float(target.law.variance.min()))
-        time = min(self.time, target.span(horizon) / count)
+        time = self._time(target, horizon, count)
         return Corrector(time / root, time / root, step / root, self.inner, root)
 
     def settled(self, target: Target, horizon: float, count: int, step: float) -> Law:
         """Law of the sequential sampler, the corrector's steps taken in turn too."""
         settings = (target, horizon, count, step)
-        return sequential_ode_law(target.modes, self.blocks(*settings), self.corrector(*settings))
+        return self.predictor(*settings).settled(self.corrector(*settings))
 
     def iterates(self, target: Target, horizon: float, count: int, step: float, iterations: int) -> Law:
         """Law after each number of the predictor's iterations per block."""
         settings = (target, horizon, count, step)
-        return piadm_ode_law(target.modes, self.blocks(*settings), iterations, self.corrector(*settings))
+        predictor = self.predictor(*settings)
+        return predictor.followed(predictor.picard(iterations), self.corrector(*settings))
 
     def rounds(self, count: int, iterations: int) -> int:
         """``(K + K_dagger N_dagger) N`` with ``N_dagger = 1``."""
@@ -186,6 +202,14 @@ class PaperODE(_InBlocks):
     def states(self, target: Target, horizon: float, count: int, step: float) -> float:
         """The last predictor block has the most steps, unless blocks are so short that the corrector has."""
         return max(_largest_block(target, horizon, count, step), 1 / step)
+
+    def fitting(self, target: Target, horizon: float, count: int, step: float, coarsest: int) -> float:
+        """One of which the corrector takes a whole number, of its multiples too; it has few steps where blocks do."""
+        time = self._time(target, horizon, count)
+        return time / (coarsest * math.ceil(time / (coarsest * step) - 1e-9))
+
+    def _time(self, target: Target, horizon: float, count: int) -> float:
+        return min(self.time, target.span(horizon) / count)
 
 
 @dataclass(frozen=True)
@@ -228,51 +252,9 @@ class Engine:
         """All of the grid's: there is one window."""
         return target.steps(horizon, step)
 
-
-@dataclass(frozen=True)
-class CutBlocks:
-    """Blocks cut into more.
-
-    Attributes:
-        paper: the blocks.
-        sizes: steps of each of the more.
-    """
-
-    paper: Blocks
-    sizes: tuple[int, ...]
-
-    def grid(self, schedule: NoiseSchedule) -> TimeGrid:
-        """All times, on the schedule's own clock."""
-        return self.paper.grid(schedule)
-
-    def blocks(self) -> Blocks:
-        """For the samplers."""
-        times = self.paper.grid(OU).times
-        borders = itertools.accumulate(self.sizes, initial=0)
-        return Blocks([times[first : last + 1] for first, last in itertools.pairwise(borders)])
-
-
-def cut(sizes: Sequence[int], count: int) -> list[int]:
-    """Steps of ``count`` blocks, each at most as long as one of those given and with as few steps as can be.
-
-    The last of the paper's blocks has several times the steps of one of the others: it is cut first, and all of them
-    anew once its parts have fewer.
-
-    Args:
-        sizes: steps of each of the paper's blocks; all but the last have as many.
-        count: number of blocks, between theirs and that of all steps.
-    """
-    before, last = list(sizes[:-1]), sizes[-1]
-    parts = _evenly(last, count - len(before)) if count - len(before) <= last else []
-    if parts and (not before or parts[0] >= before[0]):
-        return before + parts
-    return _evenly(sum(sizes), count)
-
-
-def _evenly(steps: int, count: int) -> list[int]:
-    """So many steps in blocks that differ by one at most, the larger ones first."""
-    fewest, more = divmod(steps, count)
-    return [fewest + 1] * more + [fewest] * (count - more)
+    def fitting(self, target: Target, horizon: float, count: int, step: float, coarsest: int) -> float:
+        """Any: it takes the grid's."""
+        return step
 
 
 def _largest_block(target: Target, horizon: float, count: int, step: float) -> float:

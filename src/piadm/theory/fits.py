@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -45,6 +46,30 @@ def log_polynomial_fit(d: Sequence[float], y: Sequence[float], degree: int = 2) 
         degree: of the polynomial.
     """
     return _least_squares(_log(d), torch.tensor(y, dtype=torch.float64), degree)
+
+
+def against_power(d: Sequence[float], y: Sequence[float], power: float) -> float:
+    """Standard errors between the data and the nearest ``y = a + b d^p`` with ``p >= power``.
+
+    With ``S(p)`` the least sum of squares over ``a`` and ``b`` for an exponent, ``p = 0`` being ``a + b ln d``:
+
+        t = sqrt((n - 3) (min_{p >= power} S / min_p S - 1))
+
+    which is Student's t with ``n - 3`` degrees of freedom if the truth is of that form.
+
+    Args:
+        d: positive, more than three.
+        y: what grows.
+        power: smallest exponent that is tried, between -1 and 2.
+    """
+    logs, values = _log(d), torch.tensor(y, dtype=torch.float64)
+    tried = torch.cat([torch.linspace(-1, 2, 3001, dtype=torch.float64), torch.tensor([power], dtype=torch.float64)])
+    tried = torch.where(tried.abs() < 1e-9, 1e-9, tried)
+    slope = torch.expm1(tried[:, None] * logs) / tried[:, None]
+    slope = slope - slope.mean(1, keepdim=True)
+    values = values - values.mean()
+    left = values.square().sum() - (slope @ values).square() / slope.square().sum(1)
+    return math.sqrt(max(0.0, (len(d) - 3) * float(left[tried >= power].min() / left.min() - 1)))
 
 
 def last_exponent(d: Sequence[float], fit: Fit) -> float:

@@ -21,8 +21,8 @@ class Law:
     mean: Tensor
     variance: Tensor
 
-    def __getitem__(self, index: int) -> Law:
-        """The law of one setting."""
+    def __getitem__(self, index: int | slice) -> Law:
+        """The law of one setting, or of some."""
         return Law(self.mean[index], self.variance[index])
 
 
@@ -49,7 +49,7 @@ class AffineMap:
         shift, variance = self.gain * first.shift + self.shift, self.gain.square() * first.variance + self.variance
         return AffineMap(self.gain * first.gain, shift, variance)
 
-    def __getitem__(self, index: int | slice | tuple[slice, None]) -> AffineMap:
+    def __getitem__(self, index: int | slice | tuple[slice, slice | None]) -> AffineMap:
         """One of several maps, some of them, or all with one more dimension."""
         return AffineMap(self.gain[index], self.shift[index], self.variance[index])
 

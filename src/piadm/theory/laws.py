@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Protocol
 
@@ -91,7 +92,8 @@ def piadm_sde_law(
     Raises:
         TypeError, ValueError: for bad arguments, or a step too long for the score-frozen iteration.
     """
-    return _block_by_block(modes, blocks, iterations, schedule, error, 1.0, None)
+    predictor = Predictor.of(modes, blocks, 1.0, schedule, error)
+    return predictor.followed(predictor.picard(iterations), None)
 
 
 def piadm_ode_law(
@@ -119,7 +121,8 @@ def piadm_ode_law(
     Raises:
         TypeError, ValueError: for bad arguments, or a step too long for the score-frozen iteration.
     """
-    return _block_by_block(modes, blocks, iterations, schedule, error, 0.0, corrector)
+    predictor = Predictor.of(modes, blocks, 0.0, schedule, error)
+    return predictor.followed(predictor.picard(iterations), corrector)
 
 
 def sequential_ode_law(
@@ -136,47 +139,75 @@ def sequential_ode_law(
     Returns:
         Mean and variance per mode, ``(m,)``.
     """
-    whole, ends, law = _predictor(modes, blocks, schedule, None, 0.0)
-    maps = [sequential_maps(whole.part(*steps), count) for steps, count in _alike(blocks)]
-    if corrector is None:
-        return _through(law, maps, None)
-    corrections = _corrections(modes, schedule, ends, lambda at, _: sequential_corrector_map(at, corrector))
-    return _through(law, maps, corrections)
+    return Predictor.of(modes, blocks, 0.0, schedule).settled(corrector)
 
 
-def _predictor(
-    modes: Modes, blocks: Partition, schedule: NoiseSchedule, error: ScoreError | None, eta: float
-) -> tuple[Chain, Tensor, Law]:
-    """The predictor's steps over all blocks, the schedule times at which blocks end, and the first state."""
-    grid = blocks.grid(schedule)
-    whole = chain(modes, schedule, ScoreExponential(eta).steps(schedule, grid), error)
-    last = torch.tensor(blocks.sizes).cumsum(0)
-    return whole, grid.times[last], initial_law(modes, schedule, float(grid.times[0]))
+@dataclass(frozen=True)
+class Predictor:
+    """The predictor of Algorithm 1 or 2 on Gaussian modes, block after block; a corrector may run after each.
 
+    Attributes:
+        modes: the data.
+        schedule: noise schedule.
+        blocks: partition of the OU horizon.
+        chain: the steps of all blocks.
+        start: law of the first state.
+        ends: schedule times at which blocks end, ``(N,)``.
+        bias: of the score, which the corrector has too.
+    """
 
-def _block_by_block(
-    modes: Modes,
-    blocks: Partition,
-    iterations: int,
-    schedule: NoiseSchedule,
-    error: ScoreError | None,
-    eta: float,
-    corrector: Corrector | None,
-) -> Law:
-    """Picard iterations, then the corrector's, block after block."""
-    positive_int("iterations", iterations)
-    whole, ends, law = _predictor(modes, blocks, schedule, error, eta)
-    slopes = ScoreFrozen().slopes(schedule, whole.steps)
-    scales = variance_preserving(schedule, whole.steps.times)[2]
-    maps = [
-        constant_start_maps(whole.part(*at), slopes[slice(*at)], scales[slice(*at)], iterations, count)
-        for at, count in _alike(blocks)
-    ]
-    if corrector is None:
-        return _through(law, maps, None)
-    bias = 0.0 if error is None else error.bias
-    corrections = _corrections(modes, schedule, ends, lambda at, scale: corrector_map(at, corrector, bias * scale))
-    return _through(law, maps, corrections[:, None])
+    modes: Modes
+    schedule: NoiseSchedule
+    blocks: Partition
+    chain: Chain
+    start: Law
+    ends: Tensor
+    bias: float
+
+    @classmethod
+    def of(
+        cls, modes: Modes, blocks: Partition, eta: float, schedule: NoiseSchedule = OU, error: ScoreError | None = None
+    ) -> Predictor:
+        """That of Algorithm 1 (``eta`` 1) or 2 (``eta`` 0)."""
+        grid = blocks.grid(schedule)
+        whole = chain(modes, schedule, ScoreExponential(eta).steps(schedule, grid), error)
+        start, ends = initial_law(modes, schedule, float(grid.times[0])), torch.tensor(blocks.sizes).cumsum(0)
+        return cls(modes, schedule, blocks, whole, start, grid.times[ends], 0.0 if error is None else error.bias)
+
+    def settled(self, corrector: Corrector | None) -> Law:
+        """Law with all steps, the corrector's too, taken one after the other, ``(m,)``."""
+        blocks = AffineMap.joined(
+            [sequential_maps(self.chain.part(*steps), count) for steps, count in _alike(self.blocks)]
+        )
+        if corrector is None:
+            return blocks.chained()(self.start)
+        corrections = self._corrections(lambda at, _: sequential_corrector_map(at, corrector))
+        return corrections.after(blocks).chained()(self.start)
+
+    def picard(self, iterations: int) -> AffineMap:
+        """What 1 .. K Picard iterations make of each block, ``(N, K, m)``."""
+        positive_int("iterations", iterations)
+        slopes = ScoreFrozen().slopes(self.schedule, self.chain.steps)
+        scales = variance_preserving(self.schedule, self.chain.steps.times)[2]
+        return AffineMap.joined([
+            constant_start_maps(self.chain.part(*at), slopes[slice(*at)], scales[slice(*at)], iterations, count)
+            for at, count in _alike(self.blocks)
+        ])  # fmt: skip
+
+    def followed(self, blocks: AffineMap, corrector: Corrector | None) -> Law:
+        """Law after blocks of so many iterations ``(N, K, m)``, each followed by the corrector's own, ``(K, m)``."""
+        if corrector is None:
+            return blocks.chained()(self.start)
+        corrections = self._corrections(lambda at, scale: corrector_map(at, corrector, self.bias * scale))
+        return corrections[:, None].after(blocks).chained()(self.start)
+
+    def _corrections(self, run: Callable[[Law, Tensor], AffineMap]) -> AffineMap:
+        """What a corrector does after each block, ``(N, m)``, from what it does on the variance-preserving scale."""
+        law = noised(self.modes, self.schedule, self.ends)
+        scale = variance_preserving(self.schedule, self.ends)[2][:, None].expand_as(law.mean)
+        found = run(Law((law.mean / scale).flatten(), (law.variance / scale.square()).flatten()), scale.flatten())
+        gain, shift, variance = (array.view_as(scale) for array in (found.gain, found.shift, found.variance))
+        return AffineMap(gain, scale * shift, scale.square() * variance)
 
 
 def _alike(blocks: Partition) -> Iterator[tuple[tuple[int, int], int]]:
@@ -186,20 +217,3 @@ def _alike(blocks: Partition) -> Iterator[tuple[tuple[int, int], int]]:
         count = len(list(run))
         yield (first, first + size * count), count
         first += size * count
-
-
-def _corrections(
-    modes: Modes, schedule: NoiseSchedule, ends: Tensor, run: Callable[[Law, Tensor], AffineMap]
-) -> AffineMap:
-    """What a corrector does at each of some times, ``(N, m)``, from what it does on the variance-preserving scale."""
-    law, scale = noised(modes, schedule, ends), variance_preserving(schedule, ends)[2][:, None]
-    scale = scale.expand_as(law.mean)
-    found = run(Law((law.mean / scale).flatten(), (law.variance / scale.square()).flatten()), scale.flatten())
-    gain, shift, variance = (array.view_as(scale) for array in (found.gain, found.shift, found.variance))
-    return AffineMap(gain, scale * shift, scale.square() * variance)
-
-
-def _through(law: Law, maps: Sequence[AffineMap], corrections: AffineMap | None) -> Law:
-    """The law after all blocks, given as runs ``(N', ..., m)`` of them, each followed by its correction."""
-    blocks = AffineMap.joined(maps)
-    return (blocks if corrections is None else corrections.after(blocks)).chained()(law)

@@ -53,16 +53,17 @@ def path_kl(
     """
     steps = integrator(method).steps(schedule, grid)
     sampler = chain(modes, schedule, steps, error)
-    if not steps.normals or not bool((sampler.variance > 0).all()):
+    if sampler.variance is None or not bool((sampler.variance > 0).all()):
         raise ValueError("method must be one whose every step takes noise, such as 'paper-sde', got one that does not")
-    alpha, noise = (level(grid.times)[:, None] for level in (schedule.alpha, schedule.sigma))
-    spread = alpha.square() * modes.variances + noise.square()
-    ratio, narrowed = alpha[:-1] / alpha[1:], spread[1:] / spread[:-1]
+    alpha, noise, factor = schedule.alpha(grid.times), schedule.sigma(grid.times), sampler.factor
+    spread = alpha.square() * modes.variances[:, None] + noise.square()
+    ratio, narrowed = alpha[:-1] / alpha[1:], spread[:, 1:] / spread[:, :-1]
     added = noise[:-1].square() - ratio.square() * noise[1:].square()
-    off = (alpha[1:] - sampler.factor * alpha[:-1]) * modes.means - sampler.shift
-    tilt = ratio * narrowed - sampler.factor
-    distance = (off.square() + tilt.square() * spread[:-1]) / sampler.variance
+    off = (alpha[1:] - factor * alpha[:-1]) * modes.means[:, None]
+    if sampler.shift is not None:
+        off = off - sampler.shift
+    distance = (off.square() + (ratio * narrowed - factor).square() * spread[:, :-1]) / sampler.variance
     excess = added * narrowed / sampler.variance - 1
     first = float(grid.times[0])
     start = kl(noised(modes, schedule, first), initial_law(modes, schedule, first))
-    return start, 0.5 * (excess - torch.log1p(excess) + distance).sum(0)
+    return start, 0.5 * (excess - torch.log1p(excess) + distance).sum(-1)

@@ -12,9 +12,10 @@ from piadm.grid import Blocks
 from piadm.theory.families import PaperODE, PaperSDE, Target
 from piadm.theory.law import Law, pinsker
 from piadm.theory.law import kl as mode_kl
-from piadm.theory.proposals import MORE, MOST, MOST_BLOCKS, SHARES, Cost, Proposal, Search, cost
+from piadm.theory.proposals import MORE, MOST, MOST_BLOCKS, SHARES, Search
 from piadm.theory.search import BEYOND, Expansion, iterations_needed, shortest_horizon
 from piadm.theory.spectrum import Modes, Spectrum, VarianceBounds
+from piadm.theory.stairs import Cost, Proposal, cost
 
 #: Horizons tried beyond the shortest that will do.
 SPACING, HORIZONS = 1.0, 2
@@ -131,8 +132,9 @@ def plan(
         return free
     found = _best(search, limit)
     if found is None:
+        least = max(limit + 1, search.least_states() or 0)
         raise ValueError(
-            f"memory_limit must be at least {search.least_states()} states for this dimension and kl, got {limit}: "
+            f"memory_limit must be at least {least} states for this dimension and kl, got {limit}: "
             f"with fewer there are over {MOST_BLOCKS} blocks, and next to nothing runs in parallel"
         )
     return replace(found, forbidden=free)
@@ -166,8 +168,8 @@ def _modes(dimension: int, spectrum: Sequence[float] | Modes | None, lipschitz: 
     if isinstance(spectrum, (Spectrum, VarianceBounds)):
         if spectrum.dimension != size:
             raise ValueError(f"dimension must be that of the spectrum, {spectrum.dimension}, got {size}")
-        return spectrum
-    return Spectrum.repeated(spectrum, size)
+        return spectrum.condensed() if isinstance(spectrum, Spectrum) else spectrum
+    return Spectrum.repeated(spectrum, size).condensed()
 
 
 def _best(search: Search, limit: float) -> Plan | None:
@@ -193,11 +195,12 @@ def _evaluate(search: Search, proposal: Proposal) -> Plan | None:
     """A plan with as many iterations as it needs by the exact law; None: a few more than expected are not enough."""
     target, family, most = search.target, proposal.family, proposal.most + BEYOND
     settings = (target, proposal.horizon, proposal.count, proposal.step)
-    law = family.iterates(*settings, most)
-    iterations = iterations_needed(target.kl(law), search.allowed)
-    if iterations is None or iterations == most:
-        return None
-    return _plan(target, family.blocks(*settings).blocks(), iterations, proposal.corrector, law[iterations - 1])
+    for tried in sorted({min(proposal.least + BEYOND, most), most}):
+        law = family.iterates(*settings, tried)
+        iterations = iterations_needed(target.kl(law), search.allowed)
+        if iterations is not None and iterations < tried:
+            return _plan(target, family.blocks(*settings).blocks(), iterations, proposal.corrector, law[iterations - 1])
+    return None
 
 
 def _plan(target: Target, blocks: Blocks, iterations: int, corrector: Corrector | None, law: Law) -> Plan:

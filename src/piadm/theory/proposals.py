@@ -7,15 +7,20 @@ the best of those left cannot be worse.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+
+from torch import Tensor
 
 from piadm.corrector import Corrector
 from piadm.grid import Blocks
-from piadm.theory.families import PaperODE, PaperSDE, Target, cut
-from piadm.theory.law import Law
-from piadm.theory.search import BEYOND, Expansion, carried, counted_on, iterations_needed
+from piadm.theory.cuts import cut
+from piadm.theory.families import PaperODE, PaperSDE, Target
+from piadm.theory.law import AffineMap, Law
+from piadm.theory.laws import Predictor
+from piadm.theory.search import BEYOND, Expansion, Left, counted_on, iterations_needed
+from piadm.theory.stairs import Look, Proposal, Stairs, cost, lowered
 
 #: Most blocks: with more, parallel sampling is none.
 MOST_BLOCKS = 500
@@ -23,64 +28,22 @@ MOST_BLOCKS = 500
 #: Numbers of blocks tried: all of the small ones, then each 3 % more than the one before.
 COUNTS = tuple(dict.fromkeys([*range(1, 34), *(round(33 * 1.03**i) for i in range(92)), MOST_BLOCKS]))
 
+#: Numbers of blocks at which the law that the ODE settles to is expanded in the step; between them it is interpolated.
+KNOTS = tuple(dict.fromkeys([*range(1, 5), *(round(4 * 1.3**i) for i in range(19)), MOST_BLOCKS]))
+
 #: Shares of the divergence that the steps and the horizon may take: with fewer steps blocks are fewer or smaller, and
 #: may need an iteration more.
-SHARES = (0.4, 0.6, 0.9)
+SHARES = (0.4, 0.5, 0.6, 0.75, 0.9, 0.97)
 
 #: What a divergence on coarse grids may differ by from the exact one, as a factor.
 DOUBT = 1.15
 
-#: How much longer the steps between correctors may be than those of the predictor alone.
-STRETCH = 1.5
+#: How much coarser a grid must be than the step for it to be worth while, and iterations that are tried first.
+NEARLY, FEW = 2.5, 16
 
 #: Most Picard iterations per block; those of the corrector, and more where these are too few; how long it runs, in
 #: units of ``1/sqrt(L)``: with 1, it takes an iteration more.
-MOST, INNER, MORE, CORRECTED = 60, (3, 2, 1), (4, 5, 7, 10), 0.7
-
-#: What is to be least: rounds, then evaluations, then states.
-Cost = tuple[int, int, int]
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """Settings, and between which numbers of iterations per block lies the one that they need.
-
-    Attributes:
-        family: the sampler, with its corrector's iterations and duration.
-        horizon: OU time ``T`` of the first state.
-        count: number of blocks ``N``.
-        step: longest step ``eps``.
-        corrector: of the ODE.
-        sizes: steps of each block, ``N`` of them.
-        least: fewest iterations ``K``.
-        most: most iterations.
-    """
-
-    family: PaperSDE | PaperODE
-    horizon: float
-    count: int
-    step: float
-    corrector: Corrector | None
-    sizes: tuple[int, ...]
-    least: int
-    most: int
-
-    def cost(self, iterations: int) -> Cost:
-        """What it comes to with a number of iterations per block."""
-        return cost(self.sizes, self.corrector, iterations)
-
-
-def cost(sizes: Sequence[int], corrector: Corrector | None, iterations: int) -> Cost:
-    """Rounds, evaluations per sample and states at once of Algorithm 1 or 2.
-
-    Args:
-        sizes: steps of each block.
-        corrector: of the ODE; None: there is none.
-        iterations: ``K``, per block.
-    """
-    runs, steps = (corrector.blocks * corrector.iterations, corrector.block_steps) if corrector else (0, 0)
-    count = len(sizes)
-    return count * (iterations + runs), sum(sizes) * iterations + count * runs * steps, max(*sizes, steps)
+MOST, INNER, MORE, CORRECTED = 60, (1, 2, 3), (4, 5, 7, 10), 0.7
 
 
 @dataclass(frozen=True)
@@ -93,6 +56,7 @@ class Search:
         allowed: divergence.
         longest_block: of the paper's blocks.
         horizons: OU times ``T``.
+        known: what has been found at each of these, filled in as it is asked for.
     """
 
     method: str
@@ -100,44 +64,36 @@ class Search:
     allowed: float
     longest_block: float
     horizons: Sequence[float]
+    known: dict[float, Settings] = field(default_factory=dict)
 
     def proposals(self, limit: float = math.inf) -> list[Proposal]:
         """Those that may be the best with so many states per sample at once, the most promising ones first."""
         found: list[Proposal] = []
         bar = MOST_BLOCKS * (MOST + MORE[-1])
         for settings in self._settings():
-            before = len(found)
-            for number, family in enumerate(self._families(INNER)):
-                some = settings.proposals(family, limit, bar)
-                found, bar = found + some, lowered(bar, some)
-                if number and not some:
-                    break  # still fewer of the corrector's iterations will not do either
+            some = settings.proposals(self._families(INNER), limit, bar)
             for family in self._families(MORE):
-                if len(found) == before:
-                    found += settings.proposals(family, limit, bar)
-                    bar = lowered(bar, found)
-        return sorted((one for one in found if one.cost(one.least)[0] <= bar), key=lambda one: one.cost(one.least))
+                some = some or settings.proposals([family], limit, bar)
+            found, bar = found + some, lowered(bar, some)
+        fit = (one.within(bar) for one in found if one.cost(one.least)[0] <= bar)
+        return sorted(fit, key=lambda one: one.cost(one.least))
 
     def least_states(self) -> int | None:
         """The fewest states with which there is a proposal at all, one of as many blocks as may be."""
-        families = list(self._families(INNER + MORE))
-        found = (some.judged(family, MOST_BLOCKS, MOST)[0] for some in self._settings() for family in families)
-        return min((one.cost(1)[2] for some in found for one in some), default=None)
+        found = (some.least_states(self._families(INNER + MORE)) for some in self._settings())
+        return min((states for states in found if states is not None), default=None)
 
-    def _families(self, inner: Sequence[int]) -> Iterator[PaperSDE | PaperODE]:
+    def _families(self, inner: Sequence[int]) -> list[PaperSDE | PaperODE]:
         if self.method == "ode":
-            yield from (PaperODE(iterations, CORRECTED, self.longest_block) for iterations in inner)
-        elif inner != MORE:
-            yield PaperSDE(self.longest_block)
+            return [PaperODE(iterations, CORRECTED, self.longest_block) for iterations in inner]
+        return [] if inner == MORE else [PaperSDE(self.longest_block)]
 
     def _settings(self) -> Iterator[Settings]:
-        family = next(self._families(INNER))
-        return (Settings(self.target, self.allowed, family, horizon) for horizon in self.horizons)
-
-
-def lowered(bar: int, found: Sequence[Proposal]) -> int:
-    """Rounds with which one is sure to do: those of a proposal with an iteration more than it should take at most."""
-    return min([bar, *(one.cost(one.most + 1)[0] for one in found)])
+        family = self._families(INNER)[0]
+        for horizon in self.horizons:
+            if horizon not in self.known:
+                self.known[horizon] = Settings(self.target, self.allowed, family, horizon)
+            yield self.known[horizon]
 
 
 @dataclass(frozen=True)
@@ -150,7 +106,8 @@ class Settings:
         family: one of the samplers, which have the same settled law.
         horizon: OU time ``T``.
         expansions: of the settled law, by the number of blocks, filled in as they are asked for.
-        settled: settled laws on coarse grids, by the number of blocks and the step, likewise.
+        steps: the longest for each share of the divergence, by the number of blocks, likewise.
+        coarse: coarse grids, by the number of blocks and the step, likewise.
     """
 
     target: Target
@@ -158,70 +115,95 @@ class Settings:
     family: PaperSDE | PaperODE
     horizon: float
     expansions: dict[int, Expansion] = field(default_factory=dict)
-    settled: dict[tuple[int, float], Law] = field(default_factory=dict)
+    steps: dict[int, list[float | None]] = field(default_factory=dict)
+    coarse: dict[tuple[int, float], Coarse] = field(default_factory=dict)
 
-    def proposals(self, family: PaperSDE | PaperODE, limit: float, bar: int) -> list[Proposal]:
-        """Those of a sampler that may take ``bar`` rounds or fewer.
+    def proposals(self, families: Sequence[PaperSDE | PaperODE], limit: float, bar: int) -> list[Proposal]:
+        """Those of some samplers that may take ``bar`` rounds or fewer."""
+        counts = self._counts(limit)
+        if not counts:
+            return []
+        stairs = Stairs(counts, bar, lambda count, most: self.look(families, count, most, limit))
+        stairs.climb(min(family.rounds(1, 1) for family in families))
+        return [one for look in stairs.found.values() for one in look.fit]
 
-        The more blocks, the fewer iterations they take.  So there is nothing between two numbers of blocks with the
-        same iterations, nor where the fewest blocks and the fewest iterations together take too many rounds.
+    def least_states(self, families: Sequence[PaperSDE | PaperODE]) -> int | None:
+        """Fewest states of a proposal, one of as many blocks as may be; None: there is none."""
+        counts = self._counts(math.inf)
+        fit = self.look(families, counts[-1], MOST + MORE[-1], math.inf).fit if counts else []
+        return min((one.cost(1)[2] for one in fit), default=None)
+
+    def _counts(self, limit: float) -> list[int]:
+        """Numbers of blocks from the first that have no more states than may be; blocks have two steps or more."""
+        all_steps = sum(sum(sizes) for _, _, sizes in self._sizes(self._fewest, self.family, math.inf)[:1])
+        counts = [count for count in COUNTS if self._fewest <= count <= max(self._fewest, all_steps // 2)]
+        first = min(bisect_left(counts, all_steps / limit), len(counts) - 1)  # the more blocks, the smaller they are
+        while first > 0 and self._sizes(counts[first - 1], self.family, limit):
+            first -= 1
+        while first < len(counts) and not self._sizes(counts[first], self.family, limit):
+            first += 1
+        return counts[first:] if all_steps else []
+
+    def look(self, families: Sequence[PaperSDE | PaperODE], count: int, most: int, limit: float) -> Look:
+        """What so many blocks have to offer within a number of rounds each, and of states."""
+        found, least = list[Proposal](), most + 1
+        for family in families:
+            own = family.rounds(1, 0)
+            some, iterations = self.judged(family, count, min(MOST, most - own), limit)
+            found, least = found + some, min(least, iterations + own)
+            most = lowered(most * count, some) // count
+        surely = min((one.cost(one.most)[0] // count for one in found), default=most + 1)
+        return Look(found, least, surely)
+
+    def judged(self, family: PaperSDE | PaperODE, count: int, most: int, limit: float) -> tuple[list[Proposal], int]:
+        """One proposal for each share that has no more states than may be, and the fewest iterations, or ``most + 1``.
+
+        Where the coarse grid would be hardly coarser than the step, the step's own takes its place, and there is no
+        doubt; but for the shortest of the steps only if that one's law, carried over, does not speak against it.
         """
-        found: dict[int, tuple[list[Proposal], int, bool]] = {}
+        found, settings = list[Proposal](), self._sizes(count, family, limit) if most >= 1 else []
+        for step, corrector, sizes in settings:
+            grid = counted_on(self.target, self.horizon, count, settings[0][0])
+            if own := grid <= NEARLY * settings[0][0]:
+                grid = settings[0][0]
+            divergence, doubt = self._divergence(family, count, grid, step, most + BEYOND), DOUBT
+            if own and (step == grid or _needed(divergence, DOUBT * self.allowed, most)):
+                divergence, doubt = self._divergence(family, count, step, step, most + BEYOND), 1.0
+            if least := _needed(divergence, doubt * self.allowed, most):
+                surely = iterations_needed(divergence, self.allowed / doubt) or most + BEYOND
+                found.append(Proposal(family, self.horizon, count, step, corrector, sizes, least, surely, doubt == 1))
+        return found, min((one.least for one in found), default=most + 1)
 
-        def look(count: int) -> None:
-            nonlocal bar
-            some, iterations = self.judged(family, count, min(MOST, bar // count - family.rounds(1, 0)))
-            fit = [one for one in some if one.cost(one.most)[2] <= limit]
-            found[count] = fit, iterations, bool(some) and not fit
-            bar = lowered(bar, fit)
+    def _sizes(
+        self, count: int, family: PaperSDE | PaperODE, limit: float
+    ) -> list[tuple[float, Corrector | None, tuple[int, ...]]]:
+        """Steps, ascending, with corrector and steps of each block, that have no more states than may be."""
+        found = []
+        for step in sorted({step for step in self._steps(count) if step is not None}):
+            paper = Blocks.paper_sizes(self.horizon, self.target.early_stop, self._fewest, step)
+            if count <= sum(paper):
+                corrector, sizes = family.corrector(self.target, self.horizon, count, step), tuple(cut(paper, count))
+                if cost(sizes, corrector, 1)[2] <= limit:
+                    found.append((step, corrector, sizes))
+        return found
 
-        step = self._expansion(self._fewest).longest_step(self.target, SHARES[-1] * self.allowed)
-        if step is None:
-            return []
-        first = max(self._fewest, math.ceil(self.target.steps(self.horizon, STRETCH * step) / limit))
-        if family.rounds(first, 1) > bar or first > MOST_BLOCKS:
-            return []
-        counts = [count for count in COUNTS if count >= first]
-        look(counts[0])
-        intervals = [(0, sum(family.rounds(count, 1) <= bar for count in counts) - 1)]
-        while intervals:
-            low, high = intervals.pop()
-            if high <= low or family.rounds(counts[low + 1], 1) > bar:
-                continue
-            if counts[high] not in found:
-                look(counts[high])
-            (fit, most, _), (_, least, too_large) = found[counts[low]], found[counts[high]]
-            settled = too_large or most == least and any(one.most == most for one in fit)
-            if high - low > 1 and not settled and family.rounds(counts[low + 1], least) <= bar:
-                middle = (low + high) // 2
-                look(counts[middle])
-                intervals += [(middle, high), (low, middle)]
-        return [one for fit, *_ in found.values() for one in fit]
+    def _divergence(self, family: PaperSDE | PaperODE, count: int, grid: float, step: float, iterations: int) -> Tensor:
+        """After each number of iterations, as counted on a grid; with a grid of the same step it is exact.
 
-    def judged(self, family: PaperSDE | PaperODE, count: int, most: int) -> tuple[list[Proposal], int]:
-        """One proposal for each share, and the fewest iterations that any of them may take, or ``most + 1``."""
-        if most < 1:
-            return [], most + 1
-        expansion = self._expansion(count)
-        lengths = {expansion.longest_step(self.target, share * self.allowed) for share in SHARES}
-        found, fewest, iterates = [], most + 1, {}
-        for step in sorted(step for step in lengths if step is not None):
-            paper = paper_sizes(self.horizon, self.target.early_stop, self._fewest, step)
-            if count > sum(paper):
-                continue
-            grid = counted_on(self.target, self.horizon, count, step)
-            if grid not in iterates:
-                iterates[grid] = family.iterates(self.target, self.horizon, count, grid, most + BEYOND)
-            divergence = self.target.kl(carried(iterates[grid], self._settled(count, grid), expansion.at(step)))
-            least = iterations_needed(divergence, DOUBT * self.allowed)
-            if least is None or least > most:
-                continue
-            surely = iterations_needed(divergence, self.allowed / DOUBT) or most + BEYOND
-            fewest = min(fewest, least)
-            corrector = family.corrector(self.target, self.horizon, count, step)
-            sizes = tuple(cut(paper, count))
-            found.append(Proposal(family, self.horizon, count, step, corrector, sizes, least, surely))
-        return found, fewest if iterates else 1
+        What the iterations leave on a coarser grid, and on one of twice its step, is drawn as a line to the step.
+        """
+        for tried in (min(FEW, iterations), iterations):
+            law = self._coarse(count, grid).iterates(family, tried)
+            if grid != step:
+                left = self._coarse(count, grid).left(family, tried)
+                if grid > NEARLY * step:
+                    share = step / grid - 1
+                    left = left.towards(self._coarse(count, 2 * grid).left(family, tried), share)
+                law = left.on(self._expansion(count).at(step))
+            divergence = self.target.kl(law)
+            if float(divergence[-1]) <= self.allowed:
+                break
+        return divergence
 
     @property
     def _fewest(self) -> int:
@@ -229,18 +211,70 @@ class Settings:
 
     def _expansion(self, count: int) -> Expansion:
         """The settled law; that of the SDE, which has nothing between its blocks, is the same with all of them."""
-        key = count if isinstance(self.family, PaperODE) else self._fewest
-        if key not in self.expansions:
-            self.expansions[key] = Expansion.of(self.family, self.target, self.horizon, key, self.allowed)
-        return self.expansions[key]
+        if not isinstance(self.family, PaperODE):
+            return self._knot(self._fewest)
+        after = next(i for i, knot in enumerate(KNOTS) if knot >= count)
+        if KNOTS[after] == count or KNOTS[after - 1] < self._fewest:
+            return self._knot(count)
+        low, high = KNOTS[after - 1 : after + 1]
+        return self._knot(low).mixed(self._knot(high), math.log(count / low) / math.log(high / low))
 
-    def _settled(self, count: int, grid: float) -> Law:
-        if (count, grid) not in self.settled:
-            self.settled[count, grid] = self.family.settled(self.target, self.horizon, count, grid)
-        return self.settled[count, grid]
+    def _knot(self, count: int) -> Expansion:
+        if count not in self.expansions:
+            self.expansions[count] = Expansion.of(self.family, self.target, self.horizon, count, self.allowed)
+        return self.expansions[count]
+
+    def _steps(self, count: int) -> list[float | None]:
+        """The longest step for each share; None: the horizon alone takes too much of it."""
+        if count not in self.steps:
+            shares = [share * self.allowed for share in SHARES]
+            self.steps[count] = self._expansion(count).longest_steps(self.target, shares)
+        return self.steps[count]
+
+    def _coarse(self, count: int, grid: float) -> Coarse:
+        if (count, grid) not in self.coarse:
+            settings = (self.target, self.horizon, count, grid)
+            self.coarse[count, grid] = Coarse(settings, self.family.predictor(*settings))
+        return self.coarse[count, grid]
 
 
-@lru_cache(maxsize=256)
-def paper_sizes(horizon: float, early_stop: float, count: int, step: float) -> tuple[int, ...]:
-    """Steps of each of the paper's blocks; many proposals have the same."""
-    return Blocks.paper(horizon, early_stop, (horizon - early_stop) / count, step).sizes
+@dataclass(frozen=True)
+class Coarse:
+    """A predictor on one grid, and what it came to for those who have asked.
+
+    Attributes:
+        settings: target, horizon, number of blocks and step.
+        predictor: over all blocks.
+        laws: after each number of iterations, by the sampler; of None with all steps in turn.
+        maps: its blocks after each number of iterations, as many as were asked for.
+    """
+
+    settings: tuple[Target, float, int, float]
+    predictor: Predictor
+    laws: dict[PaperSDE | PaperODE | None, Law] = field(default_factory=dict)
+    maps: list[AffineMap] = field(default_factory=list)
+
+    def settled(self, family: PaperSDE | PaperODE) -> Law:
+        """With all steps in turn, the corrector's too: the same for all samplers."""
+        if None not in self.laws:
+            self.laws[None] = self.predictor.settled(family.corrector(*self.settings))
+        return self.laws[None]
+
+    def left(self, family: PaperSDE | PaperODE, iterations: int) -> Left:
+        """What each number of iterations leaves."""
+        return Left.of(self.iterates(family, iterations), self.settled(family))
+
+    def iterates(self, family: PaperSDE | PaperODE, iterations: int) -> Law:
+        """After each number of iterations, ``(K, m)``."""
+        if family not in self.laws or len(self.laws[family].mean) < iterations:
+            if not self.maps or self.maps[0].gain.shape[1] < iterations:
+                self.maps[:] = [self.predictor.picard(iterations)]
+            maps = self.maps[0][:, :iterations]
+            self.laws[family] = self.predictor.followed(maps, family.corrector(*self.settings))
+        return self.laws[family][:iterations]
+
+
+def _needed(divergence: Tensor, allowed: float, most: int) -> int:
+    """The iterations needed, if they are no more than may be; 0: they are."""
+    needed = iterations_needed(divergence, allowed)
+    return needed if needed is not None and needed <= most else 0

@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 from piadm._checks import finite_float, positive_int
 from piadm.theory.families import Engine, Family, PaperODE, PaperSDE, Target
-from piadm.theory.fits import Fit, last_exponent, log_polynomial_fit, power_fit
+from piadm.theory.fits import Fit, against_power, last_exponent, log_polynomial_fit, power_fit
 from piadm.theory.pathwise import path_kl
 from piadm.theory.search import (
     Found,
@@ -35,6 +35,9 @@ MOST_PAPER, MOST_ENGINE = 45, 16
 
 #: Iterations of the corrector: the first of these that will do.
 INNER = (4, 5, 6, 8)
+
+#: Settings that are evaluated exactly, the most promising ones by their coarse grids.
+PROMISING = 3
 
 #: Steps beyond which the secant's law, which is walked step by step, is carried over from a coarse grid.
 LONGEST_WALK = 20_000
@@ -89,6 +92,10 @@ class Curve:
     def end_exponent(self) -> float:
         """Exponent of d at the largest dimension, by the polynomial."""
         return last_exponent(self.numbers()[0], self.polynomial())
+
+    def against_power(self, power: float = 0.1) -> float:
+        """Standard errors between the rounds and the nearest ``a + b d^p`` with an exponent of ``power`` or more."""
+        return against_power(*self.numbers(), power)
 
 
 #: From the target and the divergence to the best settings, and the iterations of the corrector.
@@ -202,17 +209,17 @@ def _best_of(
     most: int,
 ) -> tuple[Found, int | None, float] | None:
     """The best settings of the first family that will do, evaluated exactly unless the grid is too long to walk."""
+    found: Found | None
     for family in families:
-        found = best(candidates(family, target, allowed, horizons, counts, most))
-        if found is None:
-            continue
-        settings = (found.horizon, found.count, found.step)
+        promising = sorted(candidates(family, target, allowed, horizons, counts, most), key=lambda one: one.crossing)
         walked = isinstance(family, Engine) and family.linearization == "secant"
-        if not walked or family.steps(target, *settings) <= LONGEST_WALK:
-            found = evaluated(family, target, found, allowed)
+        if walked and promising and family.steps(target, *promising[0].settings) > LONGEST_WALK:
+            found = promising[0]
+        else:
+            exact = (evaluated(family, target, one, allowed) for one in promising[:PROMISING])
+            found = best(one for one in exact if one is not None)
         if found is not None:
-            settings = (found.horizon, found.count, found.step)
-            return found, getattr(family, "inner", None), family.states(target, *settings)
+            return found, getattr(family, "inner", None), family.states(target, *found.settings)
     return None
 
 

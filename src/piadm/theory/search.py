@@ -27,10 +27,10 @@ GRIDS, FINEST, FINEST_FROM, FINEST_TO = (8, 4, 2, 1), 12.0, 0.03, 0.01
 
 #: Fewest steps per block of the coarse grids, where blocks are many: of those for the expansion and of the one for the
 #: iterations.
-IN_BLOCK, COUNTED_IN_BLOCK = 4, 40
+IN_BLOCK, COUNTED_IN_BLOCK = 4, 25
 
 #: Step of the grid that iterations are counted on.
-COUNTED_ON = 0.02
+COUNTED_ON = 0.01
 
 #: Share of the divergence that steps and horizon may take; the rest is left to the iterations.
 SHARE = 0.5
@@ -49,6 +49,9 @@ LONGEST_HORIZON = 60.0
 
 #: Times that a step is shortened by a tenth, should the exact law turn out not to keep to the share.
 SHORTENED = 6
+
+#: Least ratio of variances, where one drawn on from two grids would not be positive: there is no such law.
+TINY = 1e-6
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,11 @@ class Found:
     kl: float
     exact: bool
 
+    @property
+    def settings(self) -> tuple[float, int, float]:
+        """Horizon, number of blocks and step."""
+        return self.horizon, self.count, self.step
+
 
 @dataclass(frozen=True)
 class Expansion:
@@ -95,6 +103,7 @@ class Expansion:
         least = FINEST_FROM * float(target.law.variance.min())
         most = min(FINEST_TO, target.span(horizon) / (GRIDS[0] * IN_BLOCK * count))
         finest = min(most, max(least, FINEST * math.sqrt(allowed / target.modes.dimension)))
+        finest = family.fitting(target, horizon, count, finest, GRIDS[0])
         grids, powers = torch.tensor(GRIDS, dtype=torch.float64), torch.arange(len(GRIDS))
         laws = [family.settled(target, horizon, count, step) for step in (grids * finest).tolist()]
         # In units of the finest step, for a well-conditioned system.
@@ -107,12 +116,51 @@ class Expansion:
         powers = torch.as_tensor(steps, dtype=torch.float64)[..., None] ** torch.arange(len(GRIDS))
         return Law(powers @ self.means, powers @ self.variances)
 
+    def mixed(self, other: Expansion, share: float) -> Expansion:
+        """Between two of them, so far from this one to the other."""
+        means = torch.lerp(self.means, other.means, share)
+        return Expansion(means, torch.lerp(self.variances, other.variances, share))
+
     def longest_step(self, target: Target, allowed: float) -> float | None:
         """The longest step up to which the law is within a divergence; None: the horizon alone takes too much of it."""
-        if float(target.kl(self.at(0.0))) > HORIZON_SHARE * allowed:
-            return None
-        above = (target.kl(self.at(STEPS)) > allowed).nonzero()
-        return float(STEPS[max(0, int(above[0, 0]) - 1) if len(above) else -1])
+        return self.longest_steps(target, [allowed])[0]
+
+    def longest_steps(self, target: Target, allowed: Sequence[float]) -> list[float | None]:
+        """The same for several divergences."""
+        left, divergence = float(target.kl(self.at(0.0))), target.kl(self.at(STEPS))
+        return [_last_within(divergence, one) if left <= HORIZON_SHARE * one else None for one in allowed]
+
+
+@dataclass(frozen=True)
+class Left:
+    """What iterations leave of the settled law's deviations, ``(K, m)``, on a grid of some step.
+
+    Attributes:
+        mean: difference of the means.
+        variance: ratio of the variances.
+    """
+
+    mean: Tensor
+    variance: Tensor
+
+    @classmethod
+    def of(cls, iterates: Law, settled: Law) -> Left:
+        """From the law after each number of iterations ``(K, m)`` and the settled law ``(m,)``."""
+        return cls(iterates.mean - settled.mean, iterates.variance / settled.variance)
+
+    def towards(self, other: Left, share: float) -> Left:
+        """On the line through this one and another, so far from this one to the other."""
+        mean, variance = torch.lerp(self.mean, other.mean, share), torch.lerp(self.variance, other.variance, share)
+        return Left(mean, variance.clamp(min=TINY))
+
+    def on(self, settled: Law) -> Law:
+        """The law after these iterations where the settled law is another, as with finer steps."""
+        return Law(settled.mean + self.mean, settled.variance * self.variance)
+
+
+def _last_within(divergence: Tensor, allowed: float) -> float:
+    above = (divergence > allowed).nonzero()
+    return float(STEPS[max(0, int(above[0, 0]) - 1) if len(above) else -1])
 
 
 def candidates(
@@ -144,7 +192,7 @@ def candidates(
             grid = counted_on(target, horizon, count, step)
             iterates = family.iterates(target, horizon, count, grid, most)
             settled = family.settled(target, horizon, count, grid)
-            divergence = target.kl(carried(iterates, settled, expansion.at(step)))
+            divergence = target.kl(Left.of(iterates, settled).on(expansion.at(step)))
             needed = iterations_needed(divergence, allowed)
             if needed is not None:
                 found = Found(horizon, count, step, needed, 0, 0.0, 0.0, exact=False)
@@ -181,8 +229,8 @@ def _with_iterations(found: Found, family: Family, divergence: Tensor, needed: i
 
 
 def best(found: Iterable[Found]) -> Found | None:
-    """The one of fewest rounds, and of these the one of longest steps."""
-    return min(found, key=lambda one: (one.rounds, -one.step), default=None)
+    """The one of fewest rounds, whole ones and then with their fraction of an iteration."""
+    return min(found, key=lambda one: (one.rounds, one.crossing), default=None)
 
 
 def iterations_needed(divergence: Tensor, allowed: float) -> int | None:
@@ -244,17 +292,6 @@ def shortest_horizon(family: Family, target: Target, allowed: float, spacing: fl
         middle = (low + high) // 2
         low, high = (low, middle) if reached(middle) else (middle, high)
     return first + spacing * high
-
-
-def carried(iterates: Law, settled: Law, fine: Law) -> Law:
-    """What iterations leave on a coarse grid, ``(K, m)``, put on the settled law of fine steps.
-
-    Args:
-        iterates: law after each number of iterations on the coarse grid, ``(K, m)``.
-        settled: settled law there, ``(m,)``.
-        fine: settled law of fine steps, ``(m,)``.
-    """
-    return Law(fine.mean + iterates.mean - settled.mean, fine.variance * iterates.variance / settled.variance)
 
 
 def counted_on(target: Target, horizon: float, count: int, step: float) -> float:
