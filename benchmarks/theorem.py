@@ -1,4 +1,4 @@
-"""The theorem, measured: every term of the bound, the growth with the dimension, and plans run for real.
+"""The theorem, measured: every term of the bound, and the growth with the dimension.
 
     python benchmarks/theorem.py [--tables terms,growth,...] [--json FILE]
 
@@ -11,7 +11,6 @@ growth     fewest rounds with KL <= 0.1 for d = 10^2 ... 10^8, and the fits.
 prototype  the rows of the prototype, and the fewest rounds at the same dimensions.
 quarter    rounds of the fast engine and of the paper's algorithms at d = 10^6, on three spectra.
 mixture    a product of two-mode mixtures: the step's exponent by quadrature, iterations by sampling.
-plans      plans run with a Gaussian denoiser: empirical divergence beside the predicted one.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ from _common import Row, options, print_table, seconds, write_json
 
 import piadm
 from piadm import theory
-from piadm.models import GaussianDenoiser
 from piadm.theory.families import Engine, PaperODE, PaperSDE, Target
 from piadm.theory.scaling import searches
 from piadm.theory.search import best, candidates, evaluated, shortest_horizon
@@ -246,42 +244,6 @@ def mixture() -> list[Row]:
     return rows
 
 
-def plans() -> list[Row]:
-    rows: list[Row] = []
-    for dimension, each, count in ((10**3, 50, 2000), (10**4, 100, 2000), (10**5, 250, 2000)):
-        for method in ("sde", "ode"):
-            elapsed, plan = seconds(
-                lambda d=dimension, m=method: piadm.plan(d, kl=KL, spectrum=VARIANCES, method=m, memory_limit=64)
-            )
-            spectrum = theory.Spectrum.repeated(VARIANCES, dimension)
-            target = theory.noised(spectrum, OU, plan.early_stop)
-            ratio = _ratios(plan, each, count) / target.variance
-            draws = each * count
-            # Each mode's chance alone makes 1/(2 draws) of the estimate.
-            estimate = dimension / 4 * float((0.5 * (ratio - 1 - ratio.log())).sum() - 4 / (2 * draws))
-            error = dimension / 4 * float(((ratio - 1).square() / 2 / draws).sum().sqrt() + 1 / draws)
-            rows.append({
-                "d": dimension, "method": method, "rounds": plan.rounds, "states": plan.states, "draws per mode": draws,
-                "predicted KL": plan.kl, "estimated": estimate, "error": error, "seconds to plan": elapsed,
-            })  # fmt: skip
-    return rows
-
-
-def _ratios(plan: piadm.Plan, each: int, count: int) -> torch.Tensor:
-    """Empirical variance of each mode, of coordinates that are independent: ``each`` of them in ``count`` samples."""
-    variances, total = torch.tensor(VARIANCES, dtype=torch.float64).repeat_interleave(each), torch.zeros(4).double()
-    denoiser, part = GaussianDenoiser(OU, 0.0, variances), 500
-    given = dict(blocks=plan.blocks, iterations=plan.iterations, max_batch=8192)
-    for first in range(0, count, part):
-        seeds = [(0, first + i) for i in range(part)]
-        if plan.corrector is None:
-            found = piadm.piadm_sde(denoiser, (part, 4 * each), seed=seeds, **given)
-        else:
-            found = piadm.piadm_ode(denoiser, (part, 4 * each), seed=seeds, corrector=plan.corrector, **given)
-        total += found.sample.double().view(part, 4, each).square().mean(2).sum(0)
-    return total / count
-
-
 TABLES: dict[str, Callable[[], list[Row]]] = {
     "terms": terms,
     "iterations": iterations,
@@ -289,7 +251,6 @@ TABLES: dict[str, Callable[[], list[Row]]] = {
     "prototype": prototype,
     "quarter": quarter,
     "mixture": mixture,
-    "plans": plans,
 }
 
 

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from piadm.integrators import AffineSteps, MultistepSteps, Steps
+from piadm.kept import kept
 from piadm.nodes import NodeSet
 
 Array = NDArray[np.float64]
@@ -62,6 +63,7 @@ class CondensedPath:
         return self.start.shape[1]
 
 
+@kept
 def condense(steps: Steps, slopes: Tensor, nodes: NodeSet, constants: Tensor | None = None) -> CondensedPath:
     """Condense a path: carry the matrices through the recurrence, one step at a time.
 
@@ -95,6 +97,7 @@ def condense(steps: Steps, slopes: Tensor, nodes: NodeSet, constants: Tensor | N
     )
 
 
+@kept
 def weights_on_end(steps: Steps, slopes: Tensor) -> Tensor:
     """How a residual at each step acts on the end: the last row of ``P`` for every step a node, shape ``(J,)``.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from piadm.linearization import Gaussian
 from piadm.nodes import NodeSet, every_step, refine, thin
 from piadm.path import Interpolation, ParallelPath
 from piadm.problem import Problem
+from piadm.reference import free_states
 from piadm.settings import TURNS_PER_NODE, Engine, with_readings
 from piadm.stopping import SETTLED_SHARE, CarriedResidual, FixedIterations, Verdict
 from piadm.tally import Tally
@@ -65,13 +67,15 @@ def rounds(engine: Engine, problem: Problem, tally: Tally, limit: int, return_st
         while len(left):
             if coarse is not None:
                 nodes = with_readings(refine(nodes, engine.clock, engine.order), engine.importance)
-            path = _path(engine, problem, nodes, left, coarse)
+            opening = engine.opening if coarse is None and problem.denoiser.draft is None else ()
+            path, *few = _paths(engine, problem, [nodes, *opening], left, coarse)
             refinable = engine.refinable and nodes.count < engine.steps.count
             rows, rule = _rules(engine, problem, path, nodes, refinable, coarse, aim[left])
             if coarse is None and problem.denoiser.draft is not None:
                 tally.draft = start_from_draft(problem, path, rule)
-            elif coarse is None:
-                yield from _open(engine, problem, path, rule, tally, limit)
+            elif few:
+                yield from _open(engine, path, few, rule, tally, limit)
+                few.clear()  # their states are needed no more
             verdict = yield from turns(tally, path, rows, rule, limit)
             tally.nodes, tally.window = nodes.count, min(rows.size or nodes.count, nodes.count)
             if states is not None:
@@ -95,24 +99,22 @@ class _Coarse:
 
 
 def _open(
-    engine: Engine, problem: Problem, path: ParallelPath, rule: CarriedResidual, tally: Tally, limit: int
+    engine: Engine, path: ParallelPath, few: Sequence[ParallelPath], rule: CarriedResidual, tally: Tally, limit: int
 ) -> Asking[None]:
     """Bring a path to where a round each on more and more of its nodes has it: a draft made by the network itself."""
     everyone = torch.ones(path.batch, dtype=torch.bool, device=path.device)
     last: tuple[NodeSet, ParallelPath] | None = None
-    for few in engine.opening:
-        reference = condense(engine.steps, engine.prior[0], few, engine.prior[1])
-        coarse = _guess(engine, problem, few, path.samples, reference)
+    for nodes, coarse in zip(engine.opening, few, strict=True):
         if last is not None:
-            _take_over(coarse, few, *last, everyone)
-        size = math.ceil(REACH * few.count)
+            _take_over(coarse, nodes, *last, everyone)
+        size = math.ceil(REACH * nodes.count)
         size = min(size, engine.window) if isinstance(engine.window, int) else size
-        rows = SlidingWindow(size, rule.threshold[torch.isin(engine.nodes.indices, few.indices)])
+        rows = SlidingWindow(size, rule.threshold[torch.isin(engine.nodes.indices, nodes.indices)])
         yield from turns(tally, coarse, rows, FixedIterations(1, estimate=math.inf), limit)
-        last = few, coarse
-    if last is not None:
-        _take_over(path, engine.nodes, *last, everyone)
-        tally.end[path.numbers] = path.end[:, 0]
+        last = nodes, coarse
+    assert last is not None
+    _take_over(path, engine.nodes, *last, everyone)
+    tally.end[path.numbers] = path.end[:, 0]
 
 
 def _rules(
@@ -170,24 +172,37 @@ def _influence(engine: Engine, problem: Problem, path: CondensedPath, nodes: Nod
     return found.clamp(min=FAINTEST)
 
 
-def _path(engine: Engine, problem: Problem, nodes: NodeSet, samples: Tensor, coarse: _Coarse | None) -> ParallelPath:
-    """The path of some samples on a node set, at its starting guess: the reference's, or the coarser set's."""
-    reference = condense(engine.steps, engine.prior[0], nodes, engine.prior[1])
+def _paths(
+    engine: Engine, problem: Problem, sets: Sequence[NodeSet], samples: Tensor, coarse: _Coarse | None
+) -> list[ParallelPath]:
+    """Paths of some samples on several node sets, at their starting guess: the reference's, or the coarser set's."""
+    references = [condense(engine.steps, engine.prior[0], nodes, engine.prior[1]) for nodes in sets]
+    free = _free(problem, samples, references)
     if coarse is None:
-        return _guess(engine, problem, nodes, samples, reference, _interpolation(engine, nodes, reference, None))
-    keep = coarse.again.to(coarse.path.device)
-    judged = _interpolation(engine, nodes, reference, coarse.path.end[keep, 0])
-    path = _guess(engine, problem, nodes, samples, reference, judged)
-    _take_over(path, nodes, coarse.nodes, coarse.path, keep)
-    return path
+        judged = _interpolation(engine, sets[0], references[0], None)
+        first = _guess(engine, sets[0], samples, references[0], free[0], judged)
+    else:
+        keep = coarse.again.to(coarse.path.device)
+        judged = _interpolation(engine, sets[0], references[0], coarse.path.end[keep, 0])
+        first = _guess(engine, sets[0], samples, references[0], free[0], judged)
+        _take_over(first, sets[0], coarse.nodes, coarse.path, keep)
+    others = zip(sets[1:], references[1:], free[1:], strict=True)
+    return [first, *(_guess(engine, nodes, samples, reference, own) for nodes, reference, own in others)]
+
+
+def _free(problem: Problem, samples: Tensor, references: Sequence[CondensedPath]) -> list[Tensor]:
+    """The reference model's own states of some samples."""
+    numbers = samples.to(problem.start.device)
+    start, noise = problem.start[numbers][:, None], problem.noise
+    return free_states(references, start, lambda first, last: noise.path(first, last)[:, numbers])
 
 
 def _guess(
     engine: Engine,
-    problem: Problem,
     nodes: NodeSet,
     samples: Tensor,
     reference: CondensedPath,
+    free: Tensor,
     interpolation: Interpolation | None = None,
     *,
     learns: bool = True,
@@ -196,16 +211,8 @@ def _guess(
     condensed = reference
     if not torch.equal(engine.slopes, engine.prior[0]):
         condensed = condense(engine.steps.silent(), engine.slopes, nodes)
-    numbers = samples.to(problem.start.device)
-    return ParallelPath(
-        condensed,
-        problem.start[numbers][:, None],
-        lambda first, last: problem.noise.path(first, last)[:, numbers],
-        samples,
-        reference,
-        interpolation,
-        engine.learning.at(nodes.indices) if learns else None,
-    )
+    learning = engine.learning.at(nodes.indices) if learns else None
+    return ParallelPath(condensed, free, samples, reference, interpolation, learning)
 
 
 def _take_over(path: ParallelPath, nodes: NodeSet, coarse_nodes: NodeSet, coarse: ParallelPath, keep: Tensor) -> None:
@@ -241,7 +248,8 @@ def _all_states(engine: Engine, problem: Problem, nodes: NodeSet, path: Parallel
     if nodes.count < engine.steps.count:
         every = every_step(engine.steps.count)
         reference = condense(engine.steps, engine.prior[0], every, engine.prior[1])
-        fine = _guess(engine, problem, every, path.samples, reference, learns=False)
+        free = _free(problem, path.samples, [reference])[0]
+        fine = _guess(engine, every, path.samples, reference, free, learns=False)
         fine.residual.copy_(nodes.weights.to(path.residual) @ path.residual)
         fine.solve()
         path = fine

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from piadm.path import NOISE_CHUNK
 from piadm.problem import Problem
+from piadm.reference import NOISE_CHUNK
 
 #: Copies of the node states that a run holds at most, the free path, states, residuals and what a round adds to them;
 #: measured by ``benchmarks/overhead.py``.

@@ -28,8 +28,9 @@ from piadm.linearization import ScoreFrozen
 from piadm.memory import refuse_excess
 from piadm.nodes import every_step
 from piadm.noise import GivenNoise, Seed
-from piadm.path import Draw, ParallelPath
+from piadm.path import ParallelPath
 from piadm.problem import Callback, Problem, check_denoiser, pose
+from piadm.reference import Draw, free_states
 from piadm.solution import Solution
 from piadm.stopping import FixedIterations
 from piadm.tally import Tally
@@ -216,7 +217,7 @@ def _picard(
 ) -> ParallelPath:
     """K rounds on one block, all its nodes starting at the block's start ``(B, s, d)``, constant on the OU scale."""
     condensed = condense(steps, ScoreFrozen().slopes(problem.denoiser.schedule, steps), every_step(steps.count))
-    path = ParallelPath(condensed, start, draw, torch.arange(problem.batch))
+    path = ParallelPath(condensed, free_states([condensed], start, draw)[0], torch.arange(problem.batch))
     scale = variance_preserving(problem.denoiser.schedule, steps.times)[2].to(start)
     path.nodes.copy_(start[:, 0] * (scale / scale[0])[:, None, None])
     solve(tally, path, AllRows(), FixedIterations(iterations), limit=tally.rounds + iterations)

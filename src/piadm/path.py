@@ -13,7 +13,6 @@ a round changes is computed, through small matrices.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,12 +23,6 @@ from piadm.condense import CondensedPath
 from piadm.executor import Asking, Executor
 from piadm.local_model import Learning, LocalModel
 from piadm.numerics import full_precision, rms
-
-#: Gives standard normals ``first .. last - 1`` of a path, shape ``(last - first, B, d)``.
-Draw = Callable[[int, int], Tensor]
-
-#: Rows of noise drawn at once: the noise of a path is never stored whole.
-NOISE_CHUNK = 64
 
 #: Sweeps in which the path follows an evaluation where nodes read ahead.  What they leave the next evaluations hear of:
 #: rounds were the same with none, and the samples of a trained network 2e-5 apart; 7e-6 with one, 6e-7 with two.
@@ -116,8 +109,7 @@ class ParallelPath:
 
     Args:
         path: the condensed path, with the linearization ``G`` of the iteration.
-        start: initial state, shape ``(B, s, d)``.
-        draw: the path's standard normals, ``r`` per step, in the order of the steps.
+        free: ``q``, as ``reference.free_states`` gives it, shape ``((n + 1) s, B d)``.
         samples: number of each sample in the whole batch, shape ``(B,)`` int64 on the CPU.
         reference: the condensed path of the reference model on the same nodes; None: ``path`` itself.
         interpolation: how its error is estimated; None: every step is a node.
@@ -128,23 +120,22 @@ class ParallelPath:
     def __init__(
         self,
         path: CondensedPath,
-        start: Tensor,
-        draw: Draw,
+        free: Tensor,
         samples: Tensor,
         reference: CondensedPath | None = None,
         interpolation: Interpolation | None = None,
         learning: Learning | None = None,
     ) -> None:
         self.samples, self.interpolation = samples, interpolation
-        self.path, self.batch, self.size = path, start.shape[0], start.shape[2]
-        self.dtype, self.device = start.dtype, start.device
+        self.path, self.batch, self.size = path, len(samples), free.shape[1] // len(samples)
+        self.dtype, self.device = free.dtype, free.device
         self.numbers, self.times = samples.to(self.device), path.times.to(self.device)
         self.slopes, self.response = self._matrix(path.slopes), self._matrix(path.response.flatten(0, 1))
         reference = path if reference is None else reference
         self.reference_slopes, self.constants = self._matrix(reference.slopes), self._matrix(reference.constants)
         self.sweeps = SWEEPS if path.response[:-1, 0].triu(1).any() else 0
         self.turns = 0
-        self.free = self._free(reference, start, draw)
+        self.free = free
         self.state = self.free.clone()
         self.residual = torch.zeros(path.count, self.batch * self.size, dtype=self.dtype, device=self.device)
         self.local = None if learning is None else LocalModel(learning, path.slopes, self.nodes)
@@ -152,17 +143,6 @@ class ParallelPath:
 
     def _matrix(self, matrix: Tensor) -> Tensor:
         return matrix.to(self.device, self.dtype)
-
-    def _free(self, reference: CondensedPath, start: Tensor, draw: Draw) -> Tensor:
-        """``q``, the reference model's states, with the noise drawn chunk by chunk."""
-        columns = reference.noise.flatten(2).flatten(0, 1)
-        with full_precision(self.device):
-            free = self._matrix(reference.start.flatten(0, 1)) @ start.transpose(0, 1).flatten(1)
-            free += self._matrix(reference.offset.flatten())[:, None]
-            for first in range(0, columns.shape[1], NOISE_CHUNK):
-                last = min(first + NOISE_CHUNK, columns.shape[1])
-                free.addmm_(self._matrix(columns[:, first:last]), draw(first, last).flatten(1))
-        return free
 
     @property
     def nodes(self) -> Tensor:

@@ -12,8 +12,8 @@ from piadm.denoiser import Denoiser
 from piadm.grid import TimeGrid
 from piadm.integrators import Integrator, integrator
 from piadm.noise import Seed
-from piadm.path import NOISE_CHUNK
 from piadm.problem import Callback, check_denoiser, check_grid, pose
+from piadm.reference import NOISE_CHUNK
 from piadm.solution import Solution
 from piadm.tally import Tally
 from piadm.workers.base import Workers, on_workers

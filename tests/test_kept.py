@@ -1,0 +1,115 @@
+"""Results kept from call to call: found again by what went in, never stale, never written to, never too many."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+import piadm
+from piadm import kept
+from piadm.condense import condense, weights_on_end
+from piadm.integrators import integrator
+from piadm.models import GaussianDenoiser
+from piadm.nodes import every_step
+
+SCHEDULE = piadm.CosineSchedule()
+STEPS = integrator("sde").steps(SCHEDULE, piadm.TimeGrid.default(SCHEDULE, 30))
+SLOPES = torch.full((30,), 0.3, dtype=torch.float64)
+
+
+def test_a_result_is_found_again_by_the_content_of_its_arguments() -> None:
+    found = condense(STEPS, SLOPES, every_step(30))
+    again = condense(replace(STEPS, a=STEPS.a.clone()), SLOPES.clone(), nodes=every_step(30))
+    by_name = condense(replace(STEPS, a=STEPS.a.clone()), SLOPES.clone(), every_step(30))
+    assert by_name is found
+    assert torch.equal(again.noise, found.noise)  # named arguments are another key, with an equal result
+    changed = SLOPES.clone()
+    changed[17] += 1e-12
+    other = condense(STEPS, changed, every_step(30))
+    assert other is not found and not torch.equal(other.response, found.response)
+
+
+def test_what_is_kept_is_what_would_be_computed() -> None:
+    raw = weights_on_end.__wrapped__
+    for _ in range(2):
+        assert torch.equal(weights_on_end(STEPS, SLOPES), raw(STEPS, SLOPES))
+
+
+def test_arguments_of_one_content_and_another_shape_differ() -> None:
+    calls = []
+
+    @kept.kept
+    def shape(x: Tensor, more: object = None) -> Tensor:
+        calls.append(x)
+        return torch.tensor(x.shape)
+
+    flat = torch.arange(6.0)
+    assert shape(flat).tolist() == [6] and shape(flat.view(2, 3)).tolist() == [2, 3]
+    assert shape(flat.view(2, 3).T).tolist() == [3, 2]
+    assert shape(flat.double()).tolist() == shape(flat, None).tolist() == [6]
+    assert len(calls) == 5 - 0  # the last one has another number of arguments
+
+
+def test_no_more_is_kept_than_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    @kept.kept
+    def ones(size: int) -> Tensor:
+        calls.append(size)
+        return torch.ones(size, dtype=torch.float64)
+
+    monkeypatch.setattr(kept, "MOST_BYTES", 1000)
+    for size in (50, 60, 50, 70, 50, 60):  # 400, 480 and 560 bytes: two fit, and the one asked for last stays
+        assert len(ones(size)) == size
+    assert calls == [50, 60, 70, 60]
+    assert len(ones(200)) == len(ones(200)) == 200 and calls[-2:] == [200, 200]  # too large to be kept
+
+
+def test_threads_find_the_same() -> None:
+    slopes = [torch.full((30,), 0.01 * i, dtype=torch.float64) for i in range(8)] * 8
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda one: condense(STEPS, one, every_step(30)).response, slopes))
+    for i in range(8):
+        assert all(torch.equal(found[i], found[i + 8 * k]) for k in range(8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("method", ["sde", "ode"])
+def test_a_call_is_not_touched_by_those_before_it(method: str, dtype: torch.dtype) -> None:
+    """The second call finds what the first one kept, made in inference mode; nothing of it may have been written to."""
+    denoiser = GaussianDenoiser(SCHEDULE, 0.5, torch.tensor([0.2, 1.5]))
+    given = dict(method=method, steps=200, seed=3)
+    with torch.inference_mode():
+        first = piadm.sample(denoiser, (3, 2), **given).sample
+    assert torch.equal(piadm.sample(denoiser, (3, 2), **given).sample, first)
+    with torch.inference_mode():
+        assert torch.equal(piadm.sample(denoiser, (3, 2), **given).sample, first)
+
+
+def test_a_schedule_that_changes_is_not_confused_with_what_it_was() -> None:
+    class Stretched(piadm.OUSchedule):
+        factor = 1.0
+
+        def _from(self, t: Tensor) -> Tensor:
+            return t * self.factor
+
+        def _alpha(self, t: Tensor) -> Tensor:
+            return super()._alpha(self._from(t))
+
+        def _sigma(self, t: Tensor) -> Tensor:
+            return super()._sigma(self._from(t))
+
+        def _log_snr(self, t: Tensor) -> Tensor:
+            return super()._log_snr(self._from(t))
+
+    schedule = Stretched()
+    steps = [integrator("ode").steps(schedule, piadm.TimeGrid.uniform(schedule, 30))]
+    found = [condense(steps[0], SLOPES, every_step(30))]
+    Stretched.factor = 0.9
+    steps.append(integrator("ode").steps(schedule, piadm.TimeGrid.uniform(schedule, 30)))
+    found.append(condense(steps[1], SLOPES, every_step(30)))
+    assert not torch.equal(found[0].start, found[1].start)
