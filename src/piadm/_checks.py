@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Collection
 from numbers import Integral, Real
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
 
 import numpy as np
 import torch
@@ -180,6 +180,8 @@ def decreasing_vector(name: str, value: object) -> Tensor:
         TypeError: If ``value`` does not hold real numbers.
         ValueError: If it is not a finite vector of at least two entries, each less than the one before.
     """
+    if _decreases(value):
+        return value.detach().clone()
     vector = real_vector(name, value)
     rising = (vector.diff() >= 0.0).nonzero()
     if len(rising):
@@ -189,6 +191,15 @@ def decreasing_vector(name: str, value: object) -> Tensor:
             f", got {vector[i + 1].item()} at index {i + 1} after {vector[i].item()}"
         )
     return vector
+
+
+def _decreases(value: object) -> TypeGuard[Tensor]:
+    """Whether a value is already such a vector: if the ends are finite, all between them are.  False: perhaps not."""
+    if not isinstance(value, Tensor) or value.dtype != torch.float64 or value.dim() != 1 or len(value) < 2:
+        return False
+    if value.device.type != "cpu" or not bool((value[1:] < value[:-1]).all()):
+        return False
+    return math.isfinite(value[0]) and math.isfinite(value[-1])
 
 
 def instance(name: str, value: _T, kind: type) -> _T:

@@ -17,7 +17,7 @@ from piadm.theory.search import BEYOND, Expansion, iterations_needed, shortest_h
 from piadm.theory.spectrum import Modes, Spectrum, VarianceBounds
 from piadm.theory.stairs import Cost, Proposal, cost
 
-#: Horizons tried beyond the shortest that will do.
+#: Horizons tried beyond the shortest that will do.  The second is the better one where memory is short.
 SPACING, HORIZONS = 1.0, 2
 
 #: Least divergence per coordinate: it falls with the square of the step, which would be about 1e-6.
@@ -195,7 +195,7 @@ def _evaluate(search: Search, proposal: Proposal) -> Plan | None:
     """A plan with as many iterations as it needs by the exact law; None: a few more than expected are not enough."""
     target, family, most = search.target, proposal.family, proposal.most + BEYOND
     settings = (target, proposal.horizon, proposal.count, proposal.step)
-    for tried in sorted({min(proposal.least + BEYOND, most), most}):
+    for tried in sorted({min(proposal.least + more * BEYOND, most) for more in (1, 4)}):
         law = family.iterates(*settings, tried)
         iterations = iterations_needed(target.kl(law), search.allowed)
         if iterations is not None and iterations < tried:
