@@ -4,7 +4,8 @@
 
 Time.  The network is free and never settles, so that every round evaluates nearly all rows, samples x nodes.  What ten
 more rounds add to a run of one, over ten, is what a round costs apart from the network; the rest of the run of one is
-the set-up: coefficients, condensed path and noise.  With nodes=None the network returns its input and a run goes on to
+the set-up: coefficients, condensed path and noise; "the first" with settings of which no path is kept.  With nodes=None
+the network returns its input and a run goes on to
 a tolerance of 1e-2, so its rounds differ: their mean is shown, and the set-up of further node sets is part of it.
 
 A round should take at most 30 ms, or at most 3 % of the time that the shipped U-Net takes for the same rows (timed
@@ -63,9 +64,10 @@ def timed(method: str, steps: int, nodes: int | str | None, rounds: int | None) 
     shape, tol = (BATCH, SIZE), TINY if rows else USUAL
     taken, solution = seconds(
         lambda: piadm.sample(
-            denoiser, shape, method=method, steps=steps, nodes=nodes, tol=tol, max_rounds=rounds, max_batch=MICRO
+            denoiser, shape, method=method, steps=steps, nodes=nodes, window=None if nodes is None else "all", tol=tol,
+            max_rounds=rounds, max_batch=MICRO,
         )
-    )
+    )  # fmt: skip
     stats = solution.stats
     if rows and rounds is not None and (stats.rounds != rounds or stats.evaluations * BATCH < WHOLE * rounds * rows):
         raise RuntimeError(f"{rounds} rounds of {rows} rows were wanted, got {stats.rounds}, not all of them whole")
@@ -74,12 +76,14 @@ def timed(method: str, steps: int, nodes: int | str | None, rounds: int | None) 
 
 def time_case(method: str, steps: int, nodes: int | str | None, repeats: int, unet: float) -> Row:
     """The figures of one case; short and long runs take turns, so that a busy moment hits both."""
-    per_round, set_up = [], []
-    for _ in range(repeats):
+    per_round, set_up, first = [], [], []
+    for repeat in range(repeats):
+        new, _ = timed(method, steps - 1 - repeat, nodes, 1)  # settings that were not there before: nothing is kept
         short, one = timed(method, steps, nodes, 1)
         long, many = timed(method, steps, nodes, None if nodes is None else 1 + EXTRA)
         per_round.append((long - short) / (many.rounds - 1))
         set_up.append(short - per_round[-1])
+        first.append(new - per_round[-1])
     rows = BATCH * (many.evaluations - one.evaluations) / (many.rounds - 1)
     took = statistics.median(per_round)
     share = took / (unet * rows)
@@ -93,6 +97,7 @@ def time_case(method: str, steps: int, nodes: int | str | None, repeats: int, un
         "% of U-Net": 100 * share,
         "within": " and ".join(held) or "NEITHER",
         "set-up, ms": None if nodes is None else 1e3 * statistics.median(set_up),
+        "the first, ms": None if nodes is None else 1e3 * statistics.median(first),
     }
 
 

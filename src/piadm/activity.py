@@ -120,6 +120,6 @@ class Outlook:
         """Expect what the distances ``(n, B)`` from the last evaluations say."""
         self.expected = torch.where(self.known, self.rate * drift, torch.inf)
 
-    def inherit(self, old: Tensor, coarse: Outlook, keep: Tensor) -> None:
+    def inherit(self, old: Tensor, coarse: Outlook, keep: Tensor | slice) -> None:
         """Take over what is known of the rows of a coarser node set: ``old`` of the nodes, ``keep`` of its samples."""
         self.rate[old], self.known[old] = coarse.rate[:, keep], coarse.known[:, keep]

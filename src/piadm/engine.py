@@ -67,15 +67,11 @@ def rounds(engine: Engine, problem: Problem, tally: Tally, limit: int, return_st
         while len(left):
             if coarse is not None:
                 nodes = with_readings(refine(nodes, engine.clock, engine.order), engine.importance)
-            opening = engine.opening if coarse is None and problem.denoiser.draft is None else ()
-            path, *few = _paths(engine, problem, [nodes, *opening], left, coarse)
             refinable = engine.refinable and nodes.count < engine.steps.count
-            rows, rule = _rules(engine, problem, path, nodes, refinable, coarse, aim[left])
-            if coarse is None and problem.denoiser.draft is not None:
-                tally.draft = start_from_draft(problem, path, rule)
-            elif few:
-                yield from _open(engine, path, few, rule, tally, limit)
-                few.clear()  # their states are needed no more
+            reference = condense(engine.steps, engine.prior[0], nodes, engine.prior[1])
+            condensed = _condensed(engine, nodes, reference)
+            rows, rule = _rules(engine, problem, condensed, nodes, refinable, coarse, aim[left])
+            path = yield from _path(engine, problem, nodes, left, coarse, reference, rule, tally, limit)
             verdict = yield from turns(tally, path, rows, rule, limit)
             tally.nodes, tally.window = nodes.count, min(rows.size or nodes.count, nodes.count)
             if states is not None:
@@ -98,29 +94,62 @@ class _Coarse:
     again: Tensor
 
 
+def _path(
+    engine: Engine,
+    problem: Problem,
+    nodes: NodeSet,
+    samples: Tensor,
+    coarse: _Coarse | None,
+    reference: CondensedPath,
+    rule: CarriedResidual,
+    tally: Tally,
+    limit: int,
+) -> Asking[ParallelPath]:
+    """The path of some samples, from where the coarser node set, the draft or the first rounds have brought it."""
+    opening = engine.opening if coarse is None and problem.denoiser.draft is None else ()
+    few = [condense(engine.steps, engine.prior[0], one, engine.prior[1]) for one in opening]
+    free = _free(problem, samples, [*few, reference])
+    last = yield from _open(engine, few, free, samples, rule, tally, limit)
+    keep = None if coarse is None else coarse.again.to(coarse.path.device)
+    judged = _interpolation(engine, nodes, reference, None if coarse is None else coarse.path.end[keep, 0])
+    path = _guess(engine, nodes, samples, reference, free.pop(), judged)
+    if coarse is not None and keep is not None:
+        _take_over(path, nodes, coarse.nodes, coarse.path, keep)
+    elif last is not None:
+        _take_over(path, nodes, *last)
+        tally.end[path.numbers] = path.end[:, 0]
+    elif problem.denoiser.draft is not None:
+        tally.draft = start_from_draft(problem, path, rule)
+    return path
+
+
 def _open(
-    engine: Engine, path: ParallelPath, few: Sequence[ParallelPath], rule: CarriedResidual, tally: Tally, limit: int
-) -> Asking[None]:
-    """Bring a path to where a round each on more and more of its nodes has it: a draft made by the network itself."""
-    everyone = torch.ones(path.batch, dtype=torch.bool, device=path.device)
+    engine: Engine,
+    references: Sequence[CondensedPath],
+    free: list[Tensor],
+    samples: Tensor,
+    rule: CarriedResidual,
+    tally: Tally,
+    limit: int,
+) -> Asking[tuple[NodeSet, ParallelPath] | None]:
+    """A round each on more and more of the nodes: a draft made by the network itself.  It uses up its free states."""
     last: tuple[NodeSet, ParallelPath] | None = None
-    for nodes, coarse in zip(engine.opening, few, strict=True):
+    for nodes, reference in zip(engine.opening, references, strict=False):  # there may be none
+        path = _guess(engine, nodes, samples, reference, free.pop(0))
         if last is not None:
-            _take_over(coarse, nodes, *last, everyone)
+            _take_over(path, nodes, *last)
         size = math.ceil(REACH * nodes.count)
         size = min(size, engine.window) if isinstance(engine.window, int) else size
         rows = SlidingWindow(size, rule.threshold[torch.isin(engine.nodes.indices, nodes.indices)])
-        yield from turns(tally, coarse, rows, FixedIterations(1, estimate=math.inf), limit)
-        last = nodes, coarse
-    assert last is not None
-    _take_over(path, engine.nodes, *last, everyone)
-    tally.end[path.numbers] = path.end[:, 0]
+        yield from turns(tally, path, rows, FixedIterations(1, estimate=math.inf), limit)
+        last = nodes, path
+    return last
 
 
 def _rules(
     engine: Engine,
     problem: Problem,
-    path: ParallelPath,
+    path: CondensedPath,
     nodes: NodeSet,
     refinable: bool,
     coarse: _Coarse | None,
@@ -128,8 +157,8 @@ def _rules(
 ) -> tuple[SlidingWindow | TimedWindow, CarriedResidual]:
     """Which rows are evaluated, and when a sample is finished, ``aim`` being that of each, shape ``(B,)``."""
     known = None if coarse is None or coarse.rule.contraction is None else coarse.rule.contraction[coarse.again]
-    count = path.path.count
-    influence = _influence(engine, problem, path.path, nodes)
+    count = path.count
+    influence = _influence(engine, problem, path, nodes)
     # Rows that have settled may together leave this share of the tolerance.
     threshold = SETTLED_SHARE * aim / count / influence[:, None]
     rule = CarriedResidual(
@@ -172,29 +201,18 @@ def _influence(engine: Engine, problem: Problem, path: CondensedPath, nodes: Nod
     return found.clamp(min=FAINTEST)
 
 
-def _paths(
-    engine: Engine, problem: Problem, sets: Sequence[NodeSet], samples: Tensor, coarse: _Coarse | None
-) -> list[ParallelPath]:
-    """Paths of some samples on several node sets, at their starting guess: the reference's, or the coarser set's."""
-    references = [condense(engine.steps, engine.prior[0], nodes, engine.prior[1]) for nodes in sets]
-    free = _free(problem, samples, references)
-    if coarse is None:
-        judged = _interpolation(engine, sets[0], references[0], None)
-        first = _guess(engine, sets[0], samples, references[0], free[0], judged)
-    else:
-        keep = coarse.again.to(coarse.path.device)
-        judged = _interpolation(engine, sets[0], references[0], coarse.path.end[keep, 0])
-        first = _guess(engine, sets[0], samples, references[0], free[0], judged)
-        _take_over(first, sets[0], coarse.nodes, coarse.path, keep)
-    others = zip(sets[1:], references[1:], free[1:], strict=True)
-    return [first, *(_guess(engine, nodes, samples, reference, own) for nodes, reference, own in others)]
-
-
 def _free(problem: Problem, samples: Tensor, references: Sequence[CondensedPath]) -> list[Tensor]:
     """The reference model's own states of some samples."""
     numbers = samples.to(problem.start.device)
     start, noise = problem.start[numbers][:, None], problem.noise
     return free_states(references, start, lambda first, last: noise.path(first, last)[:, numbers])
+
+
+def _condensed(engine: Engine, nodes: NodeSet, reference: CondensedPath) -> CondensedPath:
+    """The path with the iteration's own linearization; often that is the reference's."""
+    if torch.equal(engine.slopes, engine.prior[0]):
+        return reference
+    return condense(engine.steps.silent(), engine.slopes, nodes)
 
 
 def _guess(
@@ -208,15 +226,19 @@ def _guess(
     learns: bool = True,
 ) -> ParallelPath:
     """The path of some samples, at the reference model's own solution."""
-    condensed = reference
-    if not torch.equal(engine.slopes, engine.prior[0]):
-        condensed = condense(engine.steps.silent(), engine.slopes, nodes)
     learning = engine.learning.at(nodes.indices) if learns else None
+    condensed = _condensed(engine, nodes, reference)
     return ParallelPath(condensed, free, samples, reference, interpolation, learning)
 
 
-def _take_over(path: ParallelPath, nodes: NodeSet, coarse_nodes: NodeSet, coarse: ParallelPath, keep: Tensor) -> None:
-    """Bring a path to where one of the same samples, or of more, is on some of its nodes."""
+def _take_over(
+    path: ParallelPath,
+    nodes: NodeSet,
+    coarse_nodes: NodeSet,
+    coarse: ParallelPath,
+    keep: Tensor | slice = slice(None),  # noqa: B008
+) -> None:
+    """Bring a path to where one of the same samples, or of more of which some are kept, is on some of its nodes."""
     old = torch.isin(nodes.indices, coarse_nodes.indices)
     path.take_over(coarse, keep, old, coarse_nodes.weights[nodes.indices])
 

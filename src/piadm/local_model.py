@@ -134,19 +134,20 @@ class LocalModel:
         self.seen = states.flatten(0, 1).clone()
         self.known.fill_(False)
 
-    def inherit(self, nodes: Tensor, coarse: LocalModel, columns: Tensor, excess: Tensor, states: Tensor) -> None:
+    def inherit(
+        self, nodes: Tensor, coarse: LocalModel, columns: Tensor | slice, excess: Tensor, states: Tensor
+    ) -> None:
         """Take over what a coarser node set has learnt.
 
         Args:
             nodes: which of the nodes are the coarse ones, shape ``(n',)``.
             coarse: the model on those.
-            columns: which of its samples go on, shape ``(B',)`` bool.
+            columns: which of its samples go on, shape ``(B',)`` bool, or all of them.
             excess: slopes interpolated to all nodes, shape ``(n, B)``.
             states: the path that the coarse residuals describe, shape ``(n, B, d)``.
         """
         n, batch = excess.shape
         self.excess = excess.flatten().clamp(self.least, self.most)
-        seen, known = states.clone(), self.known.view(n, batch)
-        seen[nodes] = coarse.seen.view(len(nodes), len(columns), -1)[:, columns]
-        known[nodes] = coarse.known.view(len(nodes), len(columns))[:, columns]
-        self.seen = seen.flatten(0, 1)
+        seen, known = self.seen.view(states.shape).copy_(states), self.known.view(n, batch)
+        seen[nodes] = coarse.seen.view(len(nodes), -1, states.shape[2])[:, columns]
+        known[nodes] = coarse.known.view(len(nodes), -1)[:, columns]

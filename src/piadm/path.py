@@ -179,29 +179,30 @@ class ParallelPath:
         if self.turns % ANCHOR == 0:
             self.solve()
 
-    def take_over(self, coarse: ParallelPath, keep: Tensor, old: Tensor, weights: Tensor) -> None:
+    def take_over(self, coarse: ParallelPath, keep: Tensor | slice, old: Tensor, weights: Tensor) -> None:
         """Start from what a coarser node set of the same path has found.
 
         Args:
             coarse: the path on those nodes.
-            keep: which of its samples go on, shape ``(B',)`` bool on the device.
+            keep: which of its samples go on, shape ``(B',)`` bool on the device, or all of them.
             old: which nodes are the coarse ones, shape ``(n,)`` bool on the CPU.
             weights: interpolation from them to all nodes, shape ``(n, n')``.
         """
         assert self.local is not None and coarse.local is not None
-        n, residual = len(old), self.residual.view(len(old), self.batch, -1)
+        n, count, residual = len(old), coarse.path.count, self.residual.view(len(old), self.batch, -1)
         with full_precision(self.device):
-            found = coarse.residual.view(coarse.path.count, len(keep), -1)[:, keep]
-            self.residual.copy_(self._matrix(weights) @ found.flatten(1))
-            slopes = self._matrix(weights) @ coarse.local.excess.view(coarse.path.count, len(keep))[:, keep]
+            found = coarse.residual.view(count, coarse.batch, -1)[:, keep]
+            torch.mm(self._matrix(weights), found.flatten(1), out=self.residual)
+            slopes = self._matrix(weights) @ coarse.local.excess.view(count, coarse.batch)[:, keep]
         self.solve()
         places = old.nonzero().squeeze(1).to(self.device)
         self.local.inherit(places, coarse.local, keep, slopes, self.nodes)
         # What is read at the coarse nodes has moved, and their local models with it.
-        told = (self.nodes[places] - coarse.nodes[:, keep]) * self.local.excess.view(n, -1)[places, :, None]
-        residual[places] += told
+        told = self.nodes[places].sub_(coarse.nodes[:, keep])
+        told.mul_(self.local.excess.view(n, -1)[places, :, None])
+        residual.index_add_(0, places, told)
         self.follow(places.expand(self.batch, -1), told.transpose(0, 1))
-        self.outlook.inherit(old, coarse.outlook, keep.cpu())
+        self.outlook.inherit(old, coarse.outlook, keep.cpu() if isinstance(keep, Tensor) else keep)
         self.outlook.look(self.local.drift(self.rows).view(len(old), self.batch).cpu().double())
 
     def unlearn(self) -> None:

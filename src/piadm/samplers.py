@@ -102,7 +102,7 @@ def sample(
         noise_count=engine.steps.count * max(1, engine.steps.normals), condition=condition, max_batch=max_batch,
         callback=callback, workers=workers,
     )  # fmt: skip
-    refuse_excess(problem, engine.nodes.count, engine.steps.count + 1 if return_states else 0)
+    refuse_excess(problem, engine.held, engine.steps.count + 1 if return_states else 0)
     tally = Tally(problem, None, callback, progress)
     states = run(engine, problem, tally, limit, return_states)
     return tally.solution(states, raise_on_failure=raise_on_failure)

@@ -91,6 +91,11 @@ class Engine:
         return ROUGH_ORDER if self.noisy else SMOOTH_ORDER
 
     @property
+    def held(self) -> int:
+        """Nodes of all paths that are held at once: that of the first rounds gives way to that of all nodes."""
+        return self.nodes.count + max((few.count for few in self.opening), default=0)
+
+    @property
     def most_rounds(self) -> int:
         """Rounds after which a narrow window, too, has been over the path or never will be."""
         return TURNS_PER_NODE * (self.steps.count if self.refinable else self.nodes.count)
