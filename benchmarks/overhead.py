@@ -13,7 +13,7 @@ here, in batches of 128); "within" says which of the two holds.
 
 Memory.  A fresh process samples with a free network, and the growth of its peak resident memory over what it held
 before is divided by the size of the node states, n x B x d x 4 bytes; one micro-batch of network input and output is
-in it, and so are the small path matrices.  It should be at most 6 copies.
+in it.  It should be at most 6 copies, and 9 where the first rounds are on few of the nodes.
 """
 
 from __future__ import annotations
@@ -116,22 +116,24 @@ def resident(entry: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(entry))
 
 
-def peak_copies(method: str, steps: int, batch: int, size: int, threads: int) -> float:
-    """Peak memory of two rounds on every step, in copies of the node states; run in a fresh process."""
+def peak_copies(method: str, nodes: str | None, steps: int, batch: int, size: int, threads: int) -> tuple[int, float]:
+    """Nodes of a run of four rounds, and its peak memory in copies of their states; run in a fresh process."""
     torch.set_num_threads(threads)
     denoiser = piadm.Denoiser(itself, piadm.VPSchedule(), "sample")
-    piadm.sample(denoiser, (1, 4), method=method, steps=4, nodes="all")  # loads what is loaded late
+    given = dict(method=method, steps=steps, nodes=nodes, max_rounds=4, max_batch=MICRO)
+    piadm.sample(denoiser, (1, 4), **given)  # loads what is loaded late, and keeps the path
     before = resident("VmRSS")
-    piadm.sample(denoiser, (batch, size), method=method, steps=steps, nodes="all", tol=TINY, max_rounds=2)
-    return (resident("VmHWM") - before) / (4 * steps * batch * size)
+    held = piadm.sample(denoiser, (batch, size), **given).stats.nodes
+    return held, (resident("VmHWM") - before) / (4 * held * batch * size)
 
 
-def memory_case(method: str, steps: int, batch: int, size: int, threads: int) -> Row:
-    """The figures of one case."""
+def memory_case(method: str, nodes: str | None, steps: int, batch: int, size: int, threads: int) -> Row:
+    """The figures of one case; the first rounds, on half of chosen nodes, may hold half as much again."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
-        copies = fresh.submit(peak_copies, method, steps, batch, size, threads).result()
-    row: Row = {"n x B x d": f"{steps} x {batch} x {size}", "method": method, "MB a copy": 4e-6 * steps * batch * size}
-    return row | {"copies": copies, "at most 6": copies <= MOST_COPIES}
+        held, copies = fresh.submit(peak_copies, method, nodes, steps, batch, size, threads).result()
+    most = MOST_COPIES if nodes == "all" else 1.5 * MOST_COPIES
+    row: Row = {"n x B x d": f"{held} x {batch} x {size}", "method": method, "MB a copy": 4e-6 * held * batch * size}
+    return row | {"copies": copies, "at most": most, "held": copies <= most}
 
 
 def main() -> None:
@@ -149,7 +151,8 @@ def main() -> None:
     print_table(times)
     memory = []
     if Path("/proc/self/status").exists():
-        memory = [memory_case(method, *given.memory, given.threads) for method in ("sde", "ode")]
+        cases = [(method, nodes) for nodes in ("all", None) for method in ("sde", "ode")]
+        memory = [memory_case(*case, *given.memory, given.threads) for case in cases]
         print()
         print_table(memory)
     else:
