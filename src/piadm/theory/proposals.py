@@ -1,7 +1,7 @@
 """Settings that may make the best plan, judged on coarse grids: where they are cut, their step and corrector.
 
-Which settings are proposed does not depend on a limit of memory, which only strikes out some of them: with more memory
-the best of those left cannot be worse.
+The steps proposed for a number of blocks do not depend on a limit of memory, which only strikes out some: with more
+memory the best of those left is no worse, as long as the same numbers of blocks are looked at, as they mostly are.
 """
 
 from __future__ import annotations
