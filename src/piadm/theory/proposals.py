@@ -36,7 +36,7 @@ KNOTS = tuple(dict.fromkeys([*range(1, 5), *(round(4 * 1.3**i) for i in range(19
 SHARES = (0.4, 0.5, 0.6, 0.75, 0.9, 0.97)
 
 #: What a divergence on coarse grids may differ by from the exact one, as a factor.
-DOUBT = 1.15
+DOUBT = 1.1
 
 #: How much coarser a grid must be than the step for it to be worth while, and iterations that are tried first.
 NEARLY, FEW = 2.5, 16
