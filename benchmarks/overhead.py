@@ -5,8 +5,8 @@
 Time.  The network is free and never settles, so that every round evaluates nearly all rows, samples x nodes.  What ten
 more rounds add to a run of one, over ten, is what a round costs apart from the network; the rest of the run of one is
 the set-up: coefficients, condensed path and noise; "the first" with settings of which no path is kept.  With nodes=None
-the network returns its input and a run goes on to
-a tolerance of 1e-2, so its rounds differ: their mean is shown, and the set-up of further node sets is part of it.
+the network returns its input and a run goes on to a tolerance of 1e-2, so its rounds differ: their mean is shown, and
+the set-up of further node sets is part of it.
 
 A round should take at most 30 ms, or at most 3 % of the time that the shipped U-Net takes for the same rows (timed
 here, in batches of 128); "within" says which of the two holds.

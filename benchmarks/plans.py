@@ -7,7 +7,8 @@ printed, each with its standard error:
 
 plain    from the variance of the samples alone.  Its error is that of a variance, and grows with the dimension.
 control  the same samples beside those that take every step in turn with the same noise.  The law of these is known
-         exactly, so that only the difference is left to chance: a thousand times less.
+         exactly, so that only the difference is left to chance: some ten times less for the SDE and two hundred
+         for the ODE at d = 10^3, and more the larger d is.
 """
 
 from __future__ import annotations

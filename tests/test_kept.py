@@ -51,7 +51,7 @@ def test_arguments_of_one_content_and_another_shape_differ() -> None:
     assert shape(flat).tolist() == [6] and shape(flat.view(2, 3)).tolist() == [2, 3]
     assert shape(flat.view(2, 3).T).tolist() == [3, 2]
     assert shape(flat.double()).tolist() == shape(flat, None).tolist() == [6]
-    assert len(calls) == 5 - 0  # the last one has another number of arguments
+    assert len(calls) == 5  # the last one has another number of arguments
 
 
 def test_no_more_is_kept_than_may_be(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,9 +107,8 @@ class NoiseSchedule(ABC):
         times = _as_float64("t", t)
         if times.device.type == "cpu":
             low, high = self.t_range
-            right = (times >= low) & (times <= high)
-            if not bool(right.all()):
-                wrong = ~right
+            wrong = ~((times >= low) & (times <= high))
+            if bool(wrong.any()):
                 raise ValueError(
                     f"t must lie in [{low:g}, {high:g}], the range of {type(self).__name__}"
                     f", got {times[wrong].flatten()[0].item()}"

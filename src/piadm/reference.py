@@ -28,8 +28,9 @@ def free_states(references: Sequence[CondensedPath], start: Tensor, draw: Draw) 
         For each of them the states at its nodes and at the end, ``((n + 1) s, B d)``.
     """
     columns = [reference.noise.flatten(2).flatten(0, 1) for reference in references]
+    first_state = start.transpose(0, 1).flatten(1)
     with full_precision(start.device):
-        free = [one.start.flatten(0, 1).to(start) @ start.transpose(0, 1).flatten(1) for one in references]
+        free = [one.start.flatten(0, 1).to(start) @ first_state for one in references]
         for found, reference in zip(free, references, strict=True):
             found += reference.offset.flatten().to(start)[:, None]
         count = columns[0].shape[1]

@@ -131,8 +131,7 @@ def constant_start_maps(chain: Chain, slopes: Tensor, scale: Tensor, iterations:
     Returns:
         Gain, shift and variance, each ``(N, K, m)``.
     """
-    scales = backwards(scale, blocks)
-    own, ratio = backwards(kept(chain, slopes), blocks), relative(chain, slopes, blocks)
+    scales, (own, ratio) = backwards(scale, blocks), kept_and_relative(chain, slopes, blocks)
     reached, begun, shift, variance = sums(chain, own, ratio, ratio * own * (scales / scales[:, -1:]), iterations)
     return AffineMap(reached + begun, shift, variance)
 
@@ -149,7 +148,7 @@ def reference_start_map(chain: Chain, slopes: Tensor, constants: Tensor, iterati
     Returns:
         Gain, shift and variance, each ``(K, m)``.
     """
-    own, ratio = backwards(kept(chain, slopes), 1), relative(chain, slopes, 1)
+    own, ratio = kept_and_relative(chain, slopes, 1)
     first = backwards(chain.steps.b[:, 0] * constants, 1)
     reached, begun, shift, variance = sums(chain, own, ratio, first, iterations + 1)[:, 0]
     return AffineMap(reached[1:], shift[:-1] + begun[1:], variance[1:])
@@ -168,9 +167,13 @@ def kept(chain: Chain, slopes: Tensor) -> Tensor:
     return own
 
 
-def relative(chain: Chain, slopes: Tensor, blocks: int) -> Tensor:
-    """``R = r/p`` with ``r = b (J - G)``, what an iterate makes of the one before, ``(m, N, M)``, last step first."""
-    return backwards(chain.steps.b[:, 0] / kept(chain, slopes) * (chain.jacobian - slopes), blocks)
+def kept_and_relative(chain: Chain, slopes: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
+    """``p``, ``(N, M)``, and ``R = r/p``, ``(m, N, M)``, last step first.
+
+    ``r = b (J - G)`` is what an iterate makes of the one before.
+    """
+    own = kept(chain, slopes)
+    return backwards(own, blocks), backwards(chain.steps.b[:, 0] / own * (chain.jacobian - slopes), blocks)
 
 
 def backwards(array: Tensor, blocks: int) -> Tensor:
