@@ -191,3 +191,8 @@ def test_bad_input_is_named(call: Callable[[], object], error: type[Exception], 
     with pytest.raises(error) as caught:
         call()
     assert all(part in str(caught.value) for part in parts), str(caught.value)
+
+
+def test_blocks_show_themselves_in_one_line() -> None:
+    """Not with a thousand times: they are shown with the plan they belong to."""
+    assert repr(Blocks.paper(3.0, 1.0, 1.0, 0.25)) == "Blocks(2 from 3 to 1, steps: [4, 4])"

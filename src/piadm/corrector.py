@@ -63,6 +63,11 @@ class Corrector:
         return max(1, math.ceil(self.duration / self.blocks / self.step - 1e-9))
 
     @property
+    def step_length(self) -> float:
+        """Length of every step, ``eps_dagger`` or less."""
+        return self.duration / self.blocks / self.block_steps
+
+    @property
     def normals(self) -> int:
         """Standard normals per coordinate of one corrector run: ``v_0``, then two per step (velocity first)."""
         return 1 + 2 * self.blocks * self.block_steps
@@ -80,7 +85,7 @@ class Corrector:
         t = torch.tensor([time], dtype=torch.float64)
         alpha, variance, scale = (value.item() for value in variance_preserving(schedule, t))
         gamma = self.friction
-        x = gamma * self.duration / self.blocks / self.block_steps
+        x = gamma * self.step_length
         decay, lost = math.exp(-x), -math.expm1(-x)
         g1, g2 = lost / gamma, _drift_weight(x) / gamma**2
         a = torch.tensor([[1 - g2 / variance, scale * g1], [-g1 / variance / scale, decay]], dtype=torch.float64)

@@ -181,6 +181,9 @@ class Blocks:
             raise ValueError(f"times must be OU times >= 0, got {blocks[-1][-1].item()}")
         object.__setattr__(self, "times", blocks)
 
+    def __repr__(self) -> str:
+        return f"Blocks({self.count} from {self.times[0][0]:g} to {self.times[-1][-1]:g}, steps: {list(self.sizes)})"
+
     @property
     def count(self) -> int:
         """Number of blocks N."""
@@ -221,8 +224,7 @@ class Blocks:
         """
         eta = finite_float("early_stop", early_stop, low=0.0)
         top = finite_float("horizon", horizon, low=eta)
-        longest = finite_float("length", length, low=0.0)
-        eps = finite_float("step", step, low=0.0)
+        longest, eps = finite_float("length", length, low=0.0), finite_float("step", step, low=0.0)
         if (top - eta) / longest > _MAX_BLOCKS:
             raise ValueError(f"length must be at least {(top - eta) / _MAX_BLOCKS:g} here, got {shown(length)}")
         fewest = (top - eta + math.log(top) - math.log(eta)) / _MAX_STEPS

@@ -214,27 +214,28 @@ def sums(chain: Chain, own: Tensor, ratio: Tensor, start: Tensor, count: int) ->
 
 def _sums(ratio: Tensor, start: Tensor, added: Tensor | None, noise: Tensor | None, *, count: int) -> Tensor:
     """These of rows ``(n, M)``, ``(4, K, n)``; the products of the ``p`` are in what is summed."""
-    found, below = ratio.new_zeros(4, count, len(ratio)), torch.zeros_like(ratio)
+    found, below, work = ratio.new_zeros(4, count, len(ratio)), torch.zeros_like(ratio), torch.empty_like(ratio)
     for k, (order, whole) in enumerate(orders(ratio, count)):
         found[0, k] = whole + found[0, k - 1] if k else whole
-        found[1, k] = (start * order).sum(-1)
+        found[1, k] = torch.mul(start, order, out=work).sum(-1)
         if added is not None or noise is not None:
             below += order
         if added is not None:
-            found[2, k] = (added * below).sum(-1)
+            found[2, k] = torch.mul(added, below, out=work).sum(-1)
         if noise is not None:
-            found[3, k] = (noise * below.square()).sum(-1)
+            found[3, k] = torch.mul(below, below, out=work).mul_(noise).sum(-1)
     return found
 
 
 def orders(ratio: Tensor, count: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Coefficients of ``z^0, z^1, ..`` in ``prod_{l > j} (1 + R_l z)`` ``(n, M)`` and in that of all steps ``(n,)``.
 
-    They are ``e_k(j) = sum_{l > j} R_l e_{k-1}(l)``; the last step comes first, as it does in ``R (n, M)``.
+    They are ``e_k(j) = sum_{l > j} R_l e_{k-1}(l)``; the last step comes first, as it does in ``R (n, M)``.  What is
+    given holds until the next is asked for: fresh memory for each would take longer than the sums.
     """
     padded, terms = ratio.new_ones(len(ratio), ratio.shape[1] + 1), ratio.new_zeros(len(ratio), ratio.shape[1] + 1)
     for k in range(count):
         if k:
             torch.mul(ratio, padded[:, :-1], out=terms[:, 1:])
-            padded = terms.cumsum(-1)
+            torch.cumsum(terms, -1, out=padded)
         yield padded[:, :-1], padded[:, -1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar, Protocol
 
@@ -18,6 +18,9 @@ from piadm.theory.law import Law, kl
 from piadm.theory.laws import Predictor, sequential_law
 from piadm.theory.spectrum import OU, Modes, Spectrum, noised
 
+#: Predictors are kept on grids of so many steps at most, so many of them.
+KEPT_STEPS, KEPT_GRIDS = 30_000, 32
+
 
 @dataclass(frozen=True)
 class Target:
@@ -27,12 +30,18 @@ class Target:
         modes: the data.
         early_stop: OU time ``eta`` at which sampling ends, > 0.
 
+    Attributes:
+        known: predictors on some grids, for those who ask for the same steps in other blocks.
+
     Raises:
         TypeError, ValueError: for an ``early_stop`` that is not a positive number.
     """
 
     modes: Modes
     early_stop: float = 1e-2
+    known: dict[tuple[float, float, int, float], Predictor] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         finite_float("early_stop", self.early_stop, low=0.0)
@@ -100,7 +109,14 @@ class _InBlocks:
 
     def predictor(self, target: Target, horizon: float, count: int, step: float) -> Predictor:
         """Of the exact law, over ``count`` blocks."""
-        return Predictor.of(target.modes, self.blocks(target, horizon, count, step), self.eta)
+        fewest = self._paper_blocks(target, horizon, count)
+        key = self.eta, horizon, fewest, step
+        if (whole := target.known.get(key)) is None:
+            whole = Predictor.of(target.modes, target.blocks(horizon, fewest, step), self.eta)
+            if len(whole.times) <= KEPT_STEPS and fewest < count:
+                target.known.pop(next(iter(target.known)) if len(target.known) >= KEPT_GRIDS else key, None)
+                target.known[key] = whole
+        return whole.cut(tuple(cut(whole.sizes, count)))
 
     def fewest_blocks(self, target: Target, horizon: float) -> int:
         """The least number of blocks."""
@@ -108,9 +124,12 @@ class _InBlocks:
 
     def blocks(self, target: Target, horizon: float, count: int, step: float) -> CutBlocks:
         """The partition into ``count`` blocks."""
-        fewest = count if self.longest_block is None else self.fewest_blocks(target, horizon)
-        paper = target.blocks(horizon, fewest, step)
+        paper = target.blocks(horizon, self._paper_blocks(target, horizon, count), step)
         return CutBlocks(paper, tuple(cut(paper.sizes, count)))
+
+    def _paper_blocks(self, target: Target, horizon: float, count: int) -> int:
+        """How many of the paper's blocks are cut into ``count``."""
+        return count if self.longest_block is None else self.fewest_blocks(target, horizon)
 
 
 @dataclass(frozen=True)

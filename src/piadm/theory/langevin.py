@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -73,7 +74,7 @@ def corrector_map(law: Law, corrector: Corrector, bias: float | Tensor = 0.0) ->
 
 def sequential_corrector_map(law: Law, corrector: Corrector) -> AffineMap:
     """The same with every step taken in turn, which as many iterations as a block has steps come to."""
-    carried, push = _step(corrector)
+    carried, push = _step(corrector.step_length, corrector.friction)
 
     def run(precision: Tensor) -> VectorMap:
         matrix = carried.matrix.repeat(len(precision), 1, 1)
@@ -108,9 +109,10 @@ def interpolated(function: Callable[[Tensor], Tensor], x: Tensor, points: int) -
     return torch.cos(((x - centre) / half).clamp(-1, 1).acos()[:, None] * order) @ coefficients
 
 
-def _step(corrector: Corrector) -> tuple[VectorMap, Tensor]:
+@lru_cache(maxsize=64)
+def _step(length: float, friction: float) -> tuple[VectorMap, Tensor]:
     """A step of ``(u, v)`` without a score, and what a score adds to it, ``(2,)``: the same at all OU times."""
-    steps = corrector.steps(OU, 1.0)
+    steps = Corrector(length, length, length, 1, friction).steps(OU, 1.0)
     alpha, variance, _ = variance_preserving(OU, steps.times[:1])
     a, b, c = steps.a[0], steps.b[0] / alpha, steps.c[0]
     still = VectorMap(torch.stack([a[:, 0] + b, a[:, 1]], dim=1), c @ c.T)
@@ -122,7 +124,7 @@ def _block_map(precision: Tensor, corrector: Corrector) -> VectorMap:
 
     The states carried are the position of the starting guess, which stays, then ``(u, v)`` of each iterate.
     """
-    carried, push = _step(corrector)
+    carried, push = _step(corrector.step_length, corrector.friction)
     answer, count, size = precision[:, None] * push, corrector.iterations, 1 + 2 * corrector.iterations
     matrix = torch.zeros(len(precision), size, size, dtype=torch.float64)
     matrix[:, 0, 0] = 1

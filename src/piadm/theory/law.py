@@ -21,8 +21,8 @@ class Law:
     mean: Tensor
     variance: Tensor
 
-    def __getitem__(self, index: int | slice) -> Law:
-        """The law of one setting, or of some."""
+    def __getitem__(self, index: int | slice | tuple[slice, None]) -> Law:
+        """The law of one setting, of some, or of all with one more dimension."""
         return Law(self.mean[index], self.variance[index])
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import groupby
 from typing import Protocol
 
@@ -149,19 +150,19 @@ class Predictor:
     Attributes:
         modes: the data.
         schedule: noise schedule.
-        blocks: partition of the OU horizon.
+        sizes: steps of each of the ``N`` blocks.
+        times: schedule times of all steps, and the last one, ``(J + 1,)``.
         chain: the steps of all blocks.
         start: law of the first state.
-        ends: schedule times at which blocks end, ``(N,)``.
         bias: of the score, which the corrector has too.
     """
 
     modes: Modes
     schedule: NoiseSchedule
-    blocks: Partition
+    sizes: tuple[int, ...]
+    times: Tensor
     chain: Chain
     start: Law
-    ends: Tensor
     bias: float
 
     @classmethod
@@ -171,13 +172,17 @@ class Predictor:
         """That of Algorithm 1 (``eta`` 1) or 2 (``eta`` 0)."""
         grid = blocks.grid(schedule)
         whole = chain(modes, schedule, ScoreExponential(eta).steps(schedule, grid), error)
-        start, ends = initial_law(modes, schedule, float(grid.times[0])), torch.tensor(blocks.sizes).cumsum(0)
-        return cls(modes, schedule, blocks, whole, start, grid.times[ends], 0.0 if error is None else error.bias)
+        start, bias = initial_law(modes, schedule, float(grid.times[0])), 0.0 if error is None else error.bias
+        return cls(modes, schedule, blocks.sizes, grid.times, whole, start, bias)
+
+    def cut(self, sizes: tuple[int, ...]) -> Predictor:
+        """The same steps in other blocks, of so many steps each."""
+        return replace(self, sizes=sizes)
 
     def settled(self, corrector: Corrector | None) -> Law:
         """Law with all steps, the corrector's too, taken one after the other, ``(m,)``."""
         blocks = AffineMap.joined(
-            [sequential_maps(self.chain.part(*steps), count) for steps, count in _alike(self.blocks)]
+            [sequential_maps(self.chain.part(*steps), count) for steps, count in _alike(self.sizes)]
         )
         if corrector is None:
             return blocks.chained()(self.start)
@@ -191,7 +196,7 @@ class Predictor:
         scales = variance_preserving(self.schedule, self.chain.steps.times)[2]
         return AffineMap.joined([
             constant_start_maps(self.chain.part(*at), slopes[slice(*at)], scales[slice(*at)], iterations, count)
-            for at, count in _alike(self.blocks)
+            for at, count in _alike(self.sizes)
         ])  # fmt: skip
 
     def followed(self, blocks: AffineMap, corrector: Corrector | None) -> Law:
@@ -201,19 +206,26 @@ class Predictor:
         corrections = self._corrections(lambda at, scale: corrector_map(at, corrector, self.bias * scale))
         return corrections[:, None].after(blocks).chained()(self.start)
 
+    @cached_property
+    def _at_ends(self) -> tuple[Law, Tensor]:
+        """Law of the noised data where blocks end, on the variance-preserving scale, and that scale: ``(N, m)``."""
+        ends = self.times[torch.tensor(self.sizes).cumsum(0)]
+        law = noised(self.modes, self.schedule, ends)
+        scale = variance_preserving(self.schedule, ends)[2][:, None].expand_as(law.mean)
+        return Law(law.mean / scale, law.variance / scale.square()), scale
+
     def _corrections(self, run: Callable[[Law, Tensor], AffineMap]) -> AffineMap:
         """What a corrector does after each block, ``(N, m)``, from what it does on the variance-preserving scale."""
-        law = noised(self.modes, self.schedule, self.ends)
-        scale = variance_preserving(self.schedule, self.ends)[2][:, None].expand_as(law.mean)
-        found = run(Law((law.mean / scale).flatten(), (law.variance / scale.square()).flatten()), scale.flatten())
+        law, scale = self._at_ends
+        found = run(Law(law.mean.flatten(), law.variance.flatten()), scale.flatten())
         gain, shift, variance = (array.view_as(scale) for array in (found.gain, found.shift, found.variance))
         return AffineMap(gain, scale * shift, scale.square() * variance)
 
 
-def _alike(blocks: Partition) -> Iterator[tuple[tuple[int, int], int]]:
+def _alike(sizes: Sequence[int]) -> Iterator[tuple[tuple[int, int], int]]:
     """Runs of blocks of as many steps each: their steps ``first .. last - 1`` and their number."""
     first = 0
-    for size, run in groupby(blocks.sizes):
+    for size, run in groupby(sizes):
         count = len(list(run))
         yield (first, first + size * count), count
         first += size * count

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from piadm.corrector import Corrector
@@ -70,10 +71,12 @@ class Search:
         """Those that may be the best with so many states per sample at once, the most promising ones first."""
         found: list[Proposal] = []
         bar = MOST_BLOCKS * (MOST + MORE[-1])
-        for settings in self._settings():
-            some = settings.proposals(self._families(INNER), limit, bar)
+        within = ((settings, settings.counts(limit)) for settings in self._settings())
+        # The fewer blocks will do, the sooner a bar is low that saves looks at others.
+        for settings, counts in sorted((one for one in within if one[1]), key=lambda one: one[1][0]):
+            some = settings.proposals(self._families(INNER), counts, limit, bar)
             for family in self._families(MORE):
-                some = some or settings.proposals([family], limit, bar)
+                some = some or settings.proposals([family], counts, limit, bar)
             found, bar = found + some, lowered(bar, some)
         fit = (one.within(bar) for one in found if one.cost(one.least)[0] <= bar)
         return sorted(fit, key=lambda one: one.cost(one.least))
@@ -118,22 +121,21 @@ class Settings:
     steps: dict[int, list[float | None]] = field(default_factory=dict)
     coarse: dict[tuple[int, float], Coarse] = field(default_factory=dict)
 
-    def proposals(self, families: Sequence[PaperSDE | PaperODE], limit: float, bar: int) -> list[Proposal]:
-        """Those of some samplers that may take ``bar`` rounds or fewer."""
-        counts = self._counts(limit)
-        if not counts:
-            return []
+    def proposals(
+        self, families: Sequence[PaperSDE | PaperODE], counts: Sequence[int], limit: float, bar: int
+    ) -> list[Proposal]:
+        """Those of some samplers and numbers of blocks that may take ``bar`` rounds or fewer."""
         stairs = Stairs(counts, bar, lambda count, most: self.look(families, count, most, limit))
         stairs.climb(min(family.rounds(1, 1) for family in families))
         return [one for look in stairs.found.values() for one in look.fit]
 
     def least_states(self, families: Sequence[PaperSDE | PaperODE]) -> int | None:
         """Fewest states of a proposal, one of as many blocks as may be; None: there is none."""
-        counts = self._counts(math.inf)
+        counts = self.counts(math.inf)
         fit = self.look(families, counts[-1], MOST + MORE[-1], math.inf).fit if counts else []
         return min((one.cost(1)[2] for one in fit), default=None)
 
-    def _counts(self, limit: float) -> list[int]:
+    def counts(self, limit: float) -> list[int]:
         """Numbers of blocks from the first that have no more states than may be; blocks have two steps or more."""
         all_steps = sum(sum(sizes) for _, _, sizes in self._sizes(self._fewest, self.family, math.inf)[:1])
         counts = [count for count in COUNTS if self._fewest <= count <= max(self._fewest, all_steps // 2)]
@@ -161,14 +163,18 @@ class Settings:
         Where the coarse grid would be hardly coarser than the step, the step's own takes its place, and there is no
         doubt; but for the shortest of the steps only if that one's law, carried over, does not speak against it.
         """
-        found, settings = list[Proposal](), self._sizes(count, family, limit) if most >= 1 else []
-        for step, corrector, sizes in settings:
-            grid = counted_on(self.target, self.horizon, count, settings[0][0])
-            if own := grid <= NEARLY * settings[0][0]:
-                grid = settings[0][0]
-            divergence, doubt = self._divergence(family, count, grid, step, most + BEYOND), DOUBT
+        settings = self._sizes(count, family, limit) if most >= 1 else []
+        if not settings:
+            return [], most + 1
+        found, steps = list[Proposal](), [step for step, _, _ in settings]
+        grid = counted_on(self.target, self.horizon, count, steps[0])
+        if own := grid <= NEARLY * steps[0]:
+            grid = steps[0]
+        carried = self._carried(family, count, grid, steps, most + BEYOND)
+        for (step, corrector, sizes), divergence in zip(settings, carried, strict=True):
+            doubt = DOUBT
             if own and (step == grid or _needed(divergence, DOUBT * self.allowed, most)):
-                divergence, doubt = self._divergence(family, count, step, step, most + BEYOND), 1.0
+                divergence, doubt = self._exact(family, count, step, most + BEYOND), 1.0
             if least := _needed(divergence, doubt * self.allowed, most):
                 surely = iterations_needed(divergence, self.allowed / doubt) or most + BEYOND
                 found.append(Proposal(family, self.horizon, count, step, corrector, sizes, least, surely, doubt == 1))
@@ -187,23 +193,32 @@ class Settings:
                     found.append((step, corrector, sizes))
         return found
 
-    def _divergence(self, family: PaperSDE | PaperODE, count: int, grid: float, step: float, iterations: int) -> Tensor:
-        """After each number of iterations, as counted on a grid; with a grid of the same step it is exact.
+    def _carried(
+        self, family: PaperSDE | PaperODE, count: int, grid: float, steps: Sequence[float], iterations: int
+    ) -> Tensor:
+        """Divergence after each number of iterations for some steps, ``(s, K)``, as counted on a grid.
 
-        What the iterations leave on a coarser grid, and on one of twice its step, is drawn as a line to the step.
+        What the iterations leave on that grid, and on one of twice its step, is drawn as a line to each step.
         """
-        for tried in (min(FEW, iterations), iterations):
-            law = self._coarse(count, grid).iterates(family, tried)
-            if grid != step:
-                left = self._coarse(count, grid).left(family, tried)
-                if grid > NEARLY * step:
-                    share = step / grid - 1
-                    left = left.towards(self._coarse(count, 2 * grid).left(family, tried), share)
-                law = left.on(self._expansion(count).at(step))
-            divergence = self.target.kl(law)
-            if float(divergence[-1]) <= self.allowed:
-                break
-        return divergence
+        tried_steps = torch.tensor(steps, dtype=torch.float64)
+        settled, shares = self._expansion(count).at(tried_steps), tried_steps / grid - 1
+
+        def divergence(tried: int) -> Tensor:
+            left = self._coarse(count, grid).left(family, tried)
+            if grid > NEARLY * steps[0]:
+                left = left.towards(self._coarse(count, 2 * grid).left(family, tried), shares[:, None, None])
+            return self.target.kl(left.on(settled[:, None]))
+
+        return self._enough(divergence, iterations)
+
+    def _exact(self, family: PaperSDE | PaperODE, count: int, step: float, iterations: int) -> Tensor:
+        """Divergence after each number of iterations, ``(K,)``, on the step's own grid."""
+        return self._enough(lambda tried: self.target.kl(self._coarse(count, step).iterates(family, tried)), iterations)
+
+    def _enough(self, divergence: Callable[[int], Tensor], iterations: int) -> Tensor:
+        """After each of a few iterations, or after each of all where a few are not enough."""
+        few = divergence(min(FEW, iterations))
+        return few if bool((few[..., -1] <= self.allowed).all()) else divergence(iterations)
 
     @property
     def _fewest(self) -> int:

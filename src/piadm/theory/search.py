@@ -148,8 +148,8 @@ class Left:
         """From the law after each number of iterations ``(K, m)`` and the settled law ``(m,)``."""
         return cls(iterates.mean - settled.mean, iterates.variance / settled.variance)
 
-    def towards(self, other: Left, share: float) -> Left:
-        """On the line through this one and another, so far from this one to the other."""
+    def towards(self, other: Left, share: float | Tensor) -> Left:
+        """On the line through this one and another, so far from this one to the other, for one share or several."""
         mean, variance = torch.lerp(self.mean, other.mean, share), torch.lerp(self.variance, other.variance, share)
         return Left(mean, variance.clamp(min=TINY))
 

@@ -11,6 +11,10 @@ from piadm.theory.families import PaperODE, PaperSDE
 #: Numbers of blocks that are looked at for one that is sure: where these are not, it is for want of shorter steps.
 UNSURE = 6
 
+#: Numbers of rounds in a row that are found out of reach, after which only the fewest of all are still tried: what all
+#: blocks take together is next to convex in their number.
+MISSES = 2
+
 #: What is to be least: rounds, then evaluations, then states.
 Cost = tuple[int, int, int]
 
@@ -97,12 +101,14 @@ class Stairs:
 
     def climb(self, fewest: int) -> None:
         """Look at all that may be the best, each block taking ``fewest`` rounds at least."""
-        low, rounds = 0, self._until_sure(0, self.bar // self.counts[0])
+        low, rounds, missed = 0, self._until_sure(0, self.bar // self.counts[0]), 0
         while rounds >= fewest:
             top = sum(count * rounds <= self.bar for count in self.counts) - 1
             if top <= low or self._look(top, rounds).least > rounds:
-                low, rounds = max(low, top), rounds - 1
+                missed += top > low
+                low, rounds = max(low, top), rounds - 1 if missed < MISSES else min(rounds - 1, fewest)
                 continue
+            missed = 0
             while top - low > 1:
                 middle = (low + top) // 2
                 low, top = (low, middle) if self._look(middle, rounds).least <= rounds else (middle, top)
