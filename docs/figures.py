@@ -29,7 +29,8 @@ GUESSES = {
     "identity": "identity (ParaDiGMS)",
     "data": "denoised estimate frozen",
     "gaussian": "Gaussian data",
-    "secant": "secant (default)",
+    "secant": "secant",
+    "diagonal": "diagonal (default)",
 }
 SETTLED = 40  # rounds after which every path of the second figure stands still
 NAMES = {"ode": "ODE", "sde": "SDE"}

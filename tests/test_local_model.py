@@ -16,24 +16,26 @@ def normals(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def model(states: Tensor, most: float = 2.0) -> LocalModel:
+def model(states: Tensor, most: float = 2.0, *, own: bool = False) -> LocalModel:
     bound = torch.ones(NODES, dtype=torch.float64)
-    return LocalModel(Learning(0 * bound, most * bound, bound), 0.25 * bound, states)
+    return LocalModel(Learning(0 * bound, most * bound, bound, own), 0.25 * bound, states)
 
 
-def observed(slope: Tensor, most: float = 2.0) -> tuple[LocalModel, Tensor]:
+def observed(slope: Tensor, most: float = 2.0, *, own: bool = False) -> tuple[LocalModel, Tensor]:
     """A model that has seen ``R = slope x - 0.25 x`` twice, and the second states."""
     rows = torch.arange(NODES * BATCH)
     first, second = normals(NODES * BATCH, SIZE), normals(NODES * BATCH, SIZE, seed=1)
-    local = model(first.view(NODES, BATCH, SIZE), most)
-    local.observe(rows, first, (slope[:, None] - 0.25) * first)
-    local.observe(rows, second, (slope[:, None] - 0.25) * (second - first))
+    local = model(first.view(NODES, BATCH, SIZE), most, own=own)
+    local.observe(rows, first, (slope - 0.25) * first)
+    local.observe(rows, second, (slope - 0.25) * (second - first))
     return local, second
 
 
-def test_the_slope_of_a_linear_network_is_learnt_exactly() -> None:
-    slope = torch.linspace(0.1, 1.9, NODES * BATCH, dtype=torch.float64)
-    local, second = observed(slope)
+@pytest.mark.parametrize("own", [False, True])
+def test_the_slope_of_a_linear_network_is_learnt_exactly(own: bool) -> None:
+    slope = torch.linspace(0.1, 1.9, NODES * BATCH, dtype=torch.float64)[:, None]
+    local, second = observed(slope, own=own)
+    slope = slope.expand_as(local.excess)
     # Two roundings of a quotient of sums of seven products.
     assert torch.allclose(local.excess, slope - 0.25, rtol=0, atol=1e-13)
     third, rows = normals(NODES * BATCH, SIZE, seed=2), torch.arange(NODES * BATCH)
@@ -41,10 +43,35 @@ def test_the_slope_of_a_linear_network_is_learnt_exactly() -> None:
     assert torch.allclose(local.excess, (slope - 0.125).clamp(max=1.75), rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize(("slope", "kept"), [(-1.0, 0.0), (5.0, 2.0), (0.5, 0.5)])
-def test_slopes_are_kept_within_their_bounds(slope: float, kept: float) -> None:
-    local, _ = observed(torch.full((NODES * BATCH,), slope, dtype=torch.float64))
+def test_slopes_are_kept_within_their_bounds(slope: float, kept: float, own: bool) -> None:
+    local, _ = observed(torch.full((NODES * BATCH, 1), slope, dtype=torch.float64), own=own)
     assert torch.allclose(local.excess + 0.25, torch.full_like(local.excess, kept), rtol=0, atol=1e-13)
+
+
+def test_coordinates_of_different_slopes_are_told_apart() -> None:
+    """Ever better with every evaluation: what one leaves of a coordinate's error is at most ``r/(r + its share)``."""
+    slope = torch.linspace(0.1, 1.9, SIZE, dtype=torch.float64)
+    local, states = observed(slope, own=True)
+    left = [(local.excess + 0.25 - slope).abs().max()]
+    for seed in range(2, 30):
+        moved = normals(NODES * BATCH, SIZE, seed=seed)
+        told = (slope - 0.25 - local.excess) * (moved - states)
+        local.observe(torch.arange(NODES * BATCH), moved, told)
+        states = moved
+        left.append((local.excess + 0.25 - slope).abs().max())
+    assert left[0] > 0.3 and left[-1] < 0.01 and local.excess.shape == (NODES * BATCH, SIZE)
+
+
+def test_a_coordinate_that_has_not_moved_keeps_what_all_have_in_common() -> None:
+    rows, bound = torch.arange(NODES * BATCH), torch.ones(NODES, dtype=torch.float64)
+    local = LocalModel(Learning(0 * bound, 2 * bound, bound, own=True), 0.25 * bound, normals(NODES, BATCH, SIZE))
+    start = local.seen.clone()
+    local.observe(rows, start, torch.zeros_like(start))
+    moved = start + torch.tensor([0.0, *[1.0] * (SIZE - 1)], dtype=torch.float64)
+    local.observe(rows, moved, 0.5 * (moved - start))
+    assert torch.allclose(local.excess, torch.full_like(local.excess, 0.5), rtol=0, atol=1e-13)
 
 
 def test_equal_bounds_learn_nothing() -> None:
@@ -53,14 +80,14 @@ def test_equal_bounds_learn_nothing() -> None:
 
 
 def test_a_step_too_short_for_the_networks_rounding_teaches_no_slope() -> None:
-    local, states = observed(torch.full((NODES * BATCH,), 0.5, dtype=torch.float64))
+    local, states = observed(torch.full((NODES * BATCH, 1), 0.5, dtype=torch.float64))
     before = local.excess.clone()
     local.observe(torch.arange(NODES * BATCH), states * (1 + 1e-5), torch.full_like(states, 1e-3))
     assert torch.equal(local.excess, before) and torch.equal(local.seen, states * (1 + 1e-5))
 
 
 def test_surprise_and_stride_are_root_mean_squares() -> None:
-    local, states = observed(torch.full((NODES * BATCH,), 0.5, dtype=torch.float64))
+    local, states = observed(torch.full((NODES * BATCH, 1), 0.5, dtype=torch.float64))
     rows, moved = torch.tensor([2, 11]), torch.tensor([2.0, 3.0], dtype=torch.float64)
     told = torch.tensor([[3.0, 0, 0, 0, 0, 0, 0], [0.125] * 7], dtype=torch.float64)
     surprise, stride = local.observe(rows, states[rows] + moved[:, None], told)
@@ -70,8 +97,9 @@ def test_surprise_and_stride_are_root_mean_squares() -> None:
 
 @pytest.mark.parametrize("ahead", [0.0, 0.02])
 @pytest.mark.parametrize("size", [2, SIZE])  # fewer coordinates than evaluated rows, and more
+@pytest.mark.parametrize("own", [False, True])
 def test_a_path_that_follows_evaluations_is_the_fixed_point(
-    ahead: float, size: int, monkeypatch: pytest.MonkeyPatch
+    ahead: float, size: int, own: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rounds of rows chosen at random, another number for every sample: ``x = q + P R(x)`` after each."""
     free, response = normals(NODES + 1, BATCH, size), 0.3 * normals(NODES + 1, NODES, seed=4)
@@ -80,7 +108,7 @@ def test_a_path_that_follows_evaluations_is_the_fixed_point(
     for elements in (1, 1 << 22):  # one sample at a time, and all at once
         monkeypatch.setattr("piadm.local_model.SOLVE_ELEMENTS", elements)
         outputs, residual = free.clone(), torch.zeros(NODES, BATCH, size, dtype=torch.float64)
-        local = model(outputs[:-1])
+        local = model(outputs[:-1], own=own)
         for turn in range(4):
             rows = _Rows.of(normals(NODES, BATCH, seed=5 + turn) > 0, residual.device)
             told = torch.zeros(*rows.places.shape, size, dtype=torch.float64)
@@ -90,9 +118,10 @@ def test_a_path_that_follows_evaluations_is_the_fixed_point(
             expected = residual.clone()
             expected[rows.node, rows.sample] += beyond
             residual.copy_(expected)
-            local.follow(response, rows.places, told, outputs, residual, sweeps=12 if ahead else 0)
-            expected += local.excess.view(NODES, BATCH, 1) * (outputs[:-1] - states)
-            # Systems of five equations, of condition number about ten; sweeps gain a factor of 1/0.02 and more each.
+            local.follow(response, rows.places, told, outputs, residual, sweeps=40 if own else 12 if ahead else 0)
+            expected += local.excess.view(NODES, BATCH, -1) * (outputs[:-1] - states)
+            # Systems of five equations, of condition number about ten; sweeps gain a factor of 1/0.02 and more each, and
+            # of two or so where coordinates have slopes of their own.
             assert torch.allclose(residual, expected, rtol=0, atol=1e-12)
             assert torch.allclose(outputs.flatten(1), free.flatten(1) + response @ residual.flatten(1), atol=1e-12)
         assert (local.excess != 0).any()
@@ -102,7 +131,7 @@ def test_a_path_that_follows_evaluations_is_the_fixed_point(
 
 def test_what_the_sweeps_leave_is_in_the_residuals_only() -> None:
     free, response = normals(NODES + 1, BATCH, SIZE), 0.3 * normals(NODES + 1, NODES, seed=4)
-    local, _ = observed(torch.full((NODES * BATCH,), 1.5, dtype=torch.float64))
+    local, _ = observed(torch.full((NODES * BATCH, 1), 1.5, dtype=torch.float64))
     outputs, residual = free.clone(), normals(NODES, BATCH, SIZE, seed=6)
     places = torch.arange(NODES).expand(BATCH, -1)
     local.follow(response, places, residual.transpose(0, 1).clone(), outputs, residual, sweeps=0)

@@ -19,7 +19,7 @@ DIM = 6
 VP, VE, OU, FLOW = piadm.VPSchedule(), piadm.VESchedule(), piadm.OUSchedule(), piadm.FlowSchedule()
 SCHEDULES = [VP, VE, OU, FLOW]
 METHODS = ["sde", "ode", "paper-sde", "paper-ode"]
-LINEARIZATIONS = ["gaussian", "score", "identity", "data"]
+LINEARIZATIONS = ["diagonal", "secant", "gaussian", "score", "identity", "data"]
 # Rounding of some sixty steps, relative to the largest value; at most 2e-15 and 5e-7 were reached over five schedules.
 DOUBLE, SINGLE = 1e-12, 1e-5
 MORE_ROWS = 10**6  # a ``max_batch`` that no round here reaches

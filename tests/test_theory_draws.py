@@ -87,7 +87,7 @@ def test_secant_rounds_of_many_coordinates_have_the_law_of_the_limit(method: str
     law = theory.engine_law(CENTRED, method, grid, 3, variance=1.2, nodes=nodes)
     found = piadm.sample(
         denoiser, (count, 4 * each), method=method, grid=grid, tol=1e-300, nodes=nodes, window="all", max_rounds=3,
-        seed=1,
+        linearization="secant", seed=1,
     ).sample  # fmt: skip
     drawn = found.double().view(count, 4, each).square().mean((0, 2))
     # A secant of 10 000 coordinates scatters by about 1 %, and the third round by what that does to a correction of

@@ -5,7 +5,7 @@ from piadm.corrector import Corrector
 from piadm.denoiser import Denoiser, GuidedNetwork
 from piadm.grid import Blocks, TimeGrid
 from piadm.integrators import DataExponential, Integrator, ScoreExponential
-from piadm.linearization import DataFrozen, Gaussian, Identity, Linearization, ScoreFrozen, Secant
+from piadm.linearization import DataFrozen, DiagonalSecant, Gaussian, Identity, Linearization, ScoreFrozen, Secant
 from piadm.models import fit_draft, load
 from piadm.moments import measure_moments
 from piadm.paper import piadm_ode, piadm_sde
@@ -35,6 +35,7 @@ __all__ = [
     "DataFrozen",
     "Denoiser",
     "Devices",
+    "DiagonalSecant",
     "DiscreteSchedule",
     "FlowSchedule",
     "Gaussian",

@@ -11,8 +11,15 @@ from torch import Tensor
 #: would show the rounding of the network.
 LEAST_STRIDE = 1e-3
 
+#: Share of the mean square of a move that is added to the square of each coordinate's: coordinates that have hardly
+#: moved keep the slope that they had.
+RIDGE = 0.3
+
 #: Numbers held at once while samples are solved for, beside their states: many at a time, for speed, but not all.
 SOLVE_ELEMENTS = 1 << 22
+
+#: Copies of a sample's node states that are held then where coordinates have slopes of their own.
+SOLVE_COPIES = 4
 
 
 @dataclass(frozen=True)
@@ -23,15 +30,17 @@ class Learning:
         least: smallest slope dD/dx.
         most: largest slope; equal bounds learn nothing.
         rate: surprise per drift that is assumed before anything was learnt.
+        own: whether every coordinate has a slope of its own.
     """
 
     least: Tensor
     most: Tensor
     rate: Tensor
+    own: bool = False
 
     def at(self, indices: Tensor) -> Learning:
         """That of some steps."""
-        return Learning(self.least[indices], self.most[indices], self.rate[indices])
+        return Learning(self.least[indices], self.most[indices], self.rate[indices], self.own)
 
 
 class LocalModel:
@@ -41,7 +50,8 @@ class LocalModel:
 
     ``e`` is what the linearization's ``G`` lacks of the secant slope, and is kept within bounds.  The path keeps
     ``R(x)`` at its present states, so that only changes are ever computed: an evaluation tells ``s``, what the
-    denoiser says beyond ``R(x)``, which turns the line to ``e + <dx, s> / <dx, dx>``.
+    denoiser says beyond ``R(x)``, which turns the line to ``e + <dx, s> / <dx, dx>``.  Where every coordinate has a
+    slope of its own, what that leaves of ``s`` turns it further, by ``dx s / (dx^2 + r mean(dx^2))``.
 
     Args:
         learning: bounds of the slopes at the nodes, each ``(n,)``.
@@ -50,17 +60,17 @@ class LocalModel:
 
     Attributes:
         seen: states of the last evaluations, or of the starting guess, shape ``(n B, d)``.
-        excess: ``e``, shape ``(n B,)``.
+        excess: ``e``, shape ``(n B, d)``, or ``(n B, 1)`` for one of all coordinates.
         known: which rows have been evaluated, shape ``(n B,)`` bool.
     """
 
     def __init__(self, learning: Learning, slopes: Tensor, states: Tensor) -> None:
-        batch = states.shape[1]
-        self.learns = bool((learning.most > learning.least).any())
+        batch, size = states.shape[1:]
+        self.learns, self.own = bool((learning.most > learning.least).any()), learning.own
         bounds = (learning.least - slopes, learning.most - slopes)
-        self.least, self.most = (bound.to(states).repeat_interleave(batch) for bound in bounds)
+        self.least, self.most = (bound.to(states).repeat_interleave(batch)[:, None] for bound in bounds)
         self.seen = states.flatten(0, 1).clone()
-        self.excess = self.seen.new_zeros(len(self.seen))
+        self.excess = self.seen.new_zeros(len(self.seen), size if self.own else 1)
         self.known = torch.zeros(len(self.seen), dtype=torch.bool, device=states.device)
 
     def observe(self, rows: Tensor, states: Tensor, told: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,29 +84,36 @@ class LocalModel:
         Returns:
             Surprise ``RMS(s)`` and stride ``RMS(x - x_seen)``, each ``(r,)``.
         """
-        dx, old = states - self.seen[rows], self.excess[rows]
-        along, across = (dx * told).sum(1), dx.square().sum(1)
-        far = across > LEAST_STRIDE**2 * states.square().sum(1)
-        turned = old + along / across.where(far, torch.ones_like(across))
-        slope = turned.clamp(self.least[rows], self.most[rows])
-        self.excess[rows] = torch.where(far & self.known[rows], slope, old)
+        dx, old, size = states - self.seen[rows], self.excess[rows], states.shape[1]
+        across = dx.square().sum(1, keepdim=True)
+        far = across > LEAST_STRIDE**2 * states.square().sum(1, keepdim=True)
+        length = across.where(far, torch.ones_like(across))
+        slope = self._bounded(old + (dx * told).sum(1, keepdim=True) / length, rows)
+        if self.own:
+            left = torch.addcmul(told, slope - old, dx, value=-1)
+            slope = self._bounded(slope + left.mul_(dx).div_(dx.square().add_(RIDGE / size * length)), rows)
+        self.excess[rows] = torch.where(far & self.known[rows, None], slope, old)
         self.seen[rows], self.known[rows] = states, True
-        return told.square().mean(1).sqrt_(), (across / dx.shape[1]).sqrt_()
+        return told.square().mean(1).sqrt_(), (across[:, 0] / size).sqrt_()
+
+    def _bounded(self, slope: Tensor, rows: Tensor) -> Tensor:
+        return slope.clamp_(self.least[rows], self.most[rows])
 
     def follow(
         self, response: Tensor, places: Tensor, told: Tensor, outputs: Tensor, residual: Tensor, sweeps: int
     ) -> None:
         """Move a path by what evaluations have told, in place: the changes of ``x = q + P R(x)`` by ``s``.
 
-            w = P s + P diag(e) w,        R <- R + e w,        x <- x + P (s + e w)
+            w = P s + P (e w),        R <- R + e w,        x <- x + P (s + e w)
 
-        by small triangular systems, with ``L`` and ``U`` the parts of ``P`` below the diagonal and above it,
+        by small triangular systems, with ``L`` the part of ``P`` below the diagonal and ``m`` the mean of ``e``,
 
-            (I - L diag(e)) w <- P s + U diag(e) w
+            (I - L diag(m)) w <- P s + P (e w) - L (m w)
 
-        ``U``, what the nodes ahead add to what is read at a node, is zero where every step is a node and little
-        elsewhere.  ``x = q + P R`` holds whatever the sweeps leave: it is in the ``s`` of the next evaluations.  All is
-        done for unit vectors in the place of ``s`` where states have more coordinates than rows were evaluated.
+        What is on the right besides ``P s``, that the nodes ahead add to what is read at a node and that coordinates
+        have slopes of their own, is zero at first.  ``x = q + P R`` holds whatever the sweeps leave: it is in the ``s``
+        of the next evaluations.  Where coordinates have one slope, all is done for unit vectors in the place of ``s``
+        if states have more coordinates than rows were evaluated.
 
         Args:
             response: ``P``, from node residuals to the nodes and the end, shape ``(n + 1, n)``.
@@ -104,25 +121,29 @@ class LocalModel:
             told: ``s``, shape ``(B, a, d)``; a sample with fewer than ``a`` rows has zeros.
             outputs: ``x``, the states at the nodes and the end, shape ``(n + 1, B, d)``.
             residual: ``R(x)``, with ``s`` already in it, shape ``(n, B, d)``.
-            sweeps: how many times the part with ``U``, first taken to be zero, is brought up to date.
+            sweeps: how many times what is on the right is brought up to date.
         """
         n, (batch, count, size) = len(residual), told.shape
-        lower, ahead, identity = response[:-1].tril(), response[:-1].triu(1), torch.eye(n).to(response)
-        excess, chunk = self.excess.view(n, batch).T[:, :, None], max(1, SOLVE_ELEMENTS // (n * (n + min(count, size))))
+        units = not self.own and size > count
+        lower, identity = response[:-1].tril(), torch.eye(n).to(response)
+        excess, held = self.excess.view(n, batch, -1), count if units else SOLVE_COPIES * size if self.own else size
+        chunk = max(1, SOLVE_ELEMENTS // (n * (n + held)))
         for first in range(0, batch, chunk):
             at = slice(first, first + chunk)
-            direct = response[:, places[at]].transpose(0, 1)
-            if size <= count:
+            direct, slopes = response[:, places[at]].transpose(0, 1), excess[:, at].transpose(0, 1)
+            if not units:
                 direct = direct @ told[at]
-            system = identity - lower * excess[at].mT
-            moved = torch.linalg.solve_triangular(system, direct[:, :-1], upper=False)
+            right = direct[:, :-1]
+            system = identity - lower * slopes.mean(2)[:, None]
+            moved = torch.linalg.solve_triangular(system, right, upper=False)
             for _ in range(sweeps):
-                right = direct[:, :-1] + ahead @ (excess[at] * moved)
+                # L (m w) is what the last solution differs by from its right side.
+                right = (response[:-1] @ (slopes * moved)).add_(direct[:, :-1]).add_(right).sub_(moved)
                 moved = torch.linalg.solve_triangular(system, right, upper=False)
-            bent = excess[at] * moved
-            for change, table in ((bent, residual), (direct + response @ bent, outputs)):
+            bent = moved.mul_(slopes)
+            for change, table in ((bent, residual), (direct.add_(response @ bent), outputs)):
                 there = table[:, at].transpose(0, 1)
-                there.add_(change) if size <= count else there.baddbmm_(change, told[at])
+                there.baddbmm_(change, told[at]) if units else there.add_(change)
 
     def drift(self, states: Tensor) -> Tensor:
         """RMS distance of states ``(n B, d)`` from where they were last evaluated, ``(n B,)``."""
@@ -130,12 +151,12 @@ class LocalModel:
 
     def forget(self, lost: Tensor, states: Tensor) -> None:
         """Take the lines for a guess about states ``(n, B, d)``, and constants for the samples ``lost (B,)``."""
-        self.excess.view(-1, len(lost))[:, lost] = 0
+        self.excess.view(-1, len(lost), self.excess.shape[1])[:, lost] = 0
         self.seen = states.flatten(0, 1).clone()
         self.known.fill_(False)
 
     def inherit(
-        self, nodes: Tensor, coarse: LocalModel, columns: Tensor | slice, excess: Tensor, states: Tensor
+        self, nodes: Tensor, coarse: LocalModel, columns: Tensor | slice, weights: Tensor, states: Tensor
     ) -> None:
         """Take over what a coarser node set has learnt.
 
@@ -143,11 +164,13 @@ class LocalModel:
             nodes: which of the nodes are the coarse ones, shape ``(n',)``.
             coarse: the model on those.
             columns: which of its samples go on, shape ``(B',)`` bool, or all of them.
-            excess: slopes interpolated to all nodes, shape ``(n, B)``.
+            weights: interpolation to all nodes, shape ``(n, n')``.
             states: the path that the coarse residuals describe, shape ``(n, B, d)``.
         """
-        n, batch = excess.shape
-        self.excess = excess.flatten().clamp(self.least, self.most)
+        n, batch, _ = states.shape
+        slopes = coarse.excess.view(len(nodes), -1, coarse.excess.shape[1])[:, columns]
+        torch.mm(weights, slopes.flatten(1), out=self.excess.view(n, -1))
+        self.excess.clamp_(self.least, self.most)
         seen, known = self.seen.view(states.shape).copy_(states), self.known.view(n, batch)
         seen[nodes] = coarse.seen.view(len(nodes), -1, states.shape[2])[:, columns]
         known[nodes] = coarse.known.view(len(nodes), -1)[:, columns]

@@ -11,11 +11,11 @@ from piadm.reference import NOISE_CHUNK
 
 #: Copies of the node states that a run holds at most, the free path, states, residuals and what a round adds to them;
 #: measured by ``benchmarks/overhead.py``.
-COPIES = 6
+COPIES = 7
 
 
 def needed(nodes: int, batch: int, size: int, itemsize: int, kept: int = 0) -> int:
-    """Bytes that the states of a run take at most, ``(6 n + 64 + k) B d`` numbers.
+    """Bytes that the states of a run take at most, ``(7 n + 64 + k) B d`` numbers.
 
     Args:
         nodes: nodes ``n`` of its path.

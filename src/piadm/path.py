@@ -24,9 +24,9 @@ from piadm.executor import Asking, Executor
 from piadm.local_model import Learning, LocalModel
 from piadm.numerics import full_precision, rms
 
-#: Sweeps in which the path follows an evaluation where nodes read ahead.  What they leave the next evaluations hear of:
-#: rounds were the same with none, and the samples of a trained network 2e-5 apart; 7e-6 with one, 6e-7 with two.
-SWEEPS = 2
+#: Sweeps in which the path follows an evaluation where nodes read ahead, or coordinates have slopes of their own.  What
+#: they leave the next evaluations hear of: rounds were the same with one as with three, and hardly more with none.
+SWEEPS = 1
 
 #: Rounds after which the states are computed anew from the residuals: every change that is added leaves its rounding,
 #: and the first ones are large where the data's mean and variance were told wrong.
@@ -105,7 +105,7 @@ class _Rows:
 class ParallelPath:
     """The states of one path at its nodes and its end, for a batch of samples.
 
-    Three copies of the node states are kept: ``q``, ``x`` and ``R(x)``; a fourth where a local model is.
+    Three copies of the node states are kept: ``q``, ``x`` and ``R(x)``; a fourth and a fifth where a local model is.
 
     Args:
         path: the condensed path, with the linearization ``G`` of the iteration.
@@ -133,7 +133,8 @@ class ParallelPath:
         self.slopes, self.response = self._matrix(path.slopes), self._matrix(path.response.flatten(0, 1))
         reference = path if reference is None else reference
         self.reference_slopes, self.constants = self._matrix(reference.slopes), self._matrix(reference.constants)
-        self.sweeps = SWEEPS if path.response[:-1, 0].triu(1).any() else 0
+        own = learning is not None and learning.own
+        self.sweeps = SWEEPS if own or path.response[:-1, 0].triu(1).any() else 0
         self.turns = 0
         self.free = free
         self.state = self.free.clone()
@@ -193,13 +194,13 @@ class ParallelPath:
         with full_precision(self.device):
             found = coarse.residual.view(count, coarse.batch, -1)[:, keep]
             torch.mm(self._matrix(weights), found.flatten(1), out=self.residual)
-            slopes = self._matrix(weights) @ coarse.local.excess.view(count, coarse.batch)[:, keep]
-        self.solve()
-        places = old.nonzero().squeeze(1).to(self.device)
-        self.local.inherit(places, coarse.local, keep, slopes, self.nodes)
+            del found
+            self.solve()
+            places = old.nonzero().squeeze(1).to(self.device)
+            self.local.inherit(places, coarse.local, keep, self._matrix(weights), self.nodes)
         # What is read at the coarse nodes has moved, and their local models with it.
         told = self.nodes[places].sub_(coarse.nodes[:, keep])
-        told.mul_(self.local.excess.view(n, -1)[places, :, None])
+        told.mul_(self.local.excess.view(n, self.batch, -1)[places])
         residual.index_add_(0, places, told)
         self.follow(places.expand(self.batch, -1), told.transpose(0, 1))
         self.outlook.inherit(old, coarse.outlook, keep.cpu() if isinstance(keep, Tensor) else keep)

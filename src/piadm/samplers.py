@@ -74,7 +74,8 @@ def sample(
             three quarters of the nodes, or all where every step is one; "auto": as many as take the least time, by a
             cost model of the network, whose first run times its first rounds.  A narrow window saves evaluations and
             costs rounds.
-        linearization: "secant" (None), "gaussian", "score", "identity", "data", or an object with ``slopes``.
+        linearization: "diagonal" (None), "secant", "gaussian", "score", "identity", "data", or an object with
+            ``slopes``.
         max_rounds: most network rounds; None: twice as many as the path has steps, or nodes where you have set these.
         max_batch: most rows in one network call; None chooses.
         callback: called with a ``RoundInfo`` after each round; a true return value ends the run.

@@ -13,7 +13,7 @@ from piadm._checks import choice, described, finite_float, positive_int, shown
 from piadm.condense import weights_on_end
 from piadm.grid import TimeGrid
 from piadm.integrators import Integrator, Steps, integrator
-from piadm.linearization import Gaussian, Linearization, Secant, check_slopes, linearization
+from piadm.linearization import DiagonalSecant, Gaussian, Linearization, Secant, check_slopes, linearization
 from piadm.local_model import Learning
 from piadm.nodes import NodeSet, averaged, every, every_step, spread
 from piadm.problem import check_denoiser, check_grid
@@ -141,7 +141,7 @@ def settle(
         steps=scheme,
         slopes=slopes,
         prior=(jacobian, (1 - jacobian * schedule.alpha(scheme.times)) * checked.data_mean),
-        learning=Learning(*bounds, rate),
+        learning=Learning(*bounds, rate, own=isinstance(chosen, DiagonalSecant)),
         clock=clock,
         importance=importance,
         nodes=with_readings(first, importance),

@@ -39,7 +39,7 @@ def engine_law(
     rounds: int,
     *,
     variance: float,
-    linearization: str | Linearization | None = None,
+    linearization: str | Linearization = "secant",
     nodes: str | int = "all",
     schedule: NoiseSchedule = OU,
 ) -> Law:
@@ -56,7 +56,7 @@ def engine_law(
         grid: its times, a thousand at most or so: ``J^2`` numbers per mode and node are held.
         rounds: largest number of rounds.
         variance: what the engine is told of the data: ``data_variance``, about a mean of zero.
-        linearization: as for ``sample``; None is the secant.
+        linearization: as for ``sample``; of "diagonal", whose slopes depend on the coordinates, it is not the law.
         nodes: as for ``sample``: "all", or a number of nodes.
         schedule: noise schedule.
 
