@@ -120,8 +120,8 @@ def test_a_path_that_follows_evaluations_is_the_fixed_point(
             residual.copy_(expected)
             local.follow(response, rows.places, told, outputs, residual, sweeps=40 if own else 12 if ahead else 0)
             expected += local.excess.view(NODES, BATCH, -1) * (outputs[:-1] - states)
-            # Systems of five equations, of condition number about ten; sweeps gain a factor of 1/0.02 and more each, and
-            # of two or so where coordinates have slopes of their own.
+            # Systems of five equations, of condition number about ten; sweeps gain a factor of 1/0.02 and more
+            # each, and of two or so where coordinates have slopes of their own.
             assert torch.allclose(residual, expected, rtol=0, atol=1e-12)
             assert torch.allclose(outputs.flatten(1), free.flatten(1) + response @ residual.flatten(1), atol=1e-12)
         assert (local.excess != 0).any()

@@ -11,7 +11,7 @@ import torch
 
 import piadm
 from piadm import Status, settings
-from piadm.activity import REACH
+from piadm.activity import NARROW
 from piadm.cli.compare_model import mixture
 from piadm.settings import Engine, settle
 from piadm.solution import RoundInfo
@@ -53,7 +53,7 @@ def test_the_first_rounds_evaluate_no_more_than_the_opening(window: object) -> N
     found = piadm.sample(mixture(), SHAPE, method="ode", window=window, callback=lambda info: infos.append(info))
     opening = engine("ode").opening
     assert len(opening) == 2 and found.converged
-    most = [16 * (5 if window == 5 else math.ceil(REACH * few.count)) for few in opening]
+    most = [16 * (5 if window == 5 else math.ceil(NARROW * few.count)) for few in opening]
     assert infos[0].active_rows == most[0] and infos[1].active_rows <= most[1]
     assert all(info.error_estimate.isinf().all() for info in infos[:2])  # it tells nothing of the errors
     assert window in ("auto", 5) or infos[2].active_rows > most[1]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from piadm.activity import REACH, SlidingWindow
+from piadm.activity import SlidingWindow
 from piadm.condense import CondensedPath, condense, weights_on_end
 from piadm.cost import TimedWindow, latency
 from piadm.draft import start_from_draft
@@ -138,7 +138,7 @@ def _open(
         path = _guess(engine, nodes, samples, reference, free.pop(0))
         if last is not None:
             _take_over(path, nodes, *last)
-        size = math.ceil(REACH * nodes.count)
+        size = engine.rows(nodes.count, narrow=True)
         size = min(size, engine.window) if isinstance(engine.window, int) else size
         rows = SlidingWindow(size, rule.threshold[torch.isin(engine.nodes.indices, nodes.indices)])
         yield from turns(tally, path, rows, FixedIterations(1, estimate=math.inf), limit)
@@ -182,7 +182,9 @@ def _active_rows(engine: Engine, problem: Problem, count: int, threshold: Tensor
         most = problem.executor.given_max_batch
         return TimedWindow(threshold, known, None if most is None else most // denoiser.rows_per_call)
     if engine.window is None:
-        return SlidingWindow(count if count == engine.steps.count else math.ceil(REACH * count), threshold)
+        drafted = problem.denoiser.draft is not None
+        size = count if count == engine.steps.count else engine.rows(count, narrow=drafted)
+        return SlidingWindow(size, threshold)
     return SlidingWindow(int(engine.window), threshold)
 
 

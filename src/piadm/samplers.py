@@ -71,9 +71,9 @@ def sample(
             sampler's), a number of steps spread evenly in log-SNR (fewer than 9, for the SDE 24, are too few to be
             certified), or None: as many as the tolerance should need, doubled for samples that need more.
         window: rows per sample evaluated in a round, the first ones that have not settled, >= 2; "all" of these; None:
-            three quarters of the nodes, or all where every step is one; "auto": as many as take the least time, by a
-            cost model of the network, whose first run times its first rounds.  A narrow window saves evaluations and
-            costs rounds.
+            half to three quarters of the nodes, or all where every step is one; "auto": as many as take the least time,
+            by a cost model of the network, whose first run times its first rounds.  A narrow window saves evaluations
+            and costs rounds.
         linearization: "diagonal" (None), "secant", "gaussian", "score", "identity", "data", or an object with
             ``slopes``.
         max_rounds: most network rounds; None: twice as many as the path has steps, or nodes where you have set these.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from piadm._checks import choice, described, finite_float, positive_int, shown
+from piadm.activity import NARROW, ROUGH, WIDE
 from piadm.condense import weights_on_end
 from piadm.grid import TimeGrid
 from piadm.integrators import Integrator, Steps, integrator
@@ -64,7 +65,7 @@ class Engine:
         opening: the few of its nodes that each of the first rounds is confined to.
         refinable: whether finer node sets may follow.
         noisy: whether the steps take noise.
-        window: rows per sample and round that are evaluated; None: ``activity.REACH`` of the nodes, or all where every
+        window: rows per sample and round that are evaluated; None: a share of the nodes, or all where every
             step is one; "auto": as many as take the least time.
         tol: tolerance.
         aim: what errors that can be helped are brought below: the tolerance, but no looser than is safe.
@@ -89,6 +90,10 @@ class Engine:
     def order(self) -> int:
         """Degree of the interpolation between nodes."""
         return ROUGH_ORDER if self.noisy else SMOOTH_ORDER
+
+    def rows(self, nodes: int, *, narrow: bool) -> int:
+        """Rows of a round on so many nodes where no window was given; the ODE has a narrow and a wide one."""
+        return math.ceil((ROUGH if self.noisy else NARROW if narrow else WIDE) * nodes)
 
     @property
     def held(self) -> int:

@@ -123,7 +123,7 @@ def sample(
     seed: Annotated[int, typer.Option(help="Seed of the noise, shared by both runs.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto: cuda if present.")] = "cpu",
     window: Annotated[
-        str | None, typer.Option(help="Rows per garment and round: all, auto (fastest), N; else 3/4 of all.")
+        str | None, typer.Option(help="Rows per garment and round: all, auto (fastest), N; else a part of them.")
     ] = None,
     max_batch: Annotated[int | None, typer.Option(help="Most rows handed to the network at once.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; torch's own choice by default.")] = None,
