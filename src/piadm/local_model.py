@@ -12,7 +12,8 @@ from torch import Tensor
 LEAST_STRIDE = 1e-3
 
 #: Share of the mean square of a move that is added to the square of each coordinate's: coordinates that have hardly
-#: moved keep the slope that they had.
+#: moved keep the slope that they had.  What evaluations of a trained network and of mixtures told beyond the lines was
+#: the same within a tenth from 0.03 to 1.
 RIDGE = 0.3
 
 #: Numbers held at once while samples are solved for, beside their states: many at a time, for speed, but not all.

@@ -51,6 +51,12 @@ class Target:
         """Law of the noised data."""
         return noised(self.modes, OU, self.early_stop)
 
+    def keep(self, key: tuple[float, float, int, float], predictor: Predictor) -> None:
+        """Have a predictor at hand, in the place of the oldest where they are many."""
+        if len(self.known) >= KEPT_GRIDS:
+            self.known.pop(next(iter(self.known)))
+        self.known[key] = predictor
+
     def kl(self, law: Law) -> Tensor:
         """Divergence from the target of all coordinates together, ``(...)`` for a law ``(..., m)``."""
         return self.modes.total(kl(law, self.law))
@@ -113,9 +119,8 @@ class _InBlocks:
         key = self.eta, horizon, fewest, step
         if (whole := target.known.get(key)) is None:
             whole = Predictor.of(target.modes, target.blocks(horizon, fewest, step), self.eta)
-            if len(whole.times) <= KEPT_STEPS and fewest < count:
-                target.known.pop(next(iter(target.known)) if len(target.known) >= KEPT_GRIDS else key, None)
-                target.known[key] = whole
+            if fewest < count and len(whole.times) <= KEPT_STEPS:
+                target.keep(key, whole)
         return whole.cut(tuple(cut(whole.sizes, count)))
 
     def fewest_blocks(self, target: Target, horizon: float) -> int:
