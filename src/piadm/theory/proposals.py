@@ -72,9 +72,12 @@ class Search:
         found: list[Proposal] = []
         bar = MOST_BLOCKS * (MOST + MORE[-1])
         within = ((settings, settings.counts(limit)) for settings in self._settings())
+        last, beyond = math.inf, dict[int, int]()
         # The fewer blocks will do, the sooner a bar is low that saves looks at others.
         for settings, counts in sorted((one for one in within if one[1]), key=lambda one: one[1][0]):
-            some = settings.proposals(self._families(INNER), counts, limit, bar)
+            # Blocks of a longer horizon are longer and take no fewer rounds; but its steps may fit a limit sooner.
+            last, beyond = settings.horizon, beyond if limit == math.inf and settings.horizon > last else {}
+            some = settings.proposals(self._families(INNER), counts, limit, bar, beyond)
             for family in self._families(MORE):
                 some = some or settings.proposals([family], counts, limit, bar)
             found, bar = found + some, lowered(bar, some)
@@ -122,10 +125,15 @@ class Settings:
     coarse: dict[tuple[int, float], Coarse] = field(default_factory=dict)
 
     def proposals(
-        self, families: Sequence[PaperSDE | PaperODE], counts: Sequence[int], limit: float, bar: int
+        self,
+        families: Sequence[PaperSDE | PaperODE],
+        counts: Sequence[int],
+        limit: float,
+        bar: int,
+        beyond: dict[int, int] | None = None,
     ) -> list[Proposal]:
-        """Those of some samplers and numbers of blocks that may take ``bar`` rounds or fewer."""
-        stairs = Stairs(counts, bar, lambda count, most: self.look(families, count, most, limit))
+        """Those of some samplers and numbers of blocks that may take ``bar`` rounds or fewer (``Stairs``)."""
+        stairs = Stairs(counts, bar, lambda count, most: self.look(families, count, most, limit), beyond)
         stairs.climb(min(family.rounds(1, 1) for family in families))
         return [one for look in stairs.found.values() for one in look.fit]
 

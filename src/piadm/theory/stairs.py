@@ -94,9 +94,19 @@ class Stairs:
     fewest blocks that may reach it are found by halving; from there on until it is sure all are looked at.
     """
 
-    def __init__(self, counts: Sequence[int], bar: int, judge: Callable[[int, int], Look]) -> None:
-        """Numbers of blocks, ascending; most rounds in all; what so many blocks offer within so many rounds each."""
+    def __init__(
+        self, counts: Sequence[int], bar: int, judge: Callable[[int, int], Look], beyond: dict[int, int] | None = None
+    ) -> None:
+        """What is looked at.
+
+        Args:
+            counts: numbers of blocks, ascending.
+            bar: most rounds in all.
+            judge: what so many blocks offer within so many rounds each.
+            beyond: by rounds, the most blocks that are known to take more of them; filled in.
+        """
         self.counts, self.bar, self.judge = counts, bar, judge
+        self.beyond: dict[int, int] = {} if beyond is None else beyond
         self.found: dict[int, Look] = {}
 
     def climb(self, fewest: int) -> None:
@@ -104,7 +114,7 @@ class Stairs:
         low, rounds, missed = 0, self._until_sure(0, self.bar // self.counts[0]), 0
         while rounds >= fewest:
             top = sum(count * rounds <= self.bar for count in self.counts) - 1
-            if top <= low or self._look(top, rounds).least > rounds:
+            if top <= low or not self._within(top, rounds):
                 missed += top > low
                 low, rounds = max(low, top), rounds - 1 if missed < MISSES else min(rounds - 1, fewest)
                 continue
@@ -113,6 +123,13 @@ class Stairs:
                 middle = (low + top) // 2
                 low, top = (low, middle) if self._look(middle, rounds).least <= rounds else (middle, top)
             low, rounds = top, self._until_sure(top, rounds)
+
+    def _within(self, at: int, rounds: int) -> bool:
+        """Whether so many rounds may be within reach of a number of blocks."""
+        count = self.counts[at]
+        if self.beyond.get(rounds, 0) < count and self._look(at, rounds).least > rounds:
+            self.beyond[rounds] = count
+        return self.beyond.get(rounds, 0) < count
 
     def _until_sure(self, at: int, rounds: int) -> int:
         """Look on from there until blocks take no more than they may there for sure; one round less than that."""
