@@ -133,13 +133,13 @@ class ParallelPath:
         self.slopes, self.response = self._matrix(path.slopes), self._matrix(path.response.flatten(0, 1))
         reference = path if reference is None else reference
         self.reference_slopes, self.constants = self._matrix(reference.slopes), self._matrix(reference.constants)
-        own = learning is not None and learning.own
-        self.sweeps = SWEEPS if own or path.response[:-1, 0].triu(1).any() else 0
         self.turns = 0
         self.free = free
         self.state = self.free.clone()
         self.residual = torch.zeros(path.count, self.batch * self.size, dtype=self.dtype, device=self.device)
         self.local = None if learning is None else LocalModel(learning, path.slopes, self.nodes)
+        own = self.local is not None and self.local.own
+        self.sweeps = SWEEPS if own or path.response[:-1, 0].triu(1).any() else 0
         self.outlook = Outlook(torch.ones_like(path.slopes) if learning is None else learning.rate, self.batch)
 
     def _matrix(self, matrix: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ OU = OUSchedule()
 
 _MOST_DIMENSIONS = 10**15  # beyond, a float64 sum over the modes has no digits left
 _BOUND_POINTS = 9  # variances tried between the bounds; the worst of them stands for all
-_QUADRATURE = 1e-6  # relative error of sums over modes
+_QUADRATURE = 1e-8  # relative error of sums over modes
 
 
 class Modes(Protocol):
