@@ -107,8 +107,8 @@ class NoiseSchedule(ABC):
         times = _as_float64("t", t)
         if times.device.type == "cpu":
             low, high = self.t_range
-            wrong = ~((times >= low) & (times <= high))
-            if bool(wrong.any()):
+            if not _all_within(times, low, high):
+                wrong = ~((times >= low) & (times <= high))
                 raise ValueError(
                     f"t must lie in [{low:g}, {high:g}], the range of {type(self).__name__}"
                     f", got {times[wrong].flatten()[0].item()}"
@@ -144,6 +144,14 @@ class VariancePreserving(NoiseSchedule):
     def _time(self, log_snr: Tensor) -> Tensor:
         # torch.softplus turns linear above its threshold of 20 and would lose half of the digits there.
         return self._from_ou_time((-log_snr).clamp(min=0.0) + torch.log1p(torch.exp(-log_snr.abs())))
+
+
+def _all_within(values: Tensor, low: float, high: float) -> bool:
+    """Whether none is outside or not a number, in one pass."""
+    if not values.numel():
+        return True
+    least, most = torch.aminmax(values)
+    return low <= float(least) and float(most) <= high
 
 
 def _as_float64(name: str, value: float | Tensor) -> Tensor:
