@@ -9,7 +9,7 @@ from torch import Tensor
 import piadm
 from piadm.local_model import Learning, LocalModel
 from piadm.models import GaussianDenoiser
-from piadm.path import _Rows
+from piadm.path import _first_moved, _Rows
 
 NODES, BATCH, SIZE = 5, 3, 7
 SCHEDULE = piadm.VPSchedule(0.1, 20.0)
@@ -139,6 +139,23 @@ def test_what_the_sweeps_leave_is_in_the_residuals_only() -> None:
     places = torch.arange(NODES).expand(BATCH, -1)
     local.follow(response, places, residual.transpose(0, 1).clone(), outputs, residual, sweeps=0)
     assert torch.allclose(outputs.flatten(1), free.flatten(1) + response @ residual.flatten(1), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_what_comes_before_the_rows_evaluated_stays(own: bool) -> None:
+    """Nodes that read one node ahead: the path is that of its residuals, of which only later ones have changed."""
+    free, response = normals(NODES + 1, BATCH, SIZE), 0.3 * normals(NODES + 1, NODES, seed=4)
+    response = response.tril(-1) + 0.05 * (response.triu() - response.triu(2))
+    onward = _first_moved(response)
+    assert onward == [max(0, node - 1) for node in range(NODES)]
+    local, _ = observed(torch.full((NODES * BATCH, 1), 0.5, dtype=torch.float64), own=own)
+    outputs, residual, first = free.clone(), torch.zeros(NODES, BATCH, SIZE, dtype=torch.float64), NODES - 2
+    places = torch.arange(first, NODES).expand(BATCH, -1)
+    residual[first:] = told = normals(2, BATCH, SIZE, seed=6)
+    local.follow(response, places, told.transpose(0, 1), outputs, residual, 1, (onward[first], onward[onward[first]]))
+    assert torch.allclose(outputs.flatten(1), free.flatten(1) + response @ residual.flatten(1), rtol=0, atol=1e-12)
+    assert (residual[: first - 1] == 0).all() and (residual[first - 1] != 0).all()
+    assert torch.equal(outputs[: first - 2], free[: first - 2]) and (outputs[first - 2] != free[first - 2]).all()
 
 
 @pytest.mark.parametrize("method", ["ode", "sde"])

@@ -101,7 +101,14 @@ class LocalModel:
         return slope.clamp_(self.least[rows], self.most[rows])
 
     def follow(
-        self, response: Tensor, places: Tensor, told: Tensor, outputs: Tensor, residual: Tensor, sweeps: int
+        self,
+        response: Tensor,
+        places: Tensor,
+        told: Tensor,
+        outputs: Tensor,
+        residual: Tensor,
+        sweeps: int,
+        onward: tuple[int, int] = (0, 0),
     ) -> None:
         """Move a path by what evaluations have told, in place: the changes of ``x = q + P R(x)`` by ``s``.
 
@@ -123,26 +130,31 @@ class LocalModel:
             outputs: ``x``, the states at the nodes and the end, shape ``(n + 1, B, d)``.
             residual: ``R(x)``, with ``s`` already in it, shape ``(n, B, d)``.
             sweeps: how many times what is on the right is brought up to date.
+            onward: the nodes from which on residuals, and states, are to change: those before them have not to do with
+                the rows evaluated, or next to nothing.
         """
-        n, (batch, count, size) = len(residual), told.shape
+        (batch, count, size), (after, since) = told.shape, onward
+        outputs, residual = outputs[since:], residual[after:]
+        acting, within, n = response[since:, after:], response[after:-1, after:], len(residual)
         units = not self.own and size > count
-        lower, identity = response[:-1].tril(), torch.eye(n).to(response)
-        excess, held = self.excess.view(n, batch, -1), count if units else SOLVE_COPIES * size if self.own else size
+        lower, identity = within.tril(), torch.eye(n).to(response)
+        excess = self.excess.view(-1, batch, self.excess.shape[1])[after:]
+        held = count if units else SOLVE_COPIES * size if self.own else size
         chunk = max(1, SOLVE_ELEMENTS // (n * (n + held)))
         for first in range(0, batch, chunk):
             at = slice(first, first + chunk)
-            direct, slopes = response[:, places[at]].transpose(0, 1), excess[:, at].transpose(0, 1)
+            direct, slopes = response[since:, places[at]].transpose(0, 1), excess[:, at].transpose(0, 1)
             if not units:
                 direct = direct @ told[at]
-            right = direct[:, :-1]
+            told_there = right = direct[:, after - since : -1]
             system = identity - lower * slopes.mean(2)[:, None]
             moved = torch.linalg.solve_triangular(system, right, upper=False)
             for _ in range(sweeps):
                 # L (m w) is what the last solution differs by from its right side.
-                right = (response[:-1] @ (slopes * moved)).add_(direct[:, :-1]).add_(right).sub_(moved)
+                right = (within @ (slopes * moved)).add_(told_there).add_(right).sub_(moved)
                 moved = torch.linalg.solve_triangular(system, right, upper=False)
             bent = moved.mul_(slopes)
-            for change, table in ((bent, residual), (direct.add_(response @ bent), outputs)):
+            for change, table in ((bent, residual), (direct.add_(acting @ bent), outputs)):
                 there = table[:, at].transpose(0, 1)
                 there.baddbmm_(change, told[at]) if units else there.add_(change)
 

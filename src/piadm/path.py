@@ -140,6 +140,7 @@ class ParallelPath:
         self.local = None if learning is None else LocalModel(learning, path.slopes, self.nodes)
         own = self.local is not None and self.local.own
         self.sweeps = SWEEPS if own or path.response[:-1, 0].triu(1).any() else 0
+        self.first_moved = _first_moved(path.response[:, 0])
         self.outlook = Outlook(torch.ones_like(path.slopes) if learning is None else learning.rate, self.batch)
 
     def _matrix(self, matrix: Tensor) -> Tensor:
@@ -168,14 +169,18 @@ class ParallelPath:
         with full_precision(self.device):
             torch.addmm(self.free, self.response, self.residual, out=self.state)
 
-    def follow(self, places: Tensor, told: Tensor) -> None:
-        """The recurrence ``x <- q + P R(x)``, after evaluations that have told ``s`` (``LocalModel.follow``)."""
+    def follow(self, places: Tensor, told: Tensor, first: int = 0) -> None:
+        """The recurrence ``x <- q + P R(x)``, after evaluations that have told ``s`` (``LocalModel.follow``).
+
+        What is before the ``first`` node evaluated, and before what that moves, stays as it is.
+        """
         if self.local is None or not self.local.learns:
             self.solve()
             return
         outputs, residual = (table.view(-1, self.batch, self.size) for table in (self.state, self.residual))
+        onward = self.first_moved[first], self.first_moved[self.first_moved[first]]
         with full_precision(self.device):
-            self.local.follow(self.response, places, told, outputs, residual, self.sweeps)
+            self.local.follow(self.response, places, told, outputs, residual, self.sweeps, onward)
         self.turns += 1
         if self.turns % ANCHOR == 0:
             self.solve()
@@ -226,7 +231,7 @@ class ParallelPath:
         rows = _Rows.of(active, self.device)
         told, heard = yield from self._evaluate(executor, rows)
         before = self.end.clone()
-        self.follow(rows.places, told)
+        self.follow(rows.places, told, int(active.any(1).byte().argmax()))
         del told
         return self._movement(active, heard, before)
 
@@ -283,3 +288,11 @@ class ParallelPath:
         if how is not None and how.coarse_end is not None:
             error = error.maximum(rms(end - how.coarse_end))
         return error
+
+
+def _first_moved(response: Tensor) -> list[int]:
+    """The first node that the residual of each, or of one after it, changes, itself included: by ``P (n + 1, n)``."""
+    acts, own = response.ne(0), torch.arange(response.shape[1])
+    first = torch.where(acts.any(0), acts.byte().argmax(0), own).minimum(own)
+    found: list[int] = first.flip(0).cummin(0).values.flip(0).tolist()
+    return found
