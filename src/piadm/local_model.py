@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -137,7 +139,7 @@ class LocalModel:
         outputs, residual = outputs[since:], residual[after:]
         acting, within, n = response[since:, after:], response[after:-1, after:], len(residual)
         units = not self.own and size > count
-        lower, identity = within.tril(), torch.eye(n).to(response)
+        lower = within.tril().neg_()
         excess = self.excess.view(-1, batch, self.excess.shape[1])[after:]
         held = count if units else SOLVE_COPIES * size if self.own else size
         chunk = max(1, SOLVE_ELEMENTS // (n * (n + held)))
@@ -147,12 +149,14 @@ class LocalModel:
             if not units:
                 direct = direct @ told[at]
             told_there = right = direct[:, after - since : -1]
-            system = identity - lower * slopes.mean(2)[:, None]
-            moved = torch.linalg.solve_triangular(system, right, upper=False)
+            system = lower * slopes.mean(2)[:, None]
+            system.diagonal(dim1=1, dim2=2).add_(1)
+            solved = _solver(system, size)
+            moved = solved(right)
             for _ in range(sweeps):
                 # L (m w) is what the last solution differs by from its right side.
                 right = (within @ (slopes * moved)).add_(told_there).add_(right).sub_(moved)
-                moved = torch.linalg.solve_triangular(system, right, upper=False)
+                moved = solved(right)
             bent = moved.mul_(slopes)
             for change, table in ((bent, residual), (direct.add_(acting @ bent), outputs)):
                 there = table[:, at].transpose(0, 1)
@@ -187,3 +191,15 @@ class LocalModel:
         seen, known = self.seen.view(states.shape).copy_(states), self.known.view(n, batch)
         seen[nodes] = coarse.seen.view(len(nodes), -1, states.shape[2])[:, columns]
         known[nodes] = coarse.known.view(len(nodes), -1)[:, columns]
+
+
+def _solver(systems: Tensor, columns: int) -> Callable[[Tensor], Tensor]:
+    """What solves lower triangular systems ``(B, n, n)``: products with the inverse where columns outnumber rows.
+
+    These are several times as fast as a solution.
+    """
+    if columns <= systems.shape[1]:
+        return partial(torch.linalg.solve_triangular, systems, upper=False)
+    identity = torch.eye(systems.shape[1], dtype=systems.dtype, device=systems.device)
+    inverse: Tensor = torch.linalg.solve_triangular(systems, identity, upper=False)
+    return inverse.matmul
