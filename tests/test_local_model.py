@@ -113,7 +113,7 @@ def test_a_path_that_follows_evaluations_is_the_fixed_point(
         outputs, residual = free.clone(), torch.zeros(NODES, BATCH, size, dtype=torch.float64)
         local = model(outputs[:-1], own=own)
         for turn in range(4):
-            rows = _Rows.of(normals(NODES, BATCH, seed=5 + turn) > 0, residual.device)
+            rows = _Rows.of((normals(NODES, BATCH, seed=5 + turn) > 0).numpy(), residual.device)
             told = torch.zeros(*rows.places.shape, size, dtype=torch.float64)
             told[rows.sample, rows.place] = beyond = normals(len(rows.node), size, seed=9 + turn)
             states = outputs[:-1].clone()

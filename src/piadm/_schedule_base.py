@@ -150,7 +150,7 @@ def _all_within(values: Tensor, low: float, high: float) -> bool:
     """Whether none is outside or not a number, in one pass."""
     if not values.numel():
         return True
-    least, most = torch.aminmax(values)
+    least, most = torch.aminmax(values.detach())
     return low <= float(least) and float(most) <= high
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
+import numpy as np
 from torch import Tensor
+
+from piadm.numerics import Flags, Table
 
 
 class ActiveRows(Protocol):
     """Chooses the rows of a round from what evaluating them is expected to tell."""
 
-    def choose(self, expected: Tensor, rounds: int) -> Tensor:
+    def choose(self, expected: Table, rounds: int) -> Flags:
         """Rows to evaluate.
 
         Args:
@@ -34,9 +36,9 @@ class ActiveRows(Protocol):
 class AllRows:
     """Every row, every round: the paper's rule on its blocks."""
 
-    def choose(self, expected: Tensor, rounds: int) -> Tensor:
+    def choose(self, expected: Table, rounds: int) -> Flags:
         """True everywhere."""
-        return torch.ones_like(expected, dtype=torch.bool)
+        return np.ones_like(expected, dtype=np.bool_)
 
     def took(self, rows: int, seconds: float) -> None:
         """Nothing depends on it."""
@@ -71,14 +73,14 @@ class SlidingWindow:
     """
 
     size: int
-    threshold: Tensor
+    threshold: Table
 
-    def choose(self, expected: Tensor, rounds: int) -> Tensor:
+    def choose(self, expected: Table, rounds: int) -> Flags:
         """The first ``size`` rows that have not settled."""
         passed = int(rounds * min(1.0, self.size / (NARROW * len(expected))))
         late = min(max(0, passed - PATIENCE), HALVINGS)
         active = expected > self.threshold * 2.0**-late
-        return active & (active.long().cumsum(0) <= self.size)
+        return active & (active.cumsum(0) <= self.size)
 
     def took(self, rows: int, seconds: float) -> None:
         """Nothing depends on it."""
@@ -105,22 +107,24 @@ class Outlook:
     """
 
     def __init__(self, rate: Tensor, batch: int) -> None:
-        self.assumed = rate[:, None]
-        self.rate = rate[:, None].repeat(1, batch)
-        self.known = torch.zeros(self.rate.shape, dtype=torch.bool)
-        self.expected = torch.full_like(self.rate, torch.inf)
+        self.assumed: Table = rate.numpy()[:, None]
+        self.rate = self.assumed.repeat(batch, 1)
+        self.known = np.zeros(self.rate.shape, dtype=np.bool_)
+        self.expected = np.full_like(self.rate, np.inf)
 
-    def learn(self, active: Tensor, surprise: Tensor, stride: Tensor) -> None:
+    @np.errstate(all="ignore")  # a network that fails is told of by the stopping rule
+    def learn(self, active: Flags, surprise: Table, stride: Table) -> None:
         """Take in a round: which rows were evaluated, their surprise, and how far they had drifted, ``(n, B)``."""
         again = active & self.known & (stride > 0)
-        rate = (surprise / stride.where(again, torch.ones_like(stride))).maximum(self.assumed)
-        self.rate = torch.where(again, rate, self.rate)
+        rate = np.maximum(surprise / np.where(again, stride, 1.0), self.assumed)
+        self.rate = np.where(again, rate, self.rate)
         self.known |= active
 
-    def look(self, drift: Tensor) -> None:
+    @np.errstate(all="ignore")
+    def look(self, drift: Table) -> None:
         """Expect what the distances ``(n, B)`` from the last evaluations say."""
-        self.expected = torch.where(self.known, self.rate * drift, torch.inf)
+        self.expected = np.where(self.known, self.rate * drift, np.inf)
 
-    def inherit(self, old: Tensor, coarse: Outlook, keep: Tensor | slice) -> None:
+    def inherit(self, old: Flags, coarse: Outlook, keep: Flags | slice) -> None:
         """Take over what is known of the rows of a coarser node set: ``old`` of the nodes, ``keep`` of its samples."""
         self.rate[old], self.known[old] = coarse.rate[:, keep], coarse.known[:, keep]

@@ -10,9 +10,9 @@ import math
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
 
 from piadm.activity import SlidingWindow
+from piadm.numerics import Flags, Table
 
 #: Rows of the rounds that are timed, the first ones of a network's first run.  The smallest comes twice: a network's
 #: first call may have to warm up.
@@ -95,11 +95,11 @@ class TimedWindow:
         size: the window's size once it is chosen.
     """
 
-    def __init__(self, threshold: Tensor, known: Latency, max_rows: int | None) -> None:
+    def __init__(self, threshold: Table, known: Latency, max_rows: int | None) -> None:
         self.threshold, self.known, self.max_rows = threshold, known, max_rows
         self.size: int | None = None
 
-    def choose(self, expected: Tensor, rounds: int) -> Tensor:
+    def choose(self, expected: Table, rounds: int) -> Flags:
         """The window's rows."""
         nodes, batch = expected.shape
         if self.size is None and self.known.timed >= len(TIMED):

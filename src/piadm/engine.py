@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from piadm.executor import Asking, drive
 from piadm.iteration import turns
 from piadm.linearization import Gaussian
 from piadm.nodes import NodeSet, every_step, refine, thin
+from piadm.numerics import Table
 from piadm.path import Interpolation, ParallelPath
 from piadm.problem import Problem
 from piadm.reference import free_states
@@ -61,7 +63,7 @@ def run(engine: Engine, problem: Problem, tally: Tally, limit: int, return_state
 def rounds(engine: Engine, problem: Problem, tally: Tally, limit: int, return_states: bool) -> Asking[Tensor | None]:
     """Solve on one node set after the other; a sample stays in the batch until it is judged."""
     nodes, left, coarse = engine.nodes, torch.arange(problem.batch), None
-    aim = torch.full((problem.batch,), engine.aim, dtype=torch.float64)
+    aim = np.full(problem.batch, engine.aim)
     states = problem.start.new_empty(engine.steps.count + 1, *problem.start.shape) if return_states else None
     with tally.running():
         while len(left):
@@ -70,7 +72,7 @@ def rounds(engine: Engine, problem: Problem, tally: Tally, limit: int, return_st
             refinable = engine.refinable and nodes.count < engine.steps.count
             reference = condense(engine.steps, engine.prior[0], nodes, engine.prior[1])
             condensed = _condensed(engine, nodes, reference)
-            rows, rule = _rules(engine, problem, condensed, nodes, refinable, coarse, aim[left])
+            rows, rule = _rules(engine, problem, condensed, nodes, refinable, coarse, aim[left.numpy()])
             path = yield from _path(engine, problem, nodes, left, coarse, reference, rule, tally, limit)
             verdict = yield from turns(tally, path, rows, rule, limit)
             tally.nodes, tally.window = nodes.count, min(rows.size or nodes.count, nodes.count)
@@ -78,9 +80,10 @@ def rounds(engine: Engine, problem: Problem, tally: Tally, limit: int, return_st
                 states[:, path.numbers] = _all_states(engine, problem, nodes, path)
             go_on = refinable and not tally.interrupted and tally.rounds < limit
             again = (verdict == Verdict.REFINE) & go_on
-            tally.close(left[~again], verdict[~again] == Verdict.DONE)
-            aim[left[rule.circling]] = engine.aim / CARE
-            coarse, left = _Coarse(nodes, path, rule, again), left[again]
+            aim[left.numpy()[rule.circling]] = engine.aim / CARE
+            coarse = _Coarse(nodes, path, rule, torch.from_numpy(again))
+            tally.close(left[~coarse.again], verdict[~again] == Verdict.DONE)
+            left = left[coarse.again]
     return None if states is None else states.reshape(-1, *problem.shape)
 
 
@@ -140,7 +143,7 @@ def _open(
             _take_over(path, nodes, *last)
         size = engine.rows(nodes.count, narrow=True)
         size = min(size, engine.window) if isinstance(engine.window, int) else size
-        rows = SlidingWindow(size, rule.threshold[torch.isin(engine.nodes.indices, nodes.indices)])
+        rows = SlidingWindow(size, rule.threshold[torch.isin(engine.nodes.indices, nodes.indices).numpy()])
         yield from turns(tally, path, rows, FixedIterations(1, estimate=math.inf), limit)
         last = nodes, path
     return last
@@ -153,10 +156,10 @@ def _rules(
     nodes: NodeSet,
     refinable: bool,
     coarse: _Coarse | None,
-    aim: Tensor,
+    aim: Table,
 ) -> tuple[SlidingWindow | TimedWindow, CarriedResidual]:
     """Which rows are evaluated, and when a sample is finished, ``aim`` being that of each, shape ``(B,)``."""
-    known = None if coarse is None or coarse.rule.contraction is None else coarse.rule.contraction[coarse.again]
+    known = None if coarse is None or coarse.rule.contraction is None else coarse.rule.contraction[coarse.again.numpy()]
     count = path.count
     influence = _influence(engine, problem, path, nodes)
     # Rows that have settled may together leave this share of the tolerance.
@@ -174,7 +177,7 @@ def _rules(
     return _active_rows(engine, problem, count, threshold), rule
 
 
-def _active_rows(engine: Engine, problem: Problem, count: int, threshold: Tensor) -> SlidingWindow | TimedWindow:
+def _active_rows(engine: Engine, problem: Problem, count: int, threshold: Table) -> SlidingWindow | TimedWindow:
     """Which of a path's rows are evaluated."""
     if engine.window == "auto":
         denoiser = problem.denoiser
@@ -188,7 +191,7 @@ def _active_rows(engine: Engine, problem: Problem, count: int, threshold: Tensor
     return SlidingWindow(int(engine.window), threshold)
 
 
-def _influence(engine: Engine, problem: Problem, path: CondensedPath, nodes: NodeSet) -> Tensor:
+def _influence(engine: Engine, problem: Problem, path: CondensedPath, nodes: NodeSet) -> Table:
     """How strongly each node's residual acts on the end, shape ``(n,)``: the larger of two models' answers.
 
     One is the iteration's own.  It may see no way from an early residual to the end, as a frozen denoised estimate
@@ -200,7 +203,8 @@ def _influence(engine: Engine, problem: Problem, path: CondensedPath, nodes: Nod
     width = BOUNDLESS if engine.noisy else math.sqrt(problem.start.shape[1])
     leading = weights_on_end(steps, Gaussian(width * denoiser.data_variance).slopes(denoiser.schedule, steps))
     found = torch.maximum(path.response[-1, 0].abs(), (leading @ nodes.weights).abs())
-    return found.clamp(min=FAINTEST)
+    influence: Table = found.clamp(min=FAINTEST).numpy()
+    return influence
 
 
 def _free(problem: Problem, samples: Tensor, references: Sequence[CondensedPath]) -> list[Tensor]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from piadm.activity import Outlook
 from piadm.condense import CondensedPath
 from piadm.executor import Asking, Executor
 from piadm.local_model import Learning, LocalModel
-from piadm.numerics import full_precision, rms
+from piadm.numerics import Flags, Table, full_precision, rms
 
 #: Sweeps in which the path follows an evaluation where nodes read ahead, or coordinates have slopes of their own.  What
 #: they leave the next evaluations hear of: rounds were the same with one as with three, and hardly more with none.
@@ -44,18 +45,18 @@ class Movement:
     """What one round changed, on the CPU: the only host synchronisation of the round.
 
     Attributes:
-        surprise: RMS difference of every row's residual from what its local model had said, shape ``(n, B)``
-            float64; 0 where not evaluated.
-        end: RMS change of the end of the path, shape ``(B,)`` float64.
+        surprise: RMS difference of every row's residual from what its local model had said, shape ``(n, B)``;
+            0 where not evaluated.
+        end: RMS change of the end of the path, shape ``(B,)``.
         interpolation: estimated RMS error at the end of the path that interpolation between the nodes leaves,
-            shape ``(B,)`` float64.
-        rounding: what rounding of the states may leave at the end of the path, shape ``(B,)`` float64.
+            shape ``(B,)``.
+        rounding: what rounding of the states may leave at the end of the path, shape ``(B,)``.
     """
 
-    surprise: Tensor
-    end: Tensor
-    interpolation: Tensor
-    rounding: Tensor
+    surprise: Table
+    end: Table
+    interpolation: Table
+    rounding: Table
 
 
 @dataclass(frozen=True)
@@ -93,13 +94,12 @@ class _Rows:
     places: Tensor
 
     @staticmethod
-    def of(active: Tensor, device: torch.device) -> _Rows:
-        """Those that are true in a table ``(n, B)`` on the CPU."""
-        most = int(active.sum(0).max())
-        places = active.byte().argsort(dim=0, descending=True, stable=True)[:most].T
-        node, sample = active.nonzero().unbind(1)
-        place = (active.cumsum(0) - 1)[active]
-        return _Rows(*(index.to(device) for index in (node, sample, place, places)))
+    def of(active: Flags, device: torch.device) -> _Rows:
+        """Those that are true in a table ``(n, B)``."""
+        number = active.cumsum(0)
+        node, sample, place = torch.from_numpy(np.stack([*active.nonzero(), number[active] - 1])).to(device)
+        places = (~active).argsort(axis=0, kind="stable")[: number[-1].max()].T
+        return _Rows(node, sample, place, torch.from_numpy(places).to(device))
 
 
 class ParallelPath:
@@ -208,8 +208,8 @@ class ParallelPath:
         told.mul_(self.local.excess.view(n, self.batch, -1)[places])
         residual.index_add_(0, places, told)
         self.follow(places.expand(self.batch, -1), told.transpose(0, 1))
-        self.outlook.inherit(old, coarse.outlook, keep.cpu() if isinstance(keep, Tensor) else keep)
-        self.outlook.look(self.local.drift(self.rows).view(len(old), self.batch).cpu().double())
+        self.outlook.inherit(old.numpy(), coarse.outlook, keep.cpu().numpy() if isinstance(keep, Tensor) else keep)
+        self.outlook.look(_table(self.local.drift(self.rows).view(len(old), self.batch)))
 
     def unlearn(self) -> None:
         """Keep states, residuals and slopes as a guess: no row counts as evaluated, and the absurd is forgotten."""
@@ -219,19 +219,19 @@ class ParallelPath:
         state[:, lost] = free[:, lost]
         self.residual.view(-1, self.batch, self.size)[:, lost] = 0
         self.local.forget(lost, self.nodes)
-        self.outlook = Outlook(self.outlook.assumed.squeeze(1), self.batch)
+        self.outlook = Outlook(torch.from_numpy(self.outlook.assumed[:, 0]), self.batch)
 
-    def turn(self, executor: Executor, active: Tensor) -> Asking[Movement]:
+    def turn(self, executor: Executor, active: Flags) -> Asking[Movement]:
         """One round: ask for the estimates of the active rows, solve, and report what has moved.
 
         Args:
             executor: lays out the rows.
-            active: which rows to evaluate, shape ``(n, B)`` bool on the CPU.
+            active: which rows to evaluate, shape ``(n, B)``.
         """
         rows = _Rows.of(active, self.device)
         told, heard = yield from self._evaluate(executor, rows)
         before = self.end.clone()
-        self.follow(rows.places, told, int(active.any(1).byte().argmax()))
+        self.follow(rows.places, told, int(active.any(1).argmax()))
         del told
         return self._movement(active, heard, before)
 
@@ -266,17 +266,16 @@ class ParallelPath:
         yield from executor.ask(self.numbers[sample], self.times[node], fetch, store)
         return told, heard
 
-    def _movement(self, active: Tensor, heard: Tensor, before: Tensor) -> Movement:
+    def _movement(self, active: Flags, heard: Tensor, before: Tensor) -> Movement:
         end = self.end[:, 0]
         rounding = ROUNDINGS * torch.finfo(self.dtype).eps * rms(end)
         drift = heard[1] if self.local is None else self.local.drift(self.rows)
         of_rows = torch.stack([*heard, drift]).flatten()
-        host = torch.cat([of_rows, rms(end - before[:, 0]), self._interpolation(end), rounding]).cpu().double()
-        table, *of_samples = torch.split(host, [len(of_rows), *[self.batch] * 3])
-        surprise, stride, distance = table.view(3, self.path.count, self.batch)
+        host = _table(torch.cat([of_rows, rms(end - before[:, 0]), self._interpolation(end), rounding]))
+        surprise, stride, distance = host[: len(of_rows)].reshape(3, self.path.count, self.batch)
         self.outlook.learn(active, surprise, stride)
         self.outlook.look(distance)
-        return Movement(surprise, *of_samples)
+        return Movement(surprise, *host[len(of_rows) :].reshape(3, self.batch))
 
     def _interpolation(self, end: Tensor) -> Tensor:
         how = self.interpolation
@@ -288,6 +287,12 @@ class ParallelPath:
         if how is not None and how.coarse_end is not None:
             error = error.maximum(rms(end - how.coarse_end))
         return error
+
+
+def _table(numbers: Tensor) -> Table:
+    """Numbers on the host."""
+    found: Table = numbers.cpu().double().numpy()
+    return found
 
 
 def _first_moved(response: Tensor) -> list[int]:

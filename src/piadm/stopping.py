@@ -10,10 +10,17 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Protocol
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
+from piadm.numerics import Flags, Table
 from piadm.path import Movement
+
+#: A ``Verdict`` for every sample.
+Verdicts = NDArray[np.int64]
+
+#: In the place of a divisor of zero.
+TINY = float(np.finfo(np.float64).tiny)
 
 
 class Verdict(IntEnum):
@@ -28,7 +35,7 @@ class Verdict(IntEnum):
 class StoppingRule(Protocol):
     """Judges every sample after every round of one path."""
 
-    def judge(self, movement: Movement, expected: Tensor) -> tuple[Tensor, Tensor]:
+    def judge(self, movement: Movement, expected: Table) -> tuple[Table, Verdicts]:
         """Error estimate ``(B,)`` float64 and ``Verdict`` ``(B,)`` int64 of every sample.
 
         Args:
@@ -48,15 +55,15 @@ class FixedIterations:
     """
 
     iterations: int
-    estimate: float = torch.nan
+    estimate: float = np.nan
     done: int = field(default=0, init=False)
 
-    def judge(self, movement: Movement, expected: Tensor) -> tuple[Tensor, Tensor]:
+    def judge(self, movement: Movement, expected: Table) -> tuple[Table, Verdicts]:
         """DONE for every sample after K rounds."""
         self.done += 1
-        verdict = torch.full_like(movement.end, Verdict.DONE if self.done >= self.iterations else Verdict.GO_ON)
-        verdict[~movement.end.isfinite()] = Verdict.NONFINITE
-        return torch.full_like(movement.end, self.estimate), verdict.long()
+        verdict = Verdict.DONE if self.done >= self.iterations else Verdict.GO_ON
+        judged = np.where(np.isfinite(movement.end), verdict, Verdict.NONFINITE)
+        return np.full_like(movement.end, self.estimate), judged
 
 
 #: Contraction factors above this are not trusted: what is still to come is then ten times the next move.
@@ -104,73 +111,69 @@ class CarriedResidual:
 
     def __init__(
         self,
-        influence: Tensor,
-        threshold: Tensor,
+        influence: Table,
+        threshold: Table,
         tol: float,
         *,
-        aim: Tensor,
+        aim: Table,
         refinable: bool,
         earliest: int,
         exact_after: float,
-        contraction: Tensor | None = None,
+        contraction: Table | None = None,
     ) -> None:
         self.influence, self.threshold, self.tol, self.aim = influence, threshold, tol, aim
         self.refinable, self.earliest, self.exact_after = refinable, earliest, exact_after
         self.rounds = 0
-        self.laps = torch.zeros(())
-        self.last: Tensor | None = None
-        self.share: Tensor | None = None
+        self.laps = np.zeros_like(aim)
+        self.share = np.ones_like(aim)
+        self.last: Table | None = None
         self.contraction = contraction
 
     @property
-    def circling(self) -> Tensor:
+    def circling(self) -> Flags:
         """Which samples go in circles, shape ``(B,)`` bool."""
         return self.laps >= LAPS
 
-    def _cancellation(self, movement: Movement) -> Tensor:
+    def _cancellation(self, movement: Movement) -> Table:
         """``c``: the last one seen, or half of the one before if that is larger; kept where nothing was heard."""
         heard = self.influence @ movement.surprise
-        seen = (SHARE_SAFETY * movement.end / heard.clamp(min=torch.finfo(torch.float64).tiny)).clamp(min=LEAST_SHARE)
-        before = torch.ones_like(seen) if self.share is None else self.share
+        seen = np.maximum(SHARE_SAFETY * movement.end / np.maximum(heard, TINY), LEAST_SHARE)
         told = (heard > 0) & (movement.end > movement.rounding)  # rounding over rounding says nothing
-        self.share = torch.where(told, seen.maximum(0.5 * before), before)
+        self.share = np.where(told, np.maximum(seen, 0.5 * self.share), self.share)
         return self.share
 
-    def _iteration_error(self, movement: Movement, expected: Tensor) -> Tensor:
+    def _iteration_error(self, movement: Movement, expected: Table, reached: Flags) -> Table:
         """The estimate of the class docstring; inf for samples with rows that were never evaluated."""
-        reached = expected.isfinite().all(0)
-        live = torch.where(expected > self.threshold, expected, 0.0).nan_to_num(posinf=0.0)
-        ahead = torch.where(reached, self.influence @ live, torch.inf)
-        settled = self.influence @ torch.where(expected > self.threshold, 0.0, expected)
-        rho = torch.full_like(ahead, SLOWEST) if self.contraction is None else self.contraction
+        live = expected > self.threshold
+        ahead = np.where(reached, self.influence @ np.where(live & (expected < np.inf), expected, 0.0), np.inf)
+        settled = self.influence @ np.where(live, 0.0, expected)
+        rho = np.full_like(ahead, SLOWEST) if self.contraction is None else self.contraction
         if self.last is not None:
-            ratio = ahead / self.last.clamp(min=torch.finfo(torch.float64).tiny)
             # A sample that is judged already stands still; what it had contracted by is kept.
-            rho = torch.where(self.last.isfinite() & (ahead != self.last), ratio.clamp(0, SLOWEST), rho)
+            anew = np.isfinite(self.last) & (ahead != self.last)
+            rho = np.where(anew, np.clip(ahead / np.maximum(self.last, TINY), 0, SLOWEST), rho)
             self.contraction = rho
         self.last = ahead
         # A rate that was seen once may be luck: no less is left than what this round has moved.
-        return (self._cancellation(movement) * (ahead / (1 - rho) + settled)).maximum(movement.end)
+        return np.maximum(self._cancellation(movement) * (ahead / (1 - rho) + settled), movement.end)
 
-    def judge(self, movement: Movement, expected: Tensor) -> tuple[Tensor, Tensor]:
+    @np.errstate(all="ignore")  # what is not finite is told of by the verdict
+    def judge(self, movement: Movement, expected: Table) -> tuple[Table, Verdicts]:
         """The estimate of the class docstring, and its verdict."""
         self.rounds += 1
-        self.laps = self.laps + (movement.surprise > 0).double().mean(0)
+        reached: Flags = np.asarray(np.isfinite(expected).all(0))
+        self.laps = self.laps + (movement.surprise > 0).mean(0)
         # Where nothing was heard, nothing was left to evaluate, unless there are rows ahead of the window.
-        still = (movement.surprise == 0).all(0) & expected.isfinite().all(0)
+        still = (movement.surprise == 0).all(0) & reached
         exact = still | (self.rounds >= self.exact_after)
-        iteration = self._iteration_error(movement, expected)
-        iteration = torch.where(exact, SETTLED_SHARE * self.aim, iteration)
+        iteration = np.where(exact, SETTLED_SHARE * self.aim, self._iteration_error(movement, expected, reached))
         interpolation = movement.interpolation
-        error = torch.hypot(iteration, interpolation) + movement.rounding
+        error = np.hypot(iteration, interpolation) + movement.rounding
 
-        verdict = torch.full_like(error, Verdict.GO_ON)
         ripe = still | (self.rounds >= self.earliest)
         enough = 0.5 * interpolation if self.refinable else SETTLED_SHARE * self.aim
-        verdict[ripe & (iteration <= enough) & (interpolation > 0.5 * self.aim)] = Verdict.REFINE
-        if self.refinable:
-            verdict[self.circling] = Verdict.REFINE
-        within = (iteration <= self.aim) & (error <= (self.aim if self.refinable else self.tol))
-        verdict[ripe & within] = Verdict.DONE
-        verdict[~movement.end.isfinite()] = Verdict.NONFINITE
-        return error, verdict.long()
+        coarse = ripe & (iteration <= enough) & (interpolation > 0.5 * self.aim)
+        coarse |= self.circling & self.refinable
+        within = ripe & (iteration <= self.aim) & (error <= (self.aim if self.refinable else self.tol))
+        verdict = np.where(within, Verdict.DONE, np.where(coarse, Verdict.REFINE, Verdict.GO_ON))
+        return error, np.where(np.isfinite(movement.end), verdict, Verdict.NONFINITE)

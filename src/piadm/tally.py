@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from piadm._checks import caller_level
+from piadm.numerics import Flags
 from piadm.problem import Callback, Problem
 from piadm.solution import RoundInfo, Solution, Stats, Status, demand
 
@@ -92,11 +94,11 @@ class Tally:
         self.failures.append(f"sample {self.problem.executor.team.first + sample}: {message}")
 
     @property
-    def failed(self) -> Tensor:
-        """Which samples have been given up, shape ``(B,)`` bool."""
-        return torch.tensor([status is Status.NONFINITE for status in self.status])
+    def failed(self) -> Flags:
+        """Which samples have been given up, shape ``(B,)``."""
+        return np.array([status is Status.NONFINITE for status in self.status])
 
-    def close(self, samples: Tensor, done: Tensor) -> None:
+    def close(self, samples: Tensor, done: Flags) -> None:
         """Give samples their final status: CONVERGED where ``done``, else what has kept them from it."""
         unfinished = Status.INTERRUPTED if self.interrupted else Status.MAX_ROUNDS
         for sample, finished in zip(samples.tolist(), done.tolist(), strict=True):
@@ -105,8 +107,8 @@ class Tally:
 
     def finish(self) -> None:
         """Close every sample of a run of a known number of rounds: CONVERGED if it had them all."""
-        samples = torch.arange(self.problem.batch)
-        self.close(samples, torch.full_like(samples, self.rounds == self.total, dtype=torch.bool))
+        batch = self.problem.batch
+        self.close(torch.arange(batch), np.full(batch, self.rounds == self.total))
 
     @contextmanager
     def stoppable(self) -> Iterator[None]:
