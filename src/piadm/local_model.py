@@ -76,7 +76,7 @@ class LocalModel:
         self.excess = self.seen.new_zeros(len(self.seen), size if self.own else 1)
         self.known = torch.zeros(len(self.seen), dtype=torch.bool, device=states.device)
 
-    def observe(self, rows: Tensor, states: Tensor, told: Tensor) -> tuple[Tensor, Tensor]:
+    def observe(self, rows: Tensor, states: Tensor, told: Tensor) -> Tensor:
         """Learn from an evaluation of some rows.
 
         Args:
@@ -85,22 +85,20 @@ class LocalModel:
             told: ``s``, their residuals there beyond ``R(x)``, shape ``(r, d)``.
 
         Returns:
-            Surprise ``RMS(s)`` and stride ``RMS(x - x_seen)``, each ``(r,)``.
+            Surprise ``RMS(s)`` and stride ``RMS(x - x_seen)``, ``(2, r)``.
         """
         dx, old, size = states - self.seen[rows], self.excess[rows], states.shape[1]
+        least, most = self.least[rows], self.most[rows]
         across = dx.square().sum(1, keepdim=True)
         far = across > LEAST_STRIDE**2 * states.square().sum(1, keepdim=True)
         length = across.where(far, torch.ones_like(across))
-        slope = self._bounded(old + (dx * told).sum(1, keepdim=True) / length, rows)
+        slope = (old + (dx * told).sum(1, keepdim=True) / length).clamp_(least, most)
         if self.own:
             left = torch.addcmul(told, slope - old, dx, value=-1)
-            slope = self._bounded(slope + left.mul_(dx).div_(dx.square().add_(RIDGE / size * length)), rows)
+            slope = (slope + left.mul_(dx).div_(dx.square().add_(RIDGE / size * length))).clamp_(least, most)
         self.excess[rows] = torch.where(far & self.known[rows, None], slope, old)
         self.seen[rows], self.known[rows] = states, True
-        return told.square().mean(1).sqrt_(), (across[:, 0] / size).sqrt_()
-
-    def _bounded(self, slope: Tensor, rows: Tensor) -> Tensor:
-        return slope.clamp_(self.least[rows], self.most[rows])
+        return torch.stack([told.square().sum(1), across[:, 0]]).div_(size).sqrt_()
 
     def follow(
         self,

@@ -252,26 +252,27 @@ class ParallelPath:
 
         def store(part: slice, estimate: Tensor) -> None:
             # In place: on an accelerator a part is the whole round, and six copies of it must do.
-            at, row, model = node[part], numbers[part], free[node[part], sample[part]]
+            at, row, x, model = node[part], numbers[part], fetch(part), free[node[part], sample[part]]
             fresh = estimate.sub_(self.constants[at, None]).addcmul_(self.reference_slopes[at, None], model, value=-1)
-            fresh.addcmul_(self.slopes[at, None], fetch(part).sub_(model), value=-1)
+            fresh.addcmul_(self.slopes[at, None], model.sub_(x))
             del model
             beyond = fresh - residual[row]
             residual[row], told[sample[part], rows.place[part]] = fresh, beyond
             if self.local is None:
                 heard[0, row] = rms(beyond)
             else:
-                heard[0, row], heard[1, row] = self.local.observe(row, fetch(part), beyond)
+                heard[:, row] = self.local.observe(row, x, beyond)
 
         yield from executor.ask(self.numbers[sample], self.times[node], fetch, store)
         return told, heard
 
     def _movement(self, active: Flags, heard: Tensor, before: Tensor) -> Movement:
         end = self.end[:, 0]
-        rounding = ROUNDINGS * torch.finfo(self.dtype).eps * rms(end)
+        moved, size = torch.stack([end - before[:, 0], end]).square_().mean(2).sqrt_()
+        rounding = ROUNDINGS * torch.finfo(self.dtype).eps * size
         drift = heard[1] if self.local is None else self.local.drift(self.rows)
         of_rows = torch.stack([*heard, drift]).flatten()
-        host = _table(torch.cat([of_rows, rms(end - before[:, 0]), self._interpolation(end), rounding]))
+        host = _table(torch.cat([of_rows, moved, self._interpolation(end), rounding]))
         surprise, stride, distance = host[: len(of_rows)].reshape(3, self.path.count, self.batch)
         self.outlook.learn(active, surprise, stride)
         self.outlook.look(distance)
