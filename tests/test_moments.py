@@ -43,7 +43,8 @@ def test_a_scale_that_was_unknown_is_worth_measuring() -> None:
     assert found[1].converged and found[1].stats.rounds < found[0].stats.rounds
 
 
-def test_conditions_reach_the_network_row_by_row() -> None:
+@pytest.mark.parametrize(("size", "calls"), [(4, 1), (1024, 2)])  # samples of few coordinates in larger calls
+def test_conditions_reach_the_network_row_by_row(size: int, calls: int) -> None:
     seen = []
 
     def network(x: Tensor, t: Tensor, label: Tensor, scale: float) -> Tensor:
@@ -51,8 +52,8 @@ def test_conditions_reach_the_network_row_by_row() -> None:
         return 0.5 * x
 
     denoiser = piadm.Denoiser(network, piadm.VPSchedule(), "sample")
-    piadm.measure_moments(denoiser, (3, 4), condition={"label": torch.tensor([7, 8, 9]), "scale": 2.0})
-    assert sum(rows for rows, _, _ in seen) == 240 and len(seen) == 2
+    piadm.measure_moments(denoiser, (3, size), condition={"label": torch.tensor([7, 8, 9]), "scale": 2.0})
+    assert sum(rows for rows, _, _ in seen) == 240 and len(seen) == calls
     assert all(len(label) == rows and bool((label == 7).all()) and scale == 2.0 for rows, label, scale in seen)
 
 
@@ -73,7 +74,7 @@ def test_bad_shapes_are_refused_before_any_call(shape: object, error: type[Excep
 def test_conditions_are_checked_before_any_call() -> None:
     denoiser = piadm.Denoiser(lambda x, t, label: pytest.fail("called"), piadm.VPSchedule(), "sample")
     with pytest.raises(ValueError, match=r"condition\['label'\] must have one row per sample"):
-        piadm.measure_moments(denoiser, (3, 4), condition={"label": torch.zeros(2)})
+        piadm.measure_moments(denoiser, (3, size), condition={"label": torch.zeros(2)})
 
 
 def test_a_network_that_fails_is_named_with_the_time() -> None:
