@@ -74,7 +74,7 @@ def test_bad_shapes_are_refused_before_any_call(shape: object, error: type[Excep
 def test_conditions_are_checked_before_any_call() -> None:
     denoiser = piadm.Denoiser(lambda x, t, label: pytest.fail("called"), piadm.VPSchedule(), "sample")
     with pytest.raises(ValueError, match=r"condition\['label'\] must have one row per sample"):
-        piadm.measure_moments(denoiser, (3, size), condition={"label": torch.zeros(2)})
+        piadm.measure_moments(denoiser, (3, 4), condition={"label": torch.zeros(2)})
 
 
 def test_a_network_that_fails_is_named_with_the_time() -> None:
