@@ -130,8 +130,7 @@ class LocalModel:
             outputs: ``x``, the states at the nodes and the end, shape ``(n + 1, B, d)``.
             residual: ``R(x)``, with ``s`` already in it, shape ``(n, B, d)``.
             sweeps: how many times what is on the right is brought up to date.
-            onward: the nodes from which on residuals, and states, are to change: those before them have not to do with
-                the rows evaluated, or next to nothing.
+            onward: the nodes from which on residuals, and states, change: the sweeps do not reach those before them.
         """
         (batch, count, size), (after, since) = told.shape, onward
         outputs, residual = outputs[since:], residual[after:]

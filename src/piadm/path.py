@@ -172,18 +172,24 @@ class ParallelPath:
     def follow(self, places: Tensor, told: Tensor, first: int = 0) -> None:
         """The recurrence ``x <- q + P R(x)``, after evaluations that have told ``s`` (``LocalModel.follow``).
 
-        What is before the ``first`` node evaluated, and before what that moves, stays as it is.
+        What neither the ``first`` node evaluated nor the sweeps reach stays as it is.
         """
         if self.local is None or not self.local.learns:
             self.solve()
             return
         outputs, residual = (table.view(-1, self.batch, self.size) for table in (self.state, self.residual))
-        onward = self.first_moved[first], self.first_moved[self.first_moved[first]]
+        onward = self._onward(first)
         with full_precision(self.device):
             self.local.follow(self.response, places, told, outputs, residual, self.sweeps, onward)
         self.turns += 1
         if self.turns % ANCHOR == 0:
             self.solve()
+
+    def _onward(self, first: int) -> tuple[int, int]:
+        """The first nodes whose residual and whose state change: each sweep reaches as far back as a residual does."""
+        for _ in range(1 + self.sweeps):
+            first = self.first_moved[first]
+        return first, self.first_moved[first]
 
     def take_over(self, coarse: ParallelPath, keep: Tensor | slice, old: Tensor, weights: Tensor) -> None:
         """Start from what a coarser node set of the same path has found.
