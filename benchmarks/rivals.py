@@ -7,7 +7,8 @@ settings for that seed (``piadm compare`` looks for one setting that serves all 
 medians over the seeds of rounds and evaluations, each rival's ratio of ``sample``'s to its own, and what was aimed at.
 
 Networks: "mixture", the ten narrow Gaussians of ``piadm compare``; "fashion", the shipped U-Net, with fewer seeds
-(``--trained``), since it takes the best part of an hour each.  A line per finished seed goes to standard error.
+(``--trained``), since it takes ten minutes (ODE) to twenty (SDE) each.  A line per finished seed goes to standard
+error.
 """
 
 from __future__ import annotations

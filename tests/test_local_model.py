@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 import piadm
+from piadm.condense import first_moved
 from piadm.local_model import Learning, LocalModel
 from piadm.models import GaussianDenoiser
-from piadm.path import _first_moved, _Rows
+from piadm.path import _Rows
 
 NODES, BATCH, SIZE = 5, 3, 7
 SCHEDULE = piadm.VPSchedule(0.1, 20.0)
@@ -146,7 +147,7 @@ def test_what_the_sweeps_do_not_reach_may_be_left_alone(own: bool) -> None:
     """Nodes that read one node ahead: two rounds of sweeps go two nodes back, and states one more."""
     free, response = normals(NODES + 1, BATCH, SIZE), 0.3 * normals(NODES + 1, NODES, seed=4)
     response = response.tril(-1) + 0.05 * (response.triu() - response.triu(2))
-    assert _first_moved(response) == [max(0, node - 1) for node in range(NODES)]
+    assert first_moved(response) == [max(0, node - 1) for node in range(NODES)]
     told, first, found = normals(1, BATCH, SIZE, seed=6), NODES - 1, []
     for onward in ((0, 0), (first - 2, first - 3)):
         local, _ = observed(torch.full((NODES * BATCH, 1), 0.5, dtype=torch.float64), own=own)

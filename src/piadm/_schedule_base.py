@@ -94,8 +94,8 @@ class NoiseSchedule(ABC):
         t = self._time(values)
         if t.device.type == "cpu":
             slack = _SLACK * max(1.0, abs(high))
-            wrong = ~((t >= low - slack) & (t <= high + slack))
-            if bool(wrong.any()):
+            if not _all_within(t, low - slack, high + slack):
+                wrong = ~((t >= low - slack) & (t <= high + slack))
                 ends = self._log_snr(torch.tensor([high, low], dtype=torch.float64)).tolist()
                 raise ValueError(
                     f"log_snr must lie in [{ends[0]:.6g}, {ends[1]:.6g}], the values of {type(self).__name__}"

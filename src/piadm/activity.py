@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from torch import Tensor
 
 from piadm.numerics import Flags, Table
 
@@ -106,8 +105,8 @@ class Outlook:
         known: which rows have been evaluated, shape ``(n, B)`` bool.
     """
 
-    def __init__(self, rate: Tensor, batch: int) -> None:
-        self.assumed: Table = rate.numpy()[:, None]
+    def __init__(self, rate: Table, batch: int) -> None:
+        self.assumed = rate[:, None]
         self.rate = self.assumed.repeat(batch, 1)
         self.known = np.zeros(self.rate.shape, dtype=np.bool_)
         self.expected = np.full_like(self.rate, np.inf)

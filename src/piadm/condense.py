@@ -17,6 +17,7 @@ A round of a parallel sampler is one network call on the nodes and one product w
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -61,6 +62,19 @@ class CondensedPath:
     def components(self) -> int:
         """Number of state components ``s``."""
         return self.start.shape[1]
+
+    @cached_property
+    def first_moved(self) -> list[int]:
+        """For each node the first one that its residual, or that of one after it, changes."""
+        return first_moved(self.response[:, 0])
+
+
+def first_moved(response: Tensor) -> list[int]:
+    """The first node that the residual of each, or of one after it, changes, itself included: by ``P (n + 1, n)``."""
+    acts, own = response.ne(0), torch.arange(response.shape[1])
+    first = torch.where(acts.any(0), acts.byte().argmax(0), own).minimum(own)
+    found: list[int] = first.flip(0).cummin(0).values.flip(0).tolist()
+    return found
 
 
 @kept

@@ -140,8 +140,7 @@ class ParallelPath:
         self.local = None if learning is None else LocalModel(learning, path.slopes, self.nodes)
         own = self.local is not None and self.local.own
         self.sweeps = SWEEPS if own or path.response[:-1, 0].triu(1).any() else 0
-        self.first_moved = _first_moved(path.response[:, 0])
-        self.outlook = Outlook(torch.ones_like(path.slopes) if learning is None else learning.rate, self.batch)
+        self.outlook = Outlook(np.ones(path.count) if learning is None else learning.rate.numpy(), self.batch)
 
     def _matrix(self, matrix: Tensor) -> Tensor:
         return matrix.to(self.device, self.dtype)
@@ -188,8 +187,8 @@ class ParallelPath:
     def _onward(self, first: int) -> tuple[int, int]:
         """The first nodes whose residual and whose state change: each sweep reaches as far back as a residual does."""
         for _ in range(1 + self.sweeps):
-            first = self.first_moved[first]
-        return first, self.first_moved[first]
+            first = self.path.first_moved[first]
+        return first, self.path.first_moved[first]
 
     def take_over(self, coarse: ParallelPath, keep: Tensor | slice, old: Tensor, weights: Tensor) -> None:
         """Start from what a coarser node set of the same path has found.
@@ -225,7 +224,7 @@ class ParallelPath:
         state[:, lost] = free[:, lost]
         self.residual.view(-1, self.batch, self.size)[:, lost] = 0
         self.local.forget(lost, self.nodes)
-        self.outlook = Outlook(torch.from_numpy(self.outlook.assumed[:, 0]), self.batch)
+        self.outlook = Outlook(self.outlook.assumed[:, 0], self.batch)
 
     def turn(self, executor: Executor, active: Flags) -> Asking[Movement]:
         """One round: ask for the estimates of the active rows, solve, and report what has moved.
@@ -299,12 +298,4 @@ class ParallelPath:
 def _table(numbers: Tensor) -> Table:
     """Numbers on the host."""
     found: Table = numbers.cpu().double().numpy()
-    return found
-
-
-def _first_moved(response: Tensor) -> list[int]:
-    """The first node that the residual of each, or of one after it, changes, itself included: by ``P (n + 1, n)``."""
-    acts, own = response.ne(0), torch.arange(response.shape[1])
-    first = torch.where(acts.any(0), acts.byte().argmax(0), own).minimum(own)
-    found: list[int] = first.flip(0).cummin(0).values.flip(0).tolist()
     return found
