@@ -59,13 +59,13 @@ def path(modes: theory.Spectrum, horizon: float, step: float, bias: float = 0.0)
 
 def biased(family: str, bias: float) -> float:
     """Divergence per coordinate that a biased score adds, after many iterations."""
-    target, found = Target(ONE, STOP), []
-    blocks = target.blocks(10.0, 10, 0.01)
+    target, settings, found = Target(ONE, STOP), (10.0, 10, 0.01), []
+    blocks = target.blocks(*settings)
     for error in (theory.ScoreError(bias=bias), None):
         if family == "sde":
             law = theory.piadm_sde_law(ONE, blocks, 20, error=error)[-1]
         else:
-            law = theory.piadm_ode_law(ONE, blocks, 20, PaperODE(5).corrector(target, 0.01), error=error)[-1]
+            law = theory.piadm_ode_law(ONE, blocks, 20, PaperODE(5).corrector(target, *settings), error=error)[-1]
         found.append(float(target.kl(law)))
     return found[0] - found[1]
 
