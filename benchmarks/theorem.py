@@ -11,12 +11,17 @@ growth     fewest rounds with KL <= 0.1 for d = 10^2 ... 10^8, and the fits.
 prototype  the rows of the prototype, and the fewest rounds at the same dimensions.
 quarter    rounds of the fast engine and of the paper's algorithms at d = 10^6, on three spectra.
 mixture    a product of two-mode mixtures: the step's exponent by quadrature, iterations by sampling.
+planner    seconds that ``plan`` takes with KL <= 0.1, over both methods, these variances, 0.2 and 1, and bounds alone,
+           and limits of memory from none to 100 states.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from _common import Row, options, print_table, seconds, write_json
@@ -29,6 +34,7 @@ from piadm.theory.search import best, candidates, evaluated, shortest_horizon
 
 OU = piadm.OUSchedule()
 VARIANCES, STOP, KL = [0.05, 0.3, 1.0, 3.0], 0.01, 0.1
+LIMITS = (None, 3000, 1000, 300, 100)
 ONE = theory.Spectrum.repeated(VARIANCES, 1)
 SHIFTED = theory.Spectrum.repeated(VARIANCES, 1, [1.0] * 4)
 SPECTRA = {
@@ -244,6 +250,36 @@ def mixture() -> list[Row]:
     return rows
 
 
+def planner() -> list[Row]:
+    piadm.plan(100, kl=KL)  # the first call of all pays for what is imported and set up
+    return [planned(10**power) for power in range(2, 9)]
+
+
+def planned(dimension: int) -> Row:
+    found = []
+    for method, spectrum, limit in itertools.product(("sde", "ode"), (None, [0.2, 1.0], VARIANCES), LIMITS):
+        took, plan = seconds(partial(asked, dimension, method, spectrum, limit))
+        found.append((took, plan is None, f"{method}, {spectrum or 'bounds'}, {limit or 'no'} states"))
+    took, _, request = max(found)
+    middle, refused = statistics.median(one[0] for one in found), sum(one[1] for one in found)
+    return {
+        "d": dimension,
+        "requests": len(found),
+        "refused": refused,
+        "median": middle,
+        "worst": took,
+        "it is": request,
+    }
+
+
+def asked(dimension: int, method: str, spectrum: Sequence[float] | None, limit: int | None) -> piadm.Plan | None:
+    """None: the limit of memory is refused."""
+    try:
+        return piadm.plan(dimension, kl=KL, method=method, spectrum=spectrum, memory_limit=limit)
+    except ValueError:
+        return None
+
+
 TABLES: dict[str, Callable[[], list[Row]]] = {
     "terms": terms,
     "iterations": iterations,
@@ -251,6 +287,7 @@ TABLES: dict[str, Callable[[], list[Row]]] = {
     "prototype": prototype,
     "quarter": quarter,
     "mixture": mixture,
+    "planner": planner,
 }
 
 

@@ -4,18 +4,21 @@ For a mode on which the denoiser is ``D(x) = J x + g``, iteration ``k`` of a par
 
     x^k_{j+1} = p_j x^k_j + r_j x^{k-1}_j + b_j g_j + c_j xi_j,      p = a + b G,   r = b (J - G)
 
-What enters iterate ``k - i`` at step ``j`` reaches the end of iterate ``k`` multiplied by the coefficient of ``z^i`` in
+Over the products ``P_j = prod_{l < j} p_l`` this is ``y^k_{j+1} = y^k_j + (r_j/p_j) y^{k-1}_j + ..``: each iterate of
+the gain and of the mean is one cumulative sum of the one before.  The variance needs what the noise of every step comes
+to at the end: what enters iterate ``k - i`` at step ``j`` reaches the end of iterate ``k`` multiplied by the
+coefficient of ``z^i`` in
 
     Q_j(z) = prod_{l > j} (p_l + r_l z)
 
 and what enters all iterates alike, as the noise does, by a partial sum of these.  The coefficients of all ``j`` follow,
-order by order, from one cumulative sum: the law after every number of iterations costs O(K J).  Sums and products run
-from the last step to the first.
+order by order, from one cumulative sum too, from the last step to the first.  So the law after every number of
+iterations costs O(K J).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -131,9 +134,14 @@ def constant_start_maps(chain: Chain, slopes: Tensor, scale: Tensor, iterations:
     Returns:
         Gain, shift and variance, each ``(N, K, m)``.
     """
-    scales, (own, ratio) = backwards(scale, blocks), kept_and_relative(chain, slopes, blocks)
-    reached, begun, shift, variance = sums(chain, own, ratio, ratio * own * (scales / scales[:, -1:]), iterations)
-    return AffineMap(reached + begun, shift, variance)
+    own, ratio = kept_and_relative(chain, slopes, blocks)
+    products, scales = own.cumprod(-1), in_blocks(scale, blocks)
+    whole, before = products[:, -1, None, None], torch.cat([torch.ones_like(own[:, :1]), products[:, :-1]], dim=-1)
+    gain = whole * _ends(ratio, scales / scales[:, :1] / before, 1.0, None, iterations)
+    shift = torch.zeros_like(gain)
+    if chain.shift is not None:
+        shift = whole * _ends(ratio, torch.zeros_like(own), 0.0, in_blocks(chain.shift, blocks) / products, iterations)
+    return AffineMap(gain, shift, whole.square() * _spread(chain, ratio, products, iterations))
 
 
 def reference_start_map(chain: Chain, slopes: Tensor, constants: Tensor, iterations: int) -> AffineMap:
@@ -149,9 +157,15 @@ def reference_start_map(chain: Chain, slopes: Tensor, constants: Tensor, iterati
         Gain, shift and variance, each ``(K, m)``.
     """
     own, ratio = kept_and_relative(chain, slopes, 1)
-    first = backwards(chain.steps.b[:, 0] * constants, 1)
-    reached, begun, shift, variance = sums(chain, own, ratio, first, iterations + 1)[:, 0]
-    return AffineMap(reached[1:], shift[:-1] + begun[1:], variance[1:])
+    products = own.cumprod(-1)
+    led_to = (in_blocks(chain.steps.b[:, 0] * constants, 1) / products).cumsum(-1)
+    start = torch.cat([torch.zeros_like(led_to[:, :1]), led_to[:, :-1]], dim=-1)
+    added = None if chain.shift is None else in_blocks(chain.shift, 1) / products
+    whole = products[0, -1]
+    gain = whole * _ends(ratio, torch.ones_like(start), 1.0, None, iterations)[0]
+    shift = whole * _ends(ratio, start, 0.0, added, iterations)[0]
+    # The noise is in the reference's path already, as if that were a first iterate.
+    return AffineMap(gain, shift, whole.square() * _spread(chain, ratio, products, iterations + 1)[0, 1:])
 
 
 def kept(chain: Chain, slopes: Tensor) -> Tensor:
@@ -168,74 +182,85 @@ def kept(chain: Chain, slopes: Tensor) -> Tensor:
 
 
 def kept_and_relative(chain: Chain, slopes: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
-    """``p``, ``(N, M)``, and ``R = r/p``, ``(m, N, M)``, last step first.
-
-    ``r = b (J - G)`` is what an iterate makes of the one before.
-    """
+    """``p``, ``(N, M)``, and ``R = r/p``, ``(m, N, M)``, where ``r = b (J - G)``."""
     own = kept(chain, slopes)
-    return backwards(own, blocks), backwards(chain.steps.b[:, 0] / own * (chain.jacobian - slopes), blocks)
+    return in_blocks(own, blocks), in_blocks(chain.steps.b[:, 0] / own * (chain.jacobian - slopes), blocks)
+
+
+def in_blocks(array: Tensor, blocks: int) -> Tensor:
+    """Blocks of as many steps each, ``(..., J)``, as ``(..., N, M)``."""
+    return array.reshape(*array.shape[:-1], blocks, -1)
 
 
 def backwards(array: Tensor, blocks: int) -> Tensor:
-    """Blocks of as many steps each, ``(..., J)``, as ``(..., N, M)``, the last step first."""
-    return array.reshape(*array.shape[:-1], blocks, -1).flip(-1)
+    """The same, the last step first."""
+    return in_blocks(array, blocks).flip(-1)
 
 
-def sums(chain: Chain, own: Tensor, ratio: Tensor, start: Tensor, count: int) -> Tensor:
-    """What each block's orders of ``z^0 .. z^{K-1}`` in ``Q_j(z)`` and their partial sums ``S_j`` come to.
+def _ends(ratio: Tensor, start: Tensor, first: float, added: Tensor | None, count: int) -> Tensor:
+    """Where iterates ``y^k_{j+1} = y^k_j + R_j y^{k-1}_j + s_j`` end: states over the products of ``p`` before them.
 
     Args:
-        chain: steps and exact denoiser of the blocks.
-        own: ``p``, last step first, ``(N, M)``.
-        ratio: ``r/p``, last step first, ``(m, N, M)``.
-        start: what enters a single iterate, last step first, ``(N, M)`` or ``(m, N, M)``.
+        ratio: ``R``, ``(m, N, M)``.
+        start: ``y^0`` where steps begin, ``(N, M)``.
+        first: ``y_0`` of all iterates after that.
+        added: ``s``, ``(m, N, M)``; None: nothing.
         count: ``K``.
 
     Returns:
-        ``S`` of all steps; the sums over ``j`` of ``start_j Q_j``, of ``b g_j S_j`` and of ``c_j^2 S_j^2``:
-        ``(4, N, K, m)``.
+        ``(N, K, m)``.
     """
-    products, blocks = own.cumprod(-1), len(own)
-    after = torch.cat([torch.ones_like(products[:, :1]), products[:, :-1]], dim=-1)
-    added = None if chain.shift is None else backwards(chain.shift, blocks) * after
-    noise = None if chain.variance is None else backwards(chain.variance, blocks) * after.square()
-    rows, flat = max(1, CACHED // ratio.shape[-1]), ratio.flatten(0, 1)
-    begun = (start * after).expand_as(ratio).flatten(0, 1)
-    added, noise = (one if one is None else one.expand_as(ratio).flatten(0, 1) for one in (added, noise))
-    parts = []
-    for first in range(0, len(flat), rows):
-        at = slice(first, first + rows)
-        more = (one if one is None else one[at] for one in (added, noise))
-        parts.append(_sums(flat[at], begun[at], *more, count=count))
-    found = torch.cat(parts, dim=-1).view(4, count, *ratio.shape[:2]).permute(0, 3, 1, 2)
-    found[0] *= products[:, -1, None, None]
-    return found
+
+    def ends(ratio: Tensor, start: Tensor, *added: Tensor) -> Tensor:
+        found = ratio.new_empty(count, len(ratio))
+        terms, path = (ratio.new_full((len(ratio), ratio.shape[1] + 1), first) for _ in range(2))
+        entering, states = terms[:, 1:], path[:, :-1].copy_(start)
+        for k in range(count):
+            torch.mul(ratio, states, out=entering)
+            for one in added:
+                entering += one
+            found[k] = torch.cumsum(terms, -1, out=path)[:, -1]
+        return found
+
+    return _by_rows(ends, ratio, start, *(() if added is None else (added,)))
 
 
-def _sums(ratio: Tensor, start: Tensor, added: Tensor | None, noise: Tensor | None, *, count: int) -> Tensor:
-    """These of rows ``(n, M)``, ``(4, K, n)``; the products of the ``p`` are in what is summed."""
-    found, below, work = ratio.new_zeros(4, count, len(ratio)), torch.zeros_like(ratio), torch.empty_like(ratio)
-    for k, (order, whole) in enumerate(orders(ratio, count)):
-        found[0, k] = whole + found[0, k - 1] if k else whole
-        found[1, k] = torch.mul(start, order, out=work).sum(-1)
-        if added is not None or noise is not None:
+def _spread(chain: Chain, ratio: Tensor, products: Tensor, count: int) -> Tensor:
+    """``sum_j c_j^2 S_j^2`` over the squared products of ``p`` up to ``j``, after each iteration, ``(N, K, m)``.
+
+    ``S_j`` is the sum of the orders ``z^0 .. z^{k-1}`` of ``prod_{l > j} (1 + R_l z)``.
+    """
+    if chain.variance is None:
+        return ratio.new_zeros(ratio.shape[1], count, len(ratio))
+    noise = in_blocks(chain.variance, ratio.shape[1]) / products.square()
+
+    def spread(ratio: Tensor, noise: Tensor) -> Tensor:
+        found, below, work = ratio.new_empty(count, len(ratio)), torch.zeros_like(ratio), torch.empty_like(ratio)
+        for k, order in enumerate(orders(ratio, count)):
             below += order
-        if added is not None:
-            found[2, k] = torch.mul(added, below, out=work).sum(-1)
-        if noise is not None:
-            found[3, k] = torch.mul(below, below, out=work).mul_(noise).sum(-1)
-    return found
+            found[k] = torch.mul(below, below, out=work).mul_(noise).sum(-1)
+        return found
+
+    return _by_rows(spread, ratio.flip(-1), noise.flip(-1))
 
 
-def orders(ratio: Tensor, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Coefficients of ``z^0, z^1, ..`` in ``prod_{l > j} (1 + R_l z)`` ``(n, M)`` and in that of all steps ``(n,)``.
+def _by_rows(function: Callable[..., Tensor], ratio: Tensor, *others: Tensor) -> Tensor:
+    """A function of some rows ``(n, M)`` that gives ``(K, n)``, of as many as stay in the cache: ``(N, K, m)``."""
+    rows, flat = max(1, CACHED // ratio.shape[-1]), [one.expand_as(ratio).flatten(0, 1) for one in (ratio, *others)]
+    parts = [function(*(one[at : at + rows] for one in flat)) for at in range(0, len(flat[0]), rows)]
+    return torch.cat(parts, dim=-1).view(-1, *ratio.shape[:2]).permute(2, 0, 1)
+
+
+def orders(ratio: Tensor, count: int) -> Iterator[Tensor]:
+    """Coefficients of ``z^0, z^1, ..`` in ``prod_{l > j} (1 + R_l z)``, ``(n, M)``.
 
     They are ``e_k(j) = sum_{l > j} R_l e_{k-1}(l)``; the last step comes first, as it does in ``R (n, M)``.  What is
     given holds until the next is asked for: fresh memory for each would take longer than the sums.
     """
     padded, terms = ratio.new_ones(len(ratio), ratio.shape[1] + 1), ratio.new_zeros(len(ratio), ratio.shape[1] + 1)
+    order, entering = padded[:, :-1], terms[:, 1:]
     for k in range(count):
         if k:
-            torch.mul(ratio, padded[:, :-1], out=terms[:, 1:])
+            torch.mul(ratio, order, out=entering)
             torch.cumsum(terms, -1, out=padded)
-        yield padded[:, :-1], padded[:, -1]
+        yield order

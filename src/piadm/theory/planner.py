@@ -13,7 +13,7 @@ from piadm.theory.families import PaperODE, PaperSDE, Target
 from piadm.theory.law import Law, pinsker
 from piadm.theory.law import kl as mode_kl
 from piadm.theory.proposals import MORE, MOST, MOST_BLOCKS, SHARES, Search
-from piadm.theory.search import BEYOND, Expansion, iterations_needed, shortest_horizon
+from piadm.theory.search import BEYOND, Expansion, iterations_needed, shortest_horizon, stands_still
 from piadm.theory.spectrum import Modes, Spectrum, VarianceBounds
 from piadm.theory.stairs import Cost, Proposal, cost
 
@@ -195,11 +195,15 @@ def _evaluate(search: Search, proposal: Proposal) -> Plan | None:
     """A plan with as many iterations as it needs by the exact law; None: a few more than expected are not enough."""
     target, family, most = search.target, proposal.family, proposal.most + BEYOND
     settings = (target, proposal.horizon, proposal.count, proposal.step)
+    predictor = family.predictor(*settings)
     for tried in sorted({min(proposal.least + more * BEYOND, most) for more in (1, 4)}):
-        law = family.iterates(*settings, tried)
-        iterations = iterations_needed(target.kl(law), search.allowed)
+        law = predictor.followed(predictor.picard(tried), proposal.corrector)
+        divergence = target.kl(law)
+        iterations = iterations_needed(divergence, search.allowed)
         if iterations is not None and iterations < tried:
             return _plan(target, family.blocks(*settings).blocks(), iterations, proposal.corrector, law[iterations - 1])
+        if stands_still(divergence):
+            break
     return None
 
 

@@ -20,7 +20,7 @@ from piadm.theory.cuts import cut
 from piadm.theory.families import PaperODE, PaperSDE, Target
 from piadm.theory.law import AffineMap, Law
 from piadm.theory.laws import Predictor
-from piadm.theory.search import BEYOND, Expansion, Left, counted_on, iterations_needed
+from piadm.theory.search import BEYOND, Expansion, Left, counted_on, iterations_needed, stands_still
 from piadm.theory.stairs import Look, Proposal, Stairs, cost, lowered
 
 #: Most blocks: with more, parallel sampling is none.
@@ -224,9 +224,9 @@ class Settings:
         return self._enough(lambda tried: self.target.kl(self._coarse(count, step).iterates(family, tried)), iterations)
 
     def _enough(self, divergence: Callable[[int], Tensor], iterations: int) -> Tensor:
-        """After each of a few iterations, or after each of all where a few are not enough."""
+        """After each of a few iterations, or after each of all where a few are not enough and more would be."""
         few = divergence(min(FEW, iterations))
-        return few if bool((few[..., -1] <= self.allowed).all()) else divergence(iterations)
+        return few if bool((few[..., -1] <= self.allowed).all()) or stands_still(few) else divergence(iterations)
 
     @property
     def _fewest(self) -> int:

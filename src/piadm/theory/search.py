@@ -44,6 +44,9 @@ STEPS = torch.logspace(-7, -1, 367, dtype=torch.float64)
 #: Iterations beyond those needed that must be within the divergence too: it may pass its target and come back.
 BEYOND = 3
 
+#: Relative change of the divergence in an iteration below which further ones leave it as it is: theirs fall faster.
+STILL = 1e-4
+
 #: Horizons beyond this one are not tried: e^-60 is nothing beside one.
 LONGEST_HORIZON = 60.0
 
@@ -238,6 +241,11 @@ def iterations_needed(divergence: Tensor, allowed: float) -> int | None:
     above = (~(divergence <= allowed)).nonzero()  # so that NaN counts as above
     first = int(above[-1, 0]) + 1 if len(above) else 0
     return first + 1 if first < len(divergence) else None
+
+
+def stands_still(divergence: Tensor) -> bool:
+    """Whether the divergences, ``(..., K)``, are what any more iterations would leave too."""
+    return divergence.shape[-1] > 1 and bool((divergence.diff()[..., -1].abs() <= STILL * divergence[..., -1]).all())
 
 
 def fewest_steps(
