@@ -11,6 +11,9 @@ the set-up of further node sets is part of it.
 A round should take at most 30 ms, or at most 3 % of the time that the shipped U-Net takes for the same rows (timed
 here, in batches of 128); "within" says which of the two holds.
 
+Again and again.  One sample of ten narrow Gaussians in 32 coordinates in closed form, a network as small as a policy's,
+in milliseconds: with settings of which nothing is kept, with the same once more (median), and sequentially.
+
 Memory.  A fresh process samples with a free network, and the growth of its peak resident memory over what it held
 before is divided by the size of the node states, n x B x d x 4 bytes; one micro-batch of network input and output is
 in it.  It should be at most 7 copies, and 10.5 where the first rounds are on few of the nodes.
@@ -19,6 +22,7 @@ in it.  It should be at most 7 copies, and 10.5 where the first rounds are on fe
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -29,6 +33,7 @@ from _common import Row, options, print_table, seconds, write_json
 from torch import Tensor
 
 import piadm
+from piadm.models import MixtureDenoiser
 
 BATCH, SIZE, MICRO = 16, 784, 128  # samples, coordinates, and network rows per call
 EXTRA = 10  # rounds between the short and the long run
@@ -110,6 +115,21 @@ def unet_seconds_per_row(calls: int = 5) -> float:
     return statistics.median(seconds(lambda: network(x, t))[0] for _ in range(calls)) / len(x)
 
 
+def again(method: str, steps: int, repeats: int) -> Row:
+    """Wall time of a small network's sample, the first and the next ones, and of the sequential sampler's."""
+    centres = torch.randn(10, 32, generator=torch.Generator().manual_seed(0))
+    denoiser = MixtureDenoiser(piadm.DiscreteSchedule.ddpm(), centres, 0.01)
+
+    def run(count: int, sampler: Callable[..., piadm.Solution] = piadm.sample) -> tuple[float, piadm.Solution]:
+        return seconds(lambda: sampler(denoiser, (1, 32), method=method, steps=count, seed=0))
+
+    new, runs = [run(count)[0] for count in range(steps - repeats, steps)], [run(steps) for _ in range(1 + 2 * repeats)]
+    took, stats = statistics.median(one for one, _ in runs[1:]), runs[0][1].stats
+    row: Row = {"steps": steps, "method": method, "rounds": stats.rounds, "evaluations": stats.evaluations}
+    in_turn, _ = run(steps, piadm.sample_sequential)
+    return row | {"the first": 1e3 * statistics.median(new), "again": 1e3 * took, "in turn": 1e3 * in_turn}
+
+
 def resident(entry: str) -> int:
     """Bytes of resident memory of this process: ``VmRSS`` now, ``VmHWM`` at most so far."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
@@ -149,6 +169,9 @@ def main() -> None:
     print(f"shipped U-Net: {1e3 * unet:.3g} ms per row\n")
     times = [time_case(m, steps, nodes, given.repeats, unet) for steps, nodes in CASES for m in ("sde", "ode")]
     print_table(times)
+    print()
+    small = [again(method, steps, given.repeats) for steps in (100, 1000) for method in ("sde", "ode")]
+    print_table(small)
     memory = []
     if Path("/proc/self/status").exists():
         cases = [(method, nodes) for nodes in ("all", None) for method in ("sde", "ode")]
@@ -157,7 +180,7 @@ def main() -> None:
         print_table(memory)
     else:
         print("\nmemory is measured on Linux only")
-    write_json(given.json, given, unet=[{"ms per row": 1e3 * unet}], time=times, memory=memory)
+    write_json(given.json, given, unet=[{"ms per row": 1e3 * unet}], time=times, again=small, memory=memory)
 
 
 if __name__ == "__main__":

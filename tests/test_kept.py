@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -14,7 +15,7 @@ from piadm import kept
 from piadm.condense import condense, weights_on_end
 from piadm.integrators import integrator
 from piadm.models import GaussianDenoiser
-from piadm.nodes import every_step
+from piadm.nodes import averaged, every_step, spread, thin
 
 SCHEDULE = piadm.CosineSchedule()
 STEPS = integrator("sde").steps(SCHEDULE, piadm.TimeGrid.default(SCHEDULE, 30))
@@ -67,6 +68,34 @@ def test_no_more_is_kept_than_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(ones(size)) == size
     assert calls == [50, 60, 70, 60]
     assert len(ones(200)) == len(ones(200)) == 200 and calls[-2:] == [200, 200]  # too large to be kept
+
+
+def test_a_result_stands_for_what_it_was_made_from_and_a_changed_copy_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = torch.linspace(-5, 5, 30, dtype=torch.float64)
+    nodes = averaged(spread(clock, 10), torch.ones(30, dtype=torch.float64))
+    found = condense(STEPS, SLOPES, nodes)
+    changed = condense(STEPS, SLOPES, replace(nodes, readings=nodes.reading_matrix() * 0.5))
+    assert not torch.equal(changed.response, found.response)
+    by_content = condense(STEPS, SLOPES, replace(nodes))
+    assert by_content is not found and torch.equal(by_content.response, found.response)
+    read: list[tuple[int, ...]] = []
+    numpy = Tensor.numpy
+    monkeypatch.setattr(Tensor, "numpy", lambda x: (read.append(tuple(x.shape)), numpy(x))[1])
+    assert condense(STEPS, SLOPES, averaged(spread(clock, 10), torch.ones(30, dtype=torch.float64))) is found
+    assert (30, 10) not in read and (10, 30) not in read  # no matrix, only what they were made from
+
+
+def test_nothing_is_remembered_of_results_that_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept, "MOST_BYTES", 0)
+    clock = torch.linspace(-5, 5, 41, dtype=torch.float64)
+    spread(clock, 20)  # what was kept before makes room
+    gc.collect()
+    before = len(kept._origins)
+    several = thin(spread(clock, 20), clock)
+    assert len(several) == 2 and len(kept._origins) == before + 2  # the set that they are of is gone already
+    del several
+    gc.collect()
+    assert len(kept._origins) == before
 
 
 def test_threads_find_the_same() -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from piadm._checks import positive_int
+from piadm.kept import kept
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,13 @@ class NodeSet:
         return torch.zeros_like(self.weights.T).scatter_(1, self.indices[:, None], 1.0)
 
 
+@kept
 def every_step(steps: int) -> NodeSet:
     """Every step is a node: the fixed point is then exactly the sequential sampler's."""
     return NodeSet(torch.arange(steps), torch.eye(steps, dtype=torch.float64))
 
 
+@kept
 def spread(log_snr: Tensor, count: int, order: int = 1) -> NodeSet:
     """About ``count`` steps spread evenly in log-SNR, residuals interpolated in log-SNR.
 
@@ -66,6 +69,7 @@ def spread(log_snr: Tensor, count: int, order: int = 1) -> NodeSet:
     return NodeSet(indices, weights(clock, indices, order))
 
 
+@kept
 def refine(nodes: NodeSet, log_snr: Tensor, order: int = 1) -> NodeSet:
     """Node set with one more node between every two neighbours, in the middle of the gap in log-SNR.
 
@@ -78,6 +82,7 @@ def refine(nodes: NodeSet, log_snr: Tensor, order: int = 1) -> NodeSet:
     return every_step(len(clock)) if len(indices) == len(clock) else NodeSet(indices, weights(clock, indices, order))
 
 
+@kept
 def averaged(nodes: NodeSet, importance: Tensor) -> NodeSet:
     """The same nodes, but the network reads an average of the states about each: for paths that are rough with noise.
 
@@ -100,12 +105,14 @@ def averaged(nodes: NodeSet, importance: Tensor) -> NodeSet:
     return replace(nodes, readings=readings)
 
 
+@kept
 def every(nodes: NodeSet, log_snr: Tensor, stride: int, order: int = 1) -> NodeSet:
     """Every ``stride``-th node of a set, and the last one."""
     indices = torch.unique(torch.cat([nodes.indices[::stride], nodes.indices[-1:]]))
     return NodeSet(indices, weights(_finite(log_snr), indices, order))
 
 
+@kept
 def thin(nodes: NodeSet, log_snr: Tensor, order: int = 1) -> list[NodeSet]:
     """What the interpolation is compared with to judge it: poorer ones from the same residuals.
 
