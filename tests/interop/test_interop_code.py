@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
 from typing import Any
 
 import diffusers as df
 import pytest
 import torch
-from tiny import CASES, SD, latent_consistency, normals, stable_diffusion
+from diffusers.models.attention_processor import Attention
+from tiny import CASES, SD, built, latent_consistency, normals, stable_diffusion, unet
 from torch import Tensor
 
 from piadm.interop.diffusers import UnsupportedError, parallelize
 from piadm.interop.diffusers.arguments import Rows, Slot
+from piadm.interop.diffusers.standins import MOST
 
 CALL = dict(latents=normals(7, 2, 4, 8, 8), prompt_embeds=SD["prompt_embeds"])
 
@@ -164,3 +167,96 @@ def test_a_feeder_shows_only_where_there_are_two_steps() -> None:
     case = CASES["SD3, ControlNet of one block"]
     with pytest.raises(UnsupportedError, match="controlnet .* one step; ask for two"):
         parallelize(case.build())(**case.call, num_inference_steps=1)
+
+
+def test_another_network_has_other_outputs() -> None:
+    # Neither the number of a ControlNet's outputs nor the shapes are those of the one before.
+    case = CASES["SD3, ControlNet of one block"]
+    pipe = case.build()
+    call = dict(case.call, num_inference_steps=6, output_type="latent", latents=normals(7, 2, 4, 8, 8))
+
+    def images(which: Any) -> Tensor:  # noqa: ANN401 - a pipeline
+        torch.manual_seed(0)  # the encoder of the control image draws from it
+        return which(**call).images
+
+    fast = parallelize(pipe, tol=1e-4, nodes="all")
+    images(fast)
+    pipe.transformer = built(type(pipe.transformer), **{**pipe.transformer.config, "num_layers": 4})
+    pipe.controlnet = built(type(pipe.controlnet), **{**pipe.controlnet.config, "num_layers": 2})
+    assert torch.allclose(images(fast), images(pipe), atol=1e-3)  # as above
+
+
+def test_what_is_known_of_networks_is_bounded_and_goes_with_them() -> None:
+    pipe = stable_diffusion(Plain)
+    fast = parallelize(pipe, tol=1.0)
+    for length in range(1, MOST + 2):
+        fast(CALL["latents"], normals(1, 2, length, 16))
+    assert [len(known) for known in fast._outputs.known.values()] == [MOST]
+    pipe.unet = unet()
+    gc.collect()
+    assert not fast._outputs.known
+
+
+class Scales(Plain):
+    """A pipeline with a factor for every sample between its network and its scheduler."""
+
+    def changed(self, output: Tensor) -> Tensor:
+        return output * torch.tensor([0.5, 1.0]).reshape(2, 1, 1, 1)
+
+
+class Mixes(Plain):
+    """A pipeline that lets the samples of a batch know of one another."""
+
+    def changed(self, output: Tensor) -> Tensor:
+        return output - output.mean(0)
+
+
+@pytest.mark.parametrize("max_batch", [None, 1, 2])
+@pytest.mark.parametrize("kind, message", [(Scales, "rows of several steps: The size"), (Mixes, "or mixes them")])
+def test_samples_that_are_not_alike_are_refused_whatever_the_rows(
+    kind: type[Plain], message: str, max_batch: int | None
+) -> None:
+    with pytest.raises(UnsupportedError, match=message):
+        parallelize(stable_diffusion(kind), nodes="all", max_batch=max_batch)(**CALL)
+
+
+class SwitchesOff(Plain):
+    """A pipeline that sets something in its network after some steps, as GLIGEN does, or in the order of its calls."""
+
+    name, values = "scale", (1.0, 1.0, 1.0, 0.5)
+
+    @torch.no_grad()
+    def __call__(self, latents: Tensor, prompt_embeds: Tensor) -> Tensor:
+        self.scheduler.set_timesteps(8)
+        for i, t in enumerate(self.scheduler.timesteps):
+            for attention in self.unet.modules():
+                if isinstance(attention, Attention):
+                    setattr(attention, self.name, self.values[min(i, len(self.values) - 1)])
+            output = self.unet(latents, t, encoder_hidden_states=prompt_embeds).sample
+            latents = self.scheduler.step(output, t, latents).prev_sample
+        return latents
+
+
+@pytest.mark.parametrize("values", [(1.0, 1.0, 1.0, 0.5), (1.0, 0.5, 1.0), ([1.0], [1.0], [0.5])])
+def test_a_network_that_is_set_otherwise_between_steps_is_named(
+    values: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SwitchesOff, "values", values)
+    pipe = stable_diffusion(SwitchesOff)
+    message = r"changes scale of unet\.down_blocks\.1\.attentions\.0\.transformer_blocks\.0\.attn1 between steps"
+    with pytest.raises(UnsupportedError, match=message):
+        parallelize(pipe, nodes="all")(**CALL)
+    found = {str(part.scale) for part in pipe.unet.modules() if isinstance(part, Attention)}
+    assert found == {str(values[0])}  # as at the first step
+
+
+class HandsOver(df.StableDiffusionPipeline):
+    """A pipeline whose loop is its parent's."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - the parent's
+        return super().__call__(*args, **kwargs)
+
+
+def test_a_loop_that_is_not_found_is_said_to_be_elsewhere() -> None:
+    with pytest.raises(UnsupportedError, match="HandsOver calls its unet outside .* in its own __call__.*a parent's"):
+        parallelize(stable_diffusion(HandsOver))(**SD)

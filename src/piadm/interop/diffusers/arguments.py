@@ -47,9 +47,15 @@ def rebuilt(tree: Any, fresh: Callable[[Path], Any], path: Path = ()) -> Any:  #
     return fresh(path)
 
 
+def with_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:  # noqa: ANN401 - any nesting
+    """The same nesting with other tensors."""
+    flat = leaves(tree)
+    return rebuilt(tree, lambda path: change(flat[path]) if isinstance(flat[path], Tensor) else flat[path])
+
+
 def copied(tree: Any) -> Any:  # noqa: ANN401 - any arguments
-    """The same values in lists and dicts of their own: some networks use up those that they are given."""
-    return rebuilt(tree, leaves(tree).__getitem__)
+    """The same values in lists, dicts and tensors of their own: networks use them up, pipelines write into them."""
+    return with_tensors(tree, Tensor.clone)
 
 
 @dataclass(frozen=True)
@@ -109,13 +115,13 @@ class Slot:
         self.live: set[Path] = set()
 
     def learn(self, arguments: dict[str, Any]) -> None:
-        """Take in the arguments of the next step."""
+        """Take in the arguments of the next step, which are kept."""
         flat = leaves(arguments)
         if flat.keys() != leaves(self.pattern).keys():
             raise UnsupportedError(f"{self.name} is called with other arguments at some steps than at others")
         for path, value in flat.items():
             known = self.values.get(path, [])
-            if len(known) == 1 and value is known[0]:
+            if len(known) == 1 and same(value, known[0]):
                 continue
             if isinstance(value, Tensor) and value.is_floating_point() and bool(value.isnan().any()):
                 self.live.add(path)
@@ -210,7 +216,18 @@ class Slot:
                 return table.reshape(len(table), total, -1, *table.shape[2:])[step, row].flatten(0, 1)
         if len(table) > 1:
             raise UnsupportedError(f"argument {path[0]!r} of {self.name} changes with the steps, for all rows at once")
-        return table[0]
+        return table[0].clone()
+
+    def picked(self, output: Any, samples: Tensor) -> Any:  # noqa: ANN401 - a network's output
+        """Of an output for the batch, the rows of these samples, in the order of ``call``."""
+        total = self.state.chunks * self.batch
+
+        def pick(leaf: Tensor) -> Tensor:
+            if not leaf.ndim or len(leaf) % total:
+                return leaf.clone()
+            return leaf.reshape(self.state.chunks, self.batch, -1, *leaf.shape[1:])[:, samples].flatten(0, 2)
+
+        return with_tensors(output, pick)
 
 
 def _find_state(name: str, arguments: dict[Path, Any], state: Tensor) -> StateAt:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from piadm._checks import described
 from piadm.denoiser import Denoiser, unwrap
 from piadm.interop.diffusers._version import pipeline_class
+from piadm.interop.diffusers.clocks import Clock, flow_clock
 from piadm.interop.diffusers.levels import PREDICTIONS
-from piadm.interop.diffusers.proxies import is_denoiser
-from piadm.schedule import DiscreteSchedule, FlowSchedule, NoiseSchedule, VESchedule
+from piadm.interop.diffusers.proxies import is_denoiser, signature
+from piadm.schedule import DiscreteSchedule, FlowSchedule, VESchedule
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,11 @@ class TimedNetwork:
 
     Attributes:
         network: the network; of an output with a learned variance the first half of the channels is taken.
-        timestep: schedule times to the network's, both of shape ``(R,)``.
+        clock: from schedule times to the network's, and from its output to the prediction.
     """
 
     network: nn.Module
-    timestep: Callable[[Tensor], Tensor]
+    clock: Clock
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The network's, for its type and device."""
@@ -35,7 +36,9 @@ class TimedNetwork:
 
     def __call__(self, x: Tensor, t: Tensor, **condition: Any) -> Tensor:  # noqa: ANN401 - the network's own
         """Prediction for rows ``x (R, *shape)`` at times ``t (R,)``."""
-        return unwrap(self.network(x, timestep=self.timestep(t), **condition))[:, : x.shape[1]]
+        name = next(name for name in signature(self.network).parameters if name.startswith("timestep"))
+        output = unwrap(self.network(x, **{name: self.clock.time(t)}, **condition))
+        return self.clock.prediction(output[:, : x.shape[1]])
 
 
 @dataclass(frozen=True)
@@ -72,24 +75,35 @@ def denoiser(network: object, scheduler: Any, data_mean: float, data_variance: f
         raise TypeError(f"network must be a diffusers model that reads a timestep, got {described(network)}")
     if isinstance(scheduler, type) or not hasattr(scheduler, "config") or not hasattr(scheduler, "step"):
         raise TypeError(f"scheduler must be a diffusers scheduler, got {described(scheduler)}")
-    schedule: NoiseSchedule
     if hasattr(scheduler, "precondition_inputs"):
         schedule = VESchedule(scheduler.config.sigma_min, scheduler.config.sigma_max)
         return Denoiser(PreconditionedNetwork(network, scheduler), schedule, "sample", data_mean, data_variance)
-    if hasattr(scheduler, "scale_noise"):
-        count = scheduler.config.num_train_timesteps
-        flow = TimedNetwork(network, lambda t: t * count)
-        return Denoiser(flow, FlowSchedule(), "velocity", data_mean, data_variance)
     prediction, table = scheduler.config.get("prediction_type"), getattr(scheduler, "alphas_cumprod", None)
-    if prediction not in PREDICTIONS or not isinstance(table, torch.Tensor):
+    if _flows(scheduler):
+        if not hasattr(scheduler, "scale_noise") and prediction != "flow_prediction":
+            raise ValueError(
+                "scheduler must have prediction_type 'flow_prediction' where it has use_flow_sigmas=True, got "
+                f"{type(scheduler).__name__} with {prediction!r}"
+            )
+        flow = TimedNetwork(network, flow_clock(network, scheduler))
+        return Denoiser(flow, FlowSchedule(), "velocity", data_mean, data_variance)
+    tabled = {name: kind for name, kind in PREDICTIONS.items() if kind != "velocity"}
+    if prediction not in tabled or not isinstance(table, torch.Tensor):
         raise ValueError(
-            "scheduler must have a table alphas_cumprod and one of the prediction types "
-            f"{', '.join(PREDICTIONS)}, or be an EDM or a flow-matching scheduler, got {type(scheduler).__name__}"
+            f"scheduler must have a table alphas_cumprod and one of the prediction types {', '.join(tabled)}, or "
+            "use_flow_sigmas=True and flow_prediction, or be an EDM or a flow-matching scheduler, got "
+            f"{type(scheduler).__name__} with {prediction!r}"
         )
     if not bool((table > 0).all()):
         raise ValueError(
             "scheduler must leave something of the data at its last time: without rescale_betas_zero_snr, "
             f"got {type(scheduler).__name__} with alphas_cumprod down to {float(table.min()):g}"
         )
-    schedule = DiscreteSchedule(table)
-    return Denoiser(TimedNetwork(network, lambda t: t), schedule, PREDICTIONS[prediction], data_mean, data_variance)
+    timed = TimedNetwork(network, Clock())
+    return Denoiser(timed, DiscreteSchedule(table), tabled[prediction], data_mean, data_variance)
+
+
+def _flows(scheduler: Any) -> bool:  # noqa: ANN401 - any scheduler
+    """Whether the scheduler's states are ``(1 - t) x_0 + t eps``, with a time that is a multiple of ``t``."""
+    told = bool(scheduler.config.get("use_flow_sigmas")) and hasattr(scheduler, "_sigma_to_alpha_sigma_t")
+    return "num_train_timesteps" in scheduler.config and (told or hasattr(scheduler, "scale_noise"))

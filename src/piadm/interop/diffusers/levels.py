@@ -1,6 +1,7 @@
 """Noise levels at which a diffusers scheduler calls the network, and what the model output says of the data there.
 
-Only the choice of what is iterated on depends on this file: a wrong level costs rounds, never exactness.
+The choice of what is iterated on depends on this file, and there a wrong level would cost rounds, not exactness.  Of a
+scheduler that clips, so does what is clipped, and the levels have to be its own.
 """
 
 from __future__ import annotations
@@ -107,24 +108,40 @@ def levels(scheduler: Any, times: Tensor, scales: Tensor) -> CallLevels:  # noqa
     Raises:
         UnsupportedError: if it cannot add noise.
     """
-    one, none = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
-    found = torch.tensor([[1.0], [0.0]], dtype=torch.float64).repeat(1, len(times) + 1)
-    for j, t in enumerate(times.cpu()):
-        twin = unclipped(scheduler)
-        if hasattr(twin, "set_begin_index"):
-            twin._begin_index = twin._step_index = None
-        try:
-            for row, (data, noise) in enumerate(((one, none), (none, one))):
-                flows = not hasattr(twin, "add_noise")
-                noisy = twin.scale_noise(data, t[None], noise) if flows else twin.add_noise(data, noise, t[None])
-                found[row, j] = noisy.item()
-        except (AttributeError, TypeError, ValueError, RuntimeError, IndexError) as error:
-            name = type(scheduler).__name__
-            raise UnsupportedError(f"{name} tells no noise levels ({error}); what works: {WORKS}") from error
+    found, twin = torch.tensor([[1.0], [0.0]], dtype=torch.float64).repeat(1, len(times) + 1), unclipped(scheduler)
+    try:
+        first = _first_index(twin, times.cpu())
+        for j, t in enumerate(times.cpu()):
+            found[0, j], found[1, j] = _level(twin, t, None if first is None else first + j)
+    except (AttributeError, TypeError, ValueError, RuntimeError, IndexError) as error:
+        name = type(scheduler).__name__
+        raise UnsupportedError(f"{name} tells no noise levels ({error}); what works: {WORKS}") from error
     exploding = bool((found[0] == 1).all() and (scales < 1).all()) and not hasattr(scheduler, "precondition_outputs")
     if exploding:
         found[1, :-1] = (scales.pow(-2) - 1).sqrt()
     return CallLevels(*found)
+
+
+def _first_index(scheduler: Any, times: Tensor) -> int | None:  # noqa: ANN401 - any scheduler
+    """Number of the scheduler's step at its first call; None: it does not number them."""
+    if not hasattr(scheduler, "_init_step_index") or not len(times):
+        return None
+    if scheduler.step_index is None:
+        scheduler._init_step_index(times[0])
+    return int(scheduler.step_index)
+
+
+def _level(scheduler: Any, t: Tensor, index: int | None) -> tuple[float, float]:  # noqa: ANN401 - any scheduler
+    """``(alpha, sigma)`` of a call, by the number of its step where there is one: two steps may have one timestep."""
+    if index is not None:
+        if hasattr(scheduler, "_sigma_to_alpha_sigma_t"):
+            alpha, sigma = scheduler._sigma_to_alpha_sigma_t(scheduler.sigmas[index].double())
+            return float(alpha), float(sigma)
+        scheduler._begin_index, scheduler._step_index = 0, index  # what ``add_noise`` of a started scheduler goes by
+    one, none = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
+    if hasattr(scheduler, "add_noise"):
+        return scheduler.add_noise(one, none, t[None]).item(), scheduler.add_noise(none, one, t[None]).item()
+    return scheduler.scale_noise(one, t[None], none).item(), scheduler.scale_noise(none, t[None], one).item()
 
 
 def estimate(
@@ -158,8 +175,8 @@ def estimate(
         p = p * scale[:-1]
     bad = ~(p.isfinite() & q.isfinite() & (q != 0))
     if bad.any():
-        t = times.cpu()[bad][0].item()
-        raise UnsupportedError(f"the network's {kind} says nothing of the data at timestep {t:g} (alpha = 0)")
+        t, level = times.cpu()[bad][0].item(), "alpha" if at.alphas[:-1][bad][0] == 0 else "sigma"
+        raise UnsupportedError(f"the network's {kind} says nothing of the data at timestep {t:g} ({level} = 0)")
     clip, share = _clip(scheduler), torch.ones_like(p)
     if clip is not None and _one_step(probed):
         share = _clipped_share(scheduler, times, probed, q, clip, options)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import builtins
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from piadm._checks import described
@@ -17,6 +17,8 @@ from piadm.interop.diffusers.probe import UnsupportedError, rebound
 from piadm.interop.diffusers.proxies import NetworkProxy, is_denoiser, take_over
 from piadm.interop.diffusers.rehearsal import Rehearsal, replaced
 from piadm.interop.diffusers.rounds import Options, Rounds
+from piadm.interop.diffusers.standins import StandIns
+from piadm.interop.diffusers.watch import Callback
 from piadm.linearization import Linearization
 from piadm.solution import NetworkError, NotConvergedError, RoundInfo, Solution
 
@@ -62,7 +64,8 @@ class Run:
         self.rounds: Rounds | None = None
         self.solution: Solution | None = None
         self.ended_round = False
-        self.theirs: Exception | None = None  # what a callback of the user has raised
+        self.heard: Callback | None = None  # the user's, where there is one
+        self.networks: dict[str, nn.Module] = {}
         self.stage = self._staged()
 
     def _staged(self) -> Any:  # noqa: ANN401 - a pipeline
@@ -73,7 +76,7 @@ class Run:
             if getattr(component, "is_cache_enabled", False):
                 raise UnsupportedError(f"{self.name}.{name} has a cache of earlier steps; disable_cache() first")
             if is_denoiser(component):
-                parts[name] = NetworkProxy(component, name, self.network)
+                parts[name], self.networks[name] = NetworkProxy(component, name, self.network), component
         parts["progress_bar"] = self.progress_bar
         # Offloading moves the modules of the original, which must put them back itself.
         parts["maybe_free_model_hooks"] = self.pipe.maybe_free_model_hooks
@@ -88,7 +91,8 @@ class Run:
         if (theirs := kwargs.get("callback_on_step_end")) is not None:
             if not callable(theirs) or hasattr(theirs, "tensor_inputs"):
                 raise UnsupportedError("callback_on_step_end must be a function: callback objects change the steps")
-            kwargs["callback_on_step_end"] = self.callback(theirs)
+            self.heard = Callback(theirs, self.stage, self.pipe, self.networks)
+            kwargs["callback_on_step_end"] = self.callback
         # A copy of the pipeline's __call__ whose enumerate is this run's: nobody else's is touched.
         call = rebound(type(self.pipe).__call__, enumerate=self.enumerate)
         try:
@@ -96,7 +100,7 @@ class Run:
                 output = call(self.stage, *self.args, **kwargs)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             ours = isinstance(error, (NetworkError, UnsupportedError, NotConvergedError))
-            if ours or error is self.theirs or self.rounds is None or not self.rounds.going:
+            if ours or (self.heard and error is self.heard.error) or self.rounds is None or not self.rounds.going:
                 raise
             raise UnsupportedError(f"{self.name} does not work with rows of several steps: {error}") from error
         finally:
@@ -133,24 +137,29 @@ class Run:
         """A network call of the loop."""
         name = proxy._name
         if self.rehearsal is None:
-            raise UnsupportedError(f"{self.name} calls its {name} outside of a loop over scheduler.timesteps")
+            raise UnsupportedError(
+                f"{self.name} calls its {name} outside of a loop over scheduler.timesteps in its own __call__; one in "
+                "another function, such as a parent's __call__, is not found"
+            )
         if self.rounds is None:
-            return self.rehearsal.network(name, proxy.run, arguments)
+            return self.rehearsal.network(proxy, arguments)
         return self.rounds.network(name, proxy.run, arguments, self.rehearsal.spares[name])
 
-    def step(self, output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **more: Any) -> Any:  # noqa: ANN401
         """The scheduler's step."""
         if self.rehearsal is None:
             raise UnsupportedError(f"{self.name} does not loop over scheduler.timesteps")
         if self.rounds is None:
-            return self.rehearsal.step(output, timestep, sample, *args, **kwargs)
-        self.ended_round = self.rounds.step(output)
+            return self.rehearsal.step(model_output, timestep, sample, *args, **more)
+        self.ended_round = self.rounds.step(model_output)
         return replaced(self.rehearsal.result, self.rounds.end().to(self.rehearsal.result[0].dtype))
 
     def scale(self, sample: Tensor) -> Tensor:
         """The scheduler's ``scale_model_input``: rows are scaled when the network is called, each by its own factor."""
         if self.rehearsal is not None:
-            self.rehearsal.scaled = sample = sample.view_as(sample)  # another object, to be recognised
+            # Another object, to be recognised; in memory of its own where scaling makes a new tensor.
+            scales = bool((self.rehearsal.probed.scales != 1).any())
+            self.rehearsal.scaled = sample = sample.clone() if scales else sample.view_as(sample)
         return sample
 
     # -- the course of the loop --------------------------------------------------------------------------------------
@@ -181,23 +190,13 @@ class Run:
         assert self.rounds is not None
         self.solution = self.rounds.solution()
 
-    def callback(self, theirs: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
-        """The user's ``callback_on_step_end``, once per round."""
-
-        def ours(stage: Any, i: int, t: Any, values: dict[str, Any]) -> dict[str, Any]:  # noqa: ANN401
-            if self.rounds is None or not self.ended_round:
-                return {}
-            self.parallel.last_round = self.rounds.info
-            try:
-                changed = theirs(stage, self.rounds.tally.rounds - 1, t, dict(values)) or {}
-            except Exception as error:
-                self.theirs = error
-                raise
-            if bad := sorted(name for name, value in changed.items() if value is not values.get(name)):
-                raise UnsupportedError(f"callback_on_step_end may look and interrupt, not change {', '.join(bad)}")
-            return {}
-
-        return ours
+    def callback(self, stage: Any, i: int, t: Any, values: dict[str, Any]) -> dict[str, Any]:  # noqa: ANN401
+        """Tell the user's ``callback_on_step_end`` of a round."""
+        if self.rehearsal is not None and self.rounds is not None and self.heard is not None and self.ended_round:
+            self.parallel.last_round, tally = self.rounds.info, self.rounds.tally
+            over = not (self.rounds.going or tally.interrupted)
+            self.heard.hear(tally.rounds - 1, self.rehearsal.timesteps, over, values)
+        return {}
 
 
 class ParallelPipeline:
@@ -215,7 +214,7 @@ class ParallelPipeline:
     last_round: RoundInfo | None
 
     def __init__(self, pipe: Any, options: Options) -> None:  # noqa: ANN401 - any pipeline
-        vars(self).update(pipe=pipe, options=options, last_solution=None, last_round=None, _outputs={})
+        vars(self).update(pipe=pipe, options=options, last_solution=None, last_round=None, _outputs=StandIns())
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - the pipeline's own
         if name in ("pipe", "__setstate__"):  # not there yet while being copied
@@ -236,9 +235,9 @@ class ParallelPipeline:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - the pipeline's own
         """The pipeline's own call: its arguments, its output.
 
-        ``callback_on_step_end`` is called once per round, with the number of the round; the ``latents`` that it is
-        given are the current estimate of the final ones, a preview.  Setting ``pipe._interrupt`` there, or Ctrl-C, ends
-        the run with the estimate so far.
+        ``callback_on_step_end`` is called once per round, with the number of the round for that of a step, and after
+        the last round for the steps that are left; the ``latents`` that it is given are the current estimate of the
+        final ones, a preview.  Setting ``pipe._interrupt`` there, or Ctrl-C, ends the run with the estimate so far.
 
         Raises:
             UnsupportedError: naming what cannot be run in parallel.

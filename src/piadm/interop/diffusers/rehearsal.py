@@ -8,7 +8,6 @@ between two steps.  What cannot be run in parallel shows here, before any round.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +15,12 @@ import torch
 from torch import Tensor
 
 from piadm.integrators import Steps
-from piadm.interop.diffusers.arguments import Slot, copied, leaves, rebuilt, same
+from piadm.interop.diffusers.arguments import Slot, copied, leaves, same, with_tensors
 from piadm.interop.diffusers.levels import CallLevels, Estimate, estimate, levels, steps
 from piadm.interop.diffusers.probe import UnsupportedError, probe, rebound
-from piadm.interop.diffusers.proxies import given_back
+from piadm.interop.diffusers.proxies import NetworkProxy, given_back
+from piadm.interop.diffusers.standins import StandIns, denoises, kind, unknown
+from piadm.interop.diffusers.watch import Held, Settings
 
 #: States of the rehearsal lie between this and twice this, in steps that every floating-point type holds: what a
 #: pipeline puts in their place is far smaller.
@@ -27,6 +28,9 @@ LARGE, STEPS = 8192.0, 128
 
 #: Relative difference of guided outputs that rounding may leave.
 ROUNDING = 1e-2
+
+#: Standard deviations by which values that the pipeline sets may go along with the random state that they replace.
+CHANCE = 8
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class Score:
         estimate: model output to denoised estimate.
         scales: factor on the state before a network reads it, shape ``(J,)``.
         slots: the network calls of one step, in order.
+        output: what the pipeline makes of their stand-ins, one row or several per sample.
         fixed: coordinates that are not the scheduler's; None: all are.
     """
 
@@ -74,13 +79,20 @@ class Score:
     estimate: Estimate
     scales: Tensor
     slots: list[Slot]
+    output: Tensor
     fixed: Fixed | None
 
 
 def replaced(result: Any, state: Tensor) -> Any:  # noqa: ANN401 - a scheduler's output
-    """A scheduler's output, tuple or object, with another state; what else it holds is not known then, and NaN."""
+    """A scheduler's output, tuple or object, with copies of another state; what else it holds is not known, and NaN."""
     old = result[0]
-    return _with_tensors(result, lambda leaf: state if same(leaf, old) else torch.full_like(leaf, torch.nan))
+    return with_tensors(result, lambda leaf: state.clone() if same(leaf, old) else torch.full_like(leaf, torch.nan))
+
+
+def alike(output: Tensor, wanted: Tensor) -> bool:
+    """Whether model outputs are the same up to rounding."""
+    near = ROUNDING * float(wanted.abs().max())
+    return output.shape == wanted.shape and torch.allclose(output, wanted, rtol=ROUNDING, atol=near)
 
 
 class Rehearsal:
@@ -89,15 +101,16 @@ class Rehearsal:
     Args:
         scheduler: the pipeline's scheduler, a copy of its own.
         timesteps: the steps, shape ``(J,)``.
-        outputs: stand-ins for network outputs, known from earlier runs by name and arguments; added to.
+        outputs: stand-ins for network outputs, known from earlier runs; added to.
 
     Attributes:
         evaluated: rows of each network that were evaluated, to learn the shape of its output.
         spares: the latest stand-in of each network.
+        settings: of the networks at the first step, by the place of the call in the step.
         result: what the scheduler's latest step returned.
     """
 
-    def __init__(self, scheduler: Any, timesteps: Tensor, outputs: dict[tuple[object, ...], Any]) -> None:  # noqa: ANN401
+    def __init__(self, scheduler: Any, timesteps: Tensor, outputs: StandIns) -> None:  # noqa: ANN401 - any scheduler
         self.scheduler, self.timesteps, self.outputs = scheduler, timesteps, outputs
         self.unused = given_back(scheduler)
         self.generator = torch.Generator().manual_seed(0x5EED)
@@ -106,34 +119,45 @@ class Rehearsal:
         self.slots: list[Slot] = []
         self.noise: list[Tensor | None] = []
         self.fixed: Fixed | None = None
+        self.leaning, self.power = 0.0, 0.0  # of the values that are set towards the state that they replace
         self.scaled: Tensor | None = None
         self.evaluated: dict[str, int] = {}
         self.spares: dict[str, Any] = {}
+        self.settings: dict[int, Settings] = {}
         self._read({})  # what is not supported is refused before any network runs
 
-    def network(self, name: str, run: Callable[[dict[str, Any]], Any], arguments: dict[str, Any]) -> Any:  # noqa: ANN401
+    def network(self, proxy: NetworkProxy, arguments: dict[str, Any]) -> Any:  # noqa: ANN401 - the network's own
         """An output of the right shape; the network itself runs only where that is not known yet."""
+        name, target, place = proxy._name, proxy._target, len(self.calls)
         self.calls.append((name, copied(arguments)))
-        key = (name, *((path, _kind(value)) for path, value in leaves(arguments).items()))
-        if key not in self.outputs:
-            output = run(arguments)
-            self.outputs[key] = _stand_in(output)
+        if place not in self.settings:
+            self.settings[place] = Settings(name, target)
+        elif found := self.settings[place].change():
+            raise UnsupportedError(f"the pipeline changes {found} between steps: the network is another one then")
+        key = kind(name, arguments)
+        spare = self.outputs.find(target, key)
+        if spare is None:
+            output = proxy.run(arguments)
+            spare = self.outputs.keep(target, key, output)
             rows = next(len(leaf) for leaf in leaves(output).values() if isinstance(leaf, Tensor))
             self.evaluated[name] = self.evaluated.get(name, 0) + rows
-        self.spares[name] = self.outputs[key]
-        return copied(self.outputs[key])
+            # What the network has set itself while it ran says nothing.
+            others = {at: settings for at, settings in self.settings.items() if settings.network is not target}
+            self.settings = {**others, place: Settings(name, target)}
+        self.spares[name] = spare
+        return copied(spare)
 
-    def step(self, output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **more: Any) -> Any:  # noqa: ANN401
         """The scheduler's own step, for the noise that it draws; returns a state that will be recognised."""
         number = len(self.noise)
         names = list(inspect.signature(self.scheduler.step).parameters)[3 : 3 + len(args)]
-        options = dict(zip(names, args, strict=True)) | kwargs
+        options = dict(zip(names, args, strict=True)) | more
         if number == 0:
-            self._begin(output, sample, options)
+            self._begin(model_output, sample, options)
         else:
-            self._compare(output, sample, options, number)
+            self._compare(model_output, sample, options, number)
         self._learn(number)
-        self._step(output, timestep, sample, options)
+        self._step(model_output, timestep, sample, options)
         steps = torch.randint(STEPS, sample.shape, generator=self.generator)
         signs = torch.randint(2, sample.shape, generator=self.generator) * 2 - 1
         self.marker = (signs * (LARGE + steps * (LARGE / STEPS))).to(sample)
@@ -147,10 +171,11 @@ class Rehearsal:
 
         def kept(*given: Any, **more: Any) -> Tensor:  # noqa: ANN401 - randn_tensor's own
             drawn.append(draw(*given, **more))
-            return drawn[-1]
+            return drawn[-1].clone()
 
         self.result = rebound(step, randn_tensor=kept)(self.scheduler, output, timestep, sample, **options)
         self.noise.append(drawn[0] if drawn else None)
+        self.held = Held(self.scheduler, output, sample)
 
     def _read(self, options: dict[str, Any]) -> None:
         """Read the scheduler, as it is with these options of ``step``."""
@@ -160,9 +185,9 @@ class Rehearsal:
 
     def _begin(self, output: Tensor, sample: Tensor, options: dict[str, Any]) -> None:
         """The first step: keep the initial state."""
-        self.output, self.options = output, options
+        self.output, self.options = output.clone(), copied(options)
         self._tell_apart()
-        self.first = self.state = sample
+        self.first = self.state = sample.clone()
         self.sources = torch.arange(len(sample))
         if options.keys() - {"generator", "return_dict"}:
             self._read(options)
@@ -174,18 +199,19 @@ class Rehearsal:
     def _tell_apart(self) -> None:
         """Only the network that is called last says something of the state: what others say is for it, and NaN."""
         names = [name for name, _ in self.calls]
-        unknown = {name for name in names if name != names[-1] and _denoises(self.spares[name])}
-        if unknown and len(self.timesteps) == 1:
-            raise UnsupportedError(f"what {', '.join(sorted(unknown))} is for does not show in one step; ask for two")
-        self.spares.update({name: _unknown(self.spares[name]) for name in unknown})
-        self.outputs.update({key: _unknown(value) for key, value in self.outputs.items() if key[0] in unknown})
+        feeders = {name for name in names if name != names[-1] and denoises(self.spares[name])}
+        if feeders and len(self.timesteps) == 1:
+            raise UnsupportedError(f"what {', '.join(sorted(feeders))} is for does not show in one step; ask for two")
+        self.spares.update({name: unknown(self.spares[name]) for name in feeders})
+        self.outputs.blot_out(feeders)
 
     def _compare(self, output: Tensor, sample: Tensor, options: dict[str, Any], number: int) -> None:
         """A later step: it may differ from the first one only in ways in which rows can differ."""
+        if self.held.overwritten:
+            raise UnsupportedError("the pipeline writes into a state or model output that its scheduler has kept")
         if options.keys() != self.options.keys() or not all(same(options[key], self.options[key]) for key in options):
             raise UnsupportedError("the pipeline gives the scheduler other arguments at some steps than at others")
-        near = ROUNDING * float(self.output.abs().max())
-        if output.shape != self.output.shape or not torch.allclose(output, self.output, rtol=ROUNDING, atol=near):
+        if not alike(output, self.output):
             raise UnsupportedError(
                 "guidance changes with the steps or reads the state: the same network outputs were combined to "
                 f"different model outputs at steps 0 and {number}"
@@ -199,9 +225,18 @@ class Rehearsal:
         if not torch.equal(mask, torch.zeros_like(mask) if self.fixed is None else self.fixed.mask):
             raise UnsupportedError("the pipeline changes other parts of the state after some steps than after others")
         if self.fixed is not None:
-            self.fixed.values.append(self.state[mask].float())
-            if not bool((self.fixed.values[-1].abs() < LARGE / 4).all()):
-                raise UnsupportedError("the pipeline changes the state between steps by more than setting parts of it")
+            self._set(self.fixed, marker[mask].float())
+
+    def _set(self, fixed: Fixed, replaced: Tensor) -> None:
+        """Keep the values that the pipeline has set, if they do not depend on the state that they replace."""
+        values = self.state[fixed.mask].float()
+        fixed.values.append(values)
+        apart = values - values.mean()
+        self.leaning += float((apart * (replaced / replaced.square().mean().sqrt())).sum())
+        self.power += float(apart.square().sum())
+        large = not bool((values.abs() < LARGE / 4).all())
+        if large or self.leaning**2 > CHANCE**2 * self.power:  # the states are random: the sum has variance ``power``
+            raise UnsupportedError("the pipeline changes the state between steps by more than setting parts of it")
 
     def _learn(self, number: int) -> None:
         """Take in the network calls of a step; only from the second on are all rows of the state known to differ."""
@@ -210,7 +245,7 @@ class Rehearsal:
             self.before = calls
             return
         if not self.slots:
-            known = {name: _denoises(self.spares[name]) for name, _ in calls}
+            known = {name: denoises(self.spares[name]) for name, _ in calls}
             self.slots = [Slot(name, given, self.state, denoises=known[name]) for name, given in calls]
         for step in (self.before, calls) if self.before else (calls,):
             if [name for name, _ in step] != [slot.name for slot in self.slots]:
@@ -240,7 +275,7 @@ class Rehearsal:
         scales = torch.ones_like(self.probed.scales) if self.scaled is None else self.probed.scales
         return Score(
             self.first[: self.batch], self.sources, noise, recurrence, self.levels, self.estimate, scales, self.slots,
-            self.fixed,
+            self.output, self.fixed,
         )  # fmt: skip
 
 
@@ -258,33 +293,3 @@ def _sources(sample: Tensor, marker: Tensor) -> Tensor:
     if not torch.equal(sources, rows % batch):
         raise UnsupportedError("the pipeline mixes the rows of its state between two steps")
     return sources
-
-
-def _stand_in(output: Any) -> Any:  # noqa: ANN401 - a network's output
-    """Random numbers for one tensor; several are for another network."""
-    tensors = [leaf for leaf in leaves(output).values() if isinstance(leaf, Tensor)]
-    if len(tensors) > 1:
-        return _unknown(output)
-    noise = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(0)).to(tensors[0])
-    return _with_tensors(output, lambda leaf: noise)
-
-
-def _unknown(output: Any) -> Any:  # noqa: ANN401 - a network's output
-    """NaN for every tensor: it marks what another network is given."""
-    return _with_tensors(output, lambda leaf: torch.full_like(leaf, torch.nan))
-
-
-def _with_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:  # noqa: ANN401 - any nesting
-    """The same nesting with other tensors."""
-    flat = leaves(tree)
-    return rebuilt(tree, lambda path: change(flat[path]) if isinstance(flat[path], Tensor) else flat[path])
-
-
-def _denoises(stand_in: Any) -> bool:  # noqa: ANN401 - a network's output
-    """Whether an output is the model output."""
-    return not any(isinstance(leaf, Tensor) and bool(leaf.isnan().any()) for leaf in leaves(stand_in).values())
-
-
-def _kind(value: object) -> object:
-    """What the shape of a network's output may depend on."""
-    return (value.shape, value.dtype, value.device) if isinstance(value, Tensor) else type(value)

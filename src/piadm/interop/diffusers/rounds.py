@@ -17,7 +17,7 @@ from piadm.grid import TimeGrid
 from piadm.integrators import Integrator
 from piadm.interop.diffusers.arguments import Rows, copied
 from piadm.interop.diffusers.probe import UnsupportedError
-from piadm.interop.diffusers.rehearsal import Score
+from piadm.interop.diffusers.rehearsal import Score, alike
 from piadm.linearization import Linearization
 from piadm.problem import pose
 from piadm.schedule import FlowSchedule
@@ -103,6 +103,10 @@ class Rounds:
         limit = options.max_rounds or TURNS_PER_NODE * count + self.tally.rounds
         self.asking = rounds(engine, problem, self.tally, limit, False)
         self.going = True
+        # A pass with one row more than the batch has, backwards: code that tells samples apart shows before any network
+        # runs, also where the engine would happen to ask for rows in the order of the batch.
+        batch = len(score.initial)
+        self.trial: Tensor | None = torch.arange(batch - 1, -2, -1) % batch
         self._resume(lambda: next(self.asking))
 
     def _heard(self, info: RoundInfo) -> None:
@@ -140,6 +144,8 @@ class Rounds:
         self.place += 1
         if slot.name != name:
             raise UnsupportedError(f"the pipeline calls {name} where it called {slot.name} before")
+        if self.trial is not None:
+            return slot.picked(spare, self.trial)
         try:
             return slot.call(run, arguments, self.rows)
         except UnsupportedError:
@@ -158,19 +164,33 @@ class Rounds:
     def step(self, output: Tensor) -> bool:
         """Hand the engine the guided model output; whether that ended a round."""
         before = self.tally.rounds
-        if self.starved:
+        if self.trial is not None:
+            self._check(output, len(self.trial))
+            if not alike(output, self._answer()[:, self.trial].flatten(0, 1)):
+                raise UnsupportedError("the pipeline treats the samples of a batch differently, or mixes them")
+            self.trial, self.place = None, 0
+        elif self.starved:
             self._resume(lambda: self.asking.send(None))
         elif self.going:
-            if output.shape[1:] != self.state.shape[1:] or len(output) % len(self.rows):
-                raise UnsupportedError(
-                    f"the pipeline makes model outputs of shape {tuple(output.shape)} of {len(self.rows)} rows of "
-                    f"shape {tuple(self.state.shape[1:])}"
-                )
+            self._check(output, len(self.rows))
             found = self.score.estimate(output[: len(self.rows)], self.state, self.rows.calls)
             if self.score.fixed is not None:  # what the network says there is not listened to
                 found.masked_fill_(self.score.fixed.mask[self.rows.samples], 0.0)
             self._resume(lambda: self.asking.send(found.flatten(1)))
         return self.tally.rounds > before
+
+    def _answer(self) -> Tensor:
+        """The model output of the rehearsal, shape ``(copies, L, *shape)``."""
+        return self.score.output.reshape(-1, *self.score.initial.shape)
+
+    def _check(self, output: Tensor, count: int) -> None:
+        """Whether a model output is that of ``count`` rows."""
+        wanted = (len(self._answer()) * count, *self.state.shape[1:])
+        if output.shape != wanted:
+            raise UnsupportedError(
+                f"the pipeline makes model outputs of shape {tuple(output.shape)} of {count} rows of shape "
+                f"{tuple(self.state.shape[1:])}"
+            )
 
     def end(self) -> Tensor:
         """The current final state of all the scheduler's rows, shape ``(N, *shape)``."""
