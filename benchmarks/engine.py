@@ -1,7 +1,7 @@
 """What ``piadm.sample`` costs and how true it is, line by line against what it was built for.
 
     python benchmarks/engine.py [--tables targets truth windows short time] [--networks mixture digits fashion]
-                                [--num 16] [--threads 2] [--json engine.json]
+                                [--methods ode sde] [--num 16] [--threads 2] [--json engine.json]
 
 Every error is the RMS difference per coordinate from the sequential sampler's result on the same grid and noise, sample
 by sample.  Rounds are sequential batched network calls and evaluations network rows, all of them; medians are over
@@ -61,10 +61,11 @@ class Truth:
 
     Args:
         names: of the networks that tables are about.
+        methods: that tables are about.
     """
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = names
+    def __init__(self, names: Sequence[str], methods: Sequence[str]) -> None:
+        self.names, self.methods = names, methods
         self.networks: dict[str, piadm.Denoiser] = {}
         self.kept: dict[tuple[str, str, int, int], Tensor] = {}
 
@@ -108,6 +109,8 @@ def cost(found: piadm.Solution, errors: Tensor) -> Row:
 def targets(truth: Truth, num: int) -> Iterator[Row]:
     for name in truth.names:
         for (method, nodes), (rounds, evaluations) in TARGETS.items():
+            if method not in truth.methods:
+                continue
             count = min(num, ALL_NODES) if name == "fashion" and nodes == "all" else num
             found, errors = truth.judged(name, method, 1000, count, tol=1e-2, nodes=nodes)
             row = cost(found, errors)
@@ -120,7 +123,7 @@ def targets(truth: Truth, num: int) -> Iterator[Row]:
 def truths(truth: Truth, num: int) -> Iterator[Row]:
     for name in truth.names:
         count = num // 2 if name == "fashion" else 8 * num
-        for method in ("ode", "sde"):
+        for method in truth.methods:
             for tol in TOLERANCES:
                 found, errors = truth.judged(name, method, 1000, count, tol=tol)
                 said = torch.tensor([status is piadm.Status.CONVERGED for status in found.status])
@@ -138,7 +141,7 @@ def truths(truth: Truth, num: int) -> Iterator[Row]:
 
 def windows(truth: Truth, num: int) -> Iterator[Row]:
     for name in truth.names:
-        for method in ("ode", "sde"):
+        for method in truth.methods:
             for window in WINDOWS:
                 found, errors = truth.judged(name, method, 1000, num, tol=1e-2, window=window)
                 yield {"network": name, "method": method, "window": str(window), **cost(found, errors)}
@@ -146,7 +149,7 @@ def windows(truth: Truth, num: int) -> Iterator[Row]:
 
 def short(truth: Truth, num: int) -> Iterator[Row]:
     for name in truth.names:
-        for method in ("ode", "sde"):
+        for method in truth.methods:
             for steps in (50, 100):
                 found, errors = truth.judged(name, method, steps, num, tol=1e-2)
                 yield {"network": name, "method": method, "steps": steps, **cost(found, errors)}
@@ -155,7 +158,7 @@ def short(truth: Truth, num: int) -> Iterator[Row]:
 def times(truth: Truth, num: int, seeds: int = 3) -> Iterator[Row]:
     denoiser, shape = truth.network("fashion"), (1, *SHAPES["fashion"])
     piadm.sample(denoiser, shape, method="ode", window="auto")  # the first calls are slow, and the first run times
-    for method in ("ode", "sde"):
+    for method in truth.methods:
         for window in (None, "auto"):
             walked, took, stats = [], [], []
             for seed in range(seeds):
@@ -187,9 +190,10 @@ def main() -> None:
     parser.add_argument("--num", type=int, default=16, help="samples (default %(default)s)")
     parser.add_argument("--tables", nargs="+", choices=list(TABLES), default=list(TABLES))
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
+    parser.add_argument("--methods", nargs="+", choices=["ode", "sde"], default=["ode", "sde"])
     given: argparse.Namespace = parser.parse_args()
     torch.set_num_threads(given.threads)
-    truth, printed = Truth(given.networks), {}
+    truth, printed = Truth(given.networks, given.methods), {}
     for name in given.tables:
         print(f"== {name}", flush=True)
         printed[name] = list(TABLES[name](truth, given.num))

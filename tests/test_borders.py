@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
 import piadm
-from piadm import settings, stopping
+from piadm import engine, settings, stopping
 from piadm.cli.compare_model import mixture
+from piadm.models import MixtureDenoiser
+from piadm.path import Movement
 
 #: Of 256 samples of this mixture the two that go in circles on 33 nodes for as long as they are let, if all their rows
 #: are evaluated from the first round.
@@ -33,6 +39,7 @@ def test_a_sample_that_goes_in_circles_ends_on_finer_nodes() -> None:
 @pytest.mark.usefixtures("no_opening")
 def test_without_finer_nodes_it_would_go_on_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stopping, "LAPS", torch.inf)
+    monkeypatch.setattr(engine, "CALM_LAPS", torch.inf)
     found = piadm.sample(mixture(), (len(CIRCLING), 1, 8, 8), method="ode", seed=CIRCLING, max_rounds=150)
     assert not found.converged
 
@@ -50,3 +57,32 @@ def test_a_loose_tolerance_does_not_end_on_the_wrong_side(tol: float) -> None:
     error = (found.sample - exact.sample).flatten(1).square().mean(1).sqrt()
     # Of 1024 samples 99.6 % were within; they were 92 % of those at 1e-1 when the iteration stopped there.
     assert found.converged and float((error <= tol).double().mean()) >= 0.97
+
+
+@pytest.mark.parametrize("nodes", ["all", None])
+@pytest.mark.parametrize("schedule", [piadm.VPSchedule(), piadm.VESchedule()], ids=["VP", "VE"])
+def test_data_far_wider_than_told_do_not_pass_for_converged(schedule: piadm.NoiseSchedule, nodes: str | None) -> None:
+    means = 100.0 * torch.randn(5, 2, generator=torch.Generator().manual_seed(1)).double()
+    denoiser = replace(MixtureDenoiser(schedule, means, 100.0), data_mean=0.0, data_variance=1.0)
+    found = piadm.sample(denoiser, (32, 2), method="ode", steps=200, tol=0.1, nodes=nodes)
+    exact = piadm.sample_sequential(denoiser, (32, 2), method="ode", steps=200)
+    errors = (found.sample - exact.sample).double().square().mean(1).sqrt()
+    assert found.converged
+    # Judged by the told variance half of them were outside, by up to 60 times.  One may be on a border.
+    assert int((errors > 0.1).sum()) <= 1
+
+
+def test_the_interpolation_error_of_a_slow_sample_is_doubted() -> None:
+    def judged(laps: int) -> tuple[float, stopping.Verdict]:
+        rule = stopping.CarriedResidual(
+            np.ones(2), np.full((2, 1), 1e-9), 1.0, aim=np.ones(1), refinable=True, earliest=1, exact_after=math.inf,
+            calm=4.5,
+        )  # fmt: skip
+        for lap in range(laps):
+            heard, small = np.full((2, 1), 1e-3 * 0.1**lap), np.full(1, 1e-3 * 0.1**lap)
+            movement = Movement(heard, small, np.full(1, 0.3), np.zeros(1))
+            error, verdict = rule.judge(movement, 0.1 * heard)
+        return float(error[0]), stopping.Verdict(int(verdict[0]))
+
+    assert judged(4) == (pytest.approx(0.3, rel=1e-4), stopping.Verdict.DONE)
+    assert judged(6) == (pytest.approx(0.3 * 2**3, rel=1e-4), stopping.Verdict.REFINE)  # one and a half laps later

@@ -146,3 +146,35 @@ def test_a_network_may_take_gradients_of_its_own() -> None:
     solution = piadm.sample(denoiser, (3, 4), steps=40, nodes="all")
     want = piadm.sample_sequential(denoiser, (3, 4), steps=40).sample
     assert solution.converged and float((solution.sample - want).square().mean().sqrt()) < 1e-2  # the tolerance
+
+
+def test_a_float64_network_may_work_in_place_on_its_times() -> None:
+    class Halves(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.eye(3, dtype=torch.float64))
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return (x @ self.weight) * t.mul_(0.5)[:, None]
+
+    t = torch.tensor([0.3, 0.6], dtype=torch.float64)
+    x = torch.ones(2, 3, dtype=torch.float64)
+    got = piadm.Denoiser(Halves(), piadm.VPSchedule(), "sample")(x, t)
+    assert torch.equal(t, torch.tensor([0.3, 0.6], dtype=torch.float64))
+    assert torch.equal(got, x * (t * 0.5)[:, None])
+
+
+def test_times_are_of_the_networks_type_whatever_the_states_are() -> None:
+    linear = torch.nn.Linear(4, 3)
+
+    class Network(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = linear
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.linear(torch.cat([x, t[:, None]], dim=1))
+
+    denoiser = piadm.Denoiser(Network(), piadm.VPSchedule(), "v")
+    initial = np.random.default_rng(0).standard_normal((1, 3))  # float64, as NumPy makes it
+    assert piadm.sample(denoiser, (1, 3), steps=20, initial=initial).converged

@@ -161,6 +161,7 @@ def test_few_or_equal_samples_still_make_a_draft() -> None:
         (dict(samples=torch.zeros(5, 6, dtype=torch.int64)), TypeError, "samples must be a floating-point tensor"),
         (dict(samples=torch.zeros(6)), ValueError, "samples must be finite, of shape"),
         (dict(samples=torch.full((3, 6), math.nan)), ValueError, "samples must be finite, of shape"),
+        (dict(samples=torch.randn(9, 6) * 1e30), ValueError, "variance that float32 can hold"),
         (dict(samples=torch.randn(9, 6), components=0), ValueError, "components must be"),
         (dict(samples=torch.randn(9, 6), rank=1.5), TypeError, "rank must be"),
     ],
@@ -168,6 +169,11 @@ def test_few_or_equal_samples_still_make_a_draft() -> None:
 def test_nonsense_is_refused(given: dict[str, object], kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         fit_draft(mixture(), **given)
+
+
+def test_a_draft_of_other_samples_is_named() -> None:
+    with pytest.raises(piadm.NetworkError, match="the draft is of samples of 4 coordinates, got 6"):
+        piadm.sample(fit_draft(mixture(), torch.randn(20, 4)), SHAPE, steps=20)
 
 
 def test_the_shipped_network_has_a_draft_that_helps() -> None:

@@ -49,12 +49,36 @@ def test_conditions_reach_the_network_row_by_row(size: int, calls: int) -> None:
 
     def network(x: Tensor, t: Tensor, label: Tensor, scale: float) -> Tensor:
         seen.append((len(x), label.clone(), scale))
-        return 0.5 * x
+        return schedule.alpha(t.double()).float()[:, None] * x  # data of variance one
 
-    denoiser = piadm.Denoiser(network, piadm.VPSchedule(), "sample")
+    schedule = piadm.VPSchedule()
+    denoiser = piadm.Denoiser(network, schedule, "sample")
     piadm.measure_moments(denoiser, (3, size), condition={"label": torch.tensor([7, 8, 9]), "scale": 2.0})
     assert sum(rows for rows, _, _ in seen) == 240 and len(seen) == calls
     assert all(len(label) == rows and bool((label == 7).all()) and scale == 2.0 for rows, label, scale in seen)
+
+
+@pytest.mark.parametrize("error", [0.03, -0.03])
+def test_what_a_network_says_wrong_of_noise_alone_is_not_taken_for_data(error: float) -> None:
+    schedule = piadm.VPSchedule()
+
+    def epsilon(x: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = (one[:, None].float() for one in (schedule.alpha(t.double()), schedule.sigma(t.double())))
+        return sigma / (0.25 * alpha**2 + sigma**2) * (1 + error) * x  # exact for a variance of 1/4, but for the error
+
+    found = piadm.measure_moments(piadm.Denoiser(epsilon, schedule, "epsilon"), (1, 16))
+    assert 0.25 / 3 < found.data_variance < 0.25 * 3  # a factor of three costs no round
+
+
+def test_the_default_type_of_numbers_makes_no_difference() -> None:
+    linear = torch.nn.Linear(4, 4)
+    denoiser = piadm.Denoiser(lambda x, t: 0.1 * linear(x) + 0.2 * x, piadm.OUSchedule(), "v")
+    try:
+        found = piadm.measure_moments(denoiser, (1, 4)).data_variance
+        torch.set_default_dtype(torch.float64)
+        assert piadm.measure_moments(denoiser, (1, 4)).data_variance == found
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("output", [torch.nan, -1.0])

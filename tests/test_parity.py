@@ -43,24 +43,26 @@ def walk(
     return x
 
 
-@pytest.mark.parametrize("steps", [1000, 50])
-def test_sde_is_ddpm_ancestral_sampling(denoiser: piadm.Denoiser, steps: int) -> None:
+@pytest.mark.parametrize(("steps", "num"), [(1000, 1), (50, 2)])
+def test_sde_is_ddpm_ancestral_sampling(denoiser: piadm.Denoiser, steps: int, num: int) -> None:
+    shape = (num, *SHAPE[1:])
     scheduler = DDPMScheduler(**TABLE, variance_type="fixed_small", prediction_type="v_prediction", clip_sample=False)
-    initial = normals(1, *SHAPE)
+    initial = normals(1, *shape)
     # The scheduler draws one tensor per step but the last from its generator, as ``noise`` is drawn here.
     want = walk(scheduler, denoiser.network, initial, steps, generator=torch.Generator().manual_seed(2))
     generator = torch.Generator().manual_seed(2)
-    noise = torch.stack([torch.randn(SHAPE, generator=generator) for _ in range(steps)])
-    got = piadm.sample_sequential(denoiser, SHAPE, method="sde", steps=steps, initial=initial, noise=noise)
+    noise = torch.stack([torch.randn(shape, generator=generator) for _ in range(steps)])
+    got = piadm.sample_sequential(denoiser, shape, method="sde", steps=steps, initial=initial, noise=noise)
     assert apart(got.sample, want) <= PARITY
 
 
-@pytest.mark.parametrize("steps", [1000, 50])
-def test_ode_is_ddim(denoiser: piadm.Denoiser, steps: int) -> None:
+@pytest.mark.parametrize(("steps", "num"), [(1000, 1), (50, 2)])
+def test_ode_is_ddim(denoiser: piadm.Denoiser, steps: int, num: int) -> None:
+    shape = (num, *SHAPE[1:])
     scheduler = DDIMScheduler(**TABLE, prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=True)
-    initial = normals(3, *SHAPE)
+    initial = normals(3, *shape)
     want = walk(scheduler, denoiser.network, initial, steps, eta=0.0)
-    got = piadm.sample_sequential(denoiser, SHAPE, method="ode", steps=steps, initial=initial)
+    got = piadm.sample_sequential(denoiser, shape, method="ode", steps=steps, initial=initial)
     assert apart(got.sample, want) <= PARITY
 
 

@@ -49,9 +49,10 @@ class Denoiser:
         schedule: the noise schedule of the network; its times are what the network is given.
         prediction: one of "epsilon", "score", "sample", "v", "velocity".
         data_mean: mean of the data over all coordinates, in the network's units.  Only the starting guess and
-            the Gaussian linearization use it: a wrong value costs rounds, never exactness.
-        data_variance: variance of the data about ``data_mean``, likewise.  ``measure_moments`` asks the network for
-            both.
+            the Gaussian linearization use it: a wrong value costs rounds.
+        data_variance: variance of the data about ``data_mean``, likewise; ``sample`` takes the number of its nodes and
+            the estimate of their error from it too, and where it is wrong by a factor of thousands that estimate may be
+            (not with ``nodes="all"``).  ``measure_moments`` asks the network for both.
         draft: another denoiser that says about the same at far less cost, on the same schedule and of the same
             conditions, or None: ``sample`` starts from its path.  A bad one costs rounds, never exactness.
             ``fit_draft`` makes one of samples.
@@ -103,8 +104,10 @@ class Denoiser:
         Args:
             network: a diffusers model called as ``network(x, timestep=t, **condition)``.  Its other arguments are
                 conditions for ``sample``; of an output with a learned variance the first half of the channels counts.
+                A flow network is given the time that its own pipeline gives it, and read with that pipeline's sign;
+                a module of another class is given the scheduler's, ``num_train_timesteps`` times the noise level.
             scheduler: a diffusers scheduler with a table ``alphas_cumprod``, or one of the EDM or the flow-matching
-                schedulers; its steps are not used.
+                schedulers, or with ``use_flow_sigmas=True`` and flow prediction; its steps are not used.
             data_mean: as above.
             data_variance: as above.
 
@@ -139,9 +142,10 @@ class Denoiser:
             ValueError: if the network returns another shape than that of ``x``.
             TypeError: if it does not return real floating-point numbers.
         """
-        dtype, time_dtype = network_dtype(self.network, x.dtype), torch.promote_types(x.dtype, torch.float32)
-        # A copy: the network may work in place on what it is given.
-        output = unwrap(self.network(x.to(dtype, copy=True), t.to(time_dtype), **condition))
+        dtype = network_dtype(self.network, x.dtype)
+        # Copies: the network may work in place on what it is given.
+        given = x.to(dtype, copy=True), t.to(torch.promote_types(dtype, torch.float32), copy=True)
+        output = unwrap(self.network(*given, **condition))
         if output.shape != x.shape:
             raise ValueError(
                 f"network returned shape {tuple(output.shape)} for rows of shape {tuple(x.shape)}; "

@@ -23,7 +23,7 @@ from piadm.path import Interpolation, ParallelPath
 from piadm.problem import Problem
 from piadm.reference import free_states
 from piadm.settings import TURNS_PER_NODE, Engine, with_readings
-from piadm.stopping import SETTLED_SHARE, CarriedResidual, FixedIterations, Verdict
+from piadm.stopping import CALM_LAPS, SETTLED_SHARE, CarriedResidual, FixedIterations, Verdict
 from piadm.tally import Tally
 
 #: Estimated interpolation error per RMS of the probe, the change of the end with a poorer interpolation: linear instead
@@ -172,6 +172,7 @@ def _rules(
         refinable=refinable,
         earliest=1 if coarse is None else FINER_ROUNDS,
         exact_after=TURNS_PER_NODE * count if count == engine.steps.count else math.inf,
+        calm=math.inf if engine.noisy or coarse is not None else CALM_LAPS,
         contraction=known,
     )
     return _active_rows(engine, problem, count, threshold), rule
@@ -195,13 +196,11 @@ def _influence(engine: Engine, problem: Problem, path: CondensedPath, nodes: Nod
     """How strongly each node's residual acts on the end, shape ``(n,)``: the larger of two models' answers.
 
     One is the iteration's own.  It may see no way from an early residual to the end, as a frozen denoised estimate
-    does, or a short-sighted one: white data forget what correlated data keep.  The other is that of Gaussian data along
-    their leading directions, of which the variance is between ``v`` (white data) and ``d v`` (all in one direction).
-    An SDE forgets so fast that this decides, and decides wrongly where ``v`` was: its data are without bounds.
+    does, or a short-sighted one: what the network answers may be wider than what is told of the data, or correlated,
+    and forgets less.  The other is that of data without bounds, of which nothing is forgotten.
     """
     steps, denoiser = engine.steps, problem.denoiser
-    width = BOUNDLESS if engine.noisy else math.sqrt(problem.start.shape[1])
-    leading = weights_on_end(steps, Gaussian(width * denoiser.data_variance).slopes(denoiser.schedule, steps))
+    leading = weights_on_end(steps, Gaussian(BOUNDLESS * denoiser.data_variance).slopes(denoiser.schedule, steps))
     found = torch.maximum(path.response[-1, 0].abs(), (leading @ nodes.weights).abs())
     influence: Table = found.clamp(min=FAINTEST).numpy()
     return influence

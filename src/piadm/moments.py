@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from piadm.denoiser import Denoiser, network_device
 from piadm.executor import Executor
@@ -16,9 +17,10 @@ from piadm.problem import check_condition, check_denoiser, check_shape
 #: Levels of log-SNR at which the network is asked, and pairs of inputs at each.
 LEVELS, PAIRS = tuple(range(-9, 6)), 8
 
-#: Where the data are, by their own measure, at most this small beside the noise, the network's response is that of
-#: white data, whatever they are: its trace is that of their covariance.
-FAINT = 0.005
+#: Levels in a row that must tell of one variance, to this factor.  Where data are faint beside the noise the response
+#: is that of white data, whatever they are: its trace is that of their covariance, the same at all such levels.  But
+#: there a trained network's own error may be larger than its response, and grows by ``e`` from level to level.
+AGREEING, FACTOR = 3, 1.5
 
 #: Seed of the inputs.
 SEED = 0x5EED
@@ -46,8 +48,8 @@ def measure_moments(
         A copy of the denoiser.
 
     Raises:
-        TypeError, ValueError: for bad input, before any network call; or if the network's response is not finite, or
-            tells of no variance.
+        TypeError, ValueError: for bad input, before any network call; or if the network's response tells of no variance
+            on which neighbouring levels of noise agree.
         NetworkError: if the network raises or returns the wrong shape.
     """
     check_denoiser(denoiser)
@@ -59,7 +61,9 @@ def measure_moments(
     alpha, sigma = schedule.alpha(times), schedule.sigma(times)
 
     generator = torch.Generator().manual_seed(SEED)
-    inputs = sigma.float()[:, None, None, None] * torch.randn(PAIRS, 2, math.prod(size), generator=generator)
+    inputs = sigma.float()[:, None, None, None] * torch.randn(
+        PAIRS, 2, math.prod(size), dtype=torch.float32, generator=generator
+    )
     rows = inputs.flatten(0, 2).to(device)
     found = torch.empty_like(rows)
     first = torch.zeros(len(rows), dtype=torch.int64, device=device)  # every row has the first sample's condition
@@ -71,12 +75,23 @@ def measure_moments(
     dx, dd = inputs.double().diff(dim=2), outputs.diff(dim=2)
     slope = (dx * dd).sum((1, 2, 3)) / dx.square().sum((1, 2, 3))
     variance = slope * sigma.square() / (alpha * (1 - alpha * slope))
-    faint = (variance * (alpha / sigma).square() <= FAINT).long().cumprod(0).sum().clamp(min=1) - 1
     mean = outputs.mean((1, 2, 3)) / (1 - alpha * slope)
-    width, about = float(variance[faint]), float(mean[faint])
-    if not (math.isfinite(width) and width > 0 and math.isfinite(about)):
+    chosen = _faintest(variance, mean)
+    if chosen is None:
+        told = ", ".join(f"{one:.2g}" for one in variance.tolist())
         raise ValueError(
-            f"the network's response to noise gives a data variance of {width:g} about {about:g}; it must be positive "
-            "and finite: give data_mean and data_variance to piadm.Denoiser"
+            f"the network's response to noise gives a data variance of {told} from much noise to little; it must be "
+            f"positive, finite and much the same at {AGREEING} levels in a row: give data_mean and data_variance to "
+            "piadm.Denoiser"
         )
-    return replace(denoiser, data_mean=about, data_variance=width)
+    return replace(denoiser, data_mean=float(mean[chosen]), data_variance=float(variance[chosen]))
+
+
+def _faintest(variance: Tensor, mean: Tensor) -> int | None:
+    """The noisiest level of which the next ones tell the same variance; None: there is none."""
+    sound = (variance > 0) & variance.isfinite() & mean.isfinite()
+    for first in range(len(variance) - AGREEING + 1):
+        some = variance[first : first + AGREEING]
+        if bool(sound[first : first + AGREEING].all()) and float(some.max() / some.min()) <= FACTOR:
+            return first + AGREEING // 2
+    return None

@@ -12,7 +12,7 @@ class Status(Enum):
     """Verdict on one sample; the value is the message."""
 
     CONVERGED = "the error estimate is within the tolerance, or the prescribed iterations are done"
-    MAX_ROUNDS = "the error estimate was still above the tolerance when the rounds were used up"
+    MAX_ROUNDS = "the error estimate was still above the tolerance when the rounds or what they could tell were used up"
     NONFINITE = "the network returned a value that is not finite"
     INTERRUPTED = "stopped by the callback or from the keyboard before the sample was finished"
 

@@ -65,6 +65,8 @@ class LowRankMixtureNetwork(nn.Module):
     def forward(self, x: Tensor, t: Tensor, **condition: object) -> Tensor:
         """Posterior mean of rows ``x (R, *shape)`` at their times ``t (R,)``; it knows of no condition."""
         rows = x.flatten(1).to(self.means.dtype)
+        if rows.shape[1] != self.means.shape[1]:
+            raise ValueError(f"the draft is of samples of {self.means.shape[1]} coordinates, got {rows.shape[1]}")
         alpha, noise = (level.to(rows) for level in levels(self.schedule, t, x, None))
         power = alpha.square()
         components, size, rank = self.directions.shape
@@ -107,6 +109,9 @@ def fit_draft(denoiser: Denoiser, samples: Tensor, *, components: int = 16, rank
         raise TypeError(f"samples must be a floating-point tensor (S, *sample_shape), got {described(samples)}")
     if samples.ndim < 2 or len(samples) < 2 or not samples.isfinite().all():
         raise ValueError(f"samples must be finite, of shape (S, *sample_shape) with S >= 2, got {shown(samples)}")
+    if not samples.flatten(1).float().var(0).isfinite().all():
+        most = float(samples.abs().max())
+        raise ValueError(f"samples must have a variance that float32 can hold, got values up to {most:g}")
     count = min(positive_int("components", components), len(samples))
     parts = _fitted(samples.detach().flatten(1).float().cpu(), count, positive_int("rank", rank))
     place = network_device(denoiser.network) or samples.device
