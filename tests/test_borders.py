@@ -39,7 +39,7 @@ def test_a_sample_that_goes_in_circles_ends_on_finer_nodes() -> None:
 @pytest.mark.usefixtures("no_opening")
 def test_without_finer_nodes_it_would_go_on_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stopping, "LAPS", torch.inf)
-    monkeypatch.setattr(engine, "CALM_LAPS", torch.inf)
+    monkeypatch.setattr(engine, "CALM_ROUNDS", torch.inf)
     found = piadm.sample(mixture(), (len(CIRCLING), 1, 8, 8), method="ode", seed=CIRCLING, max_rounds=150)
     assert not found.converged
 
@@ -73,16 +73,16 @@ def test_data_far_wider_than_told_do_not_pass_for_converged(schedule: piadm.Nois
 
 
 def test_the_interpolation_error_of_a_slow_sample_is_doubted() -> None:
-    def judged(laps: int) -> tuple[float, stopping.Verdict]:
+    def judged(rounds: int) -> tuple[float, stopping.Verdict]:
         rule = stopping.CarriedResidual(
             np.ones(2), np.full((2, 1), 1e-9), 1.0, aim=np.ones(1), refinable=True, earliest=1, exact_after=math.inf,
             calm=4.5,
         )  # fmt: skip
-        for lap in range(laps):
-            heard, small = np.full((2, 1), 1e-3 * 0.1**lap), np.full(1, 1e-3 * 0.1**lap)
+        for number in range(rounds):
+            heard, small = np.full((2, 1), 1e-3 * 0.1**number), np.full(1, 1e-3 * 0.1**number)
             movement = Movement(heard, small, np.full(1, 0.3), np.zeros(1))
             error, verdict = rule.judge(movement, 0.1 * heard)
         return float(error[0]), stopping.Verdict(int(verdict[0]))
 
     assert judged(4) == (pytest.approx(0.3, rel=1e-4), stopping.Verdict.DONE)
-    assert judged(6) == (pytest.approx(0.3 * 2**3, rel=1e-4), stopping.Verdict.REFINE)  # one and a half laps later
+    assert judged(7) == (pytest.approx(0.3 * 2**2.5, rel=1e-4), stopping.Verdict.REFINE)  # two and a half later

@@ -23,7 +23,7 @@ from piadm.path import Interpolation, ParallelPath
 from piadm.problem import Problem
 from piadm.reference import free_states
 from piadm.settings import TURNS_PER_NODE, Engine, with_readings
-from piadm.stopping import CALM_LAPS, SETTLED_SHARE, CarriedResidual, FixedIterations, Verdict
+from piadm.stopping import CALM_ROUNDS, SETTLED_SHARE, CarriedResidual, FixedIterations, Verdict
 from piadm.tally import Tally
 
 #: Estimated interpolation error per RMS of the probe, the change of the end with a poorer interpolation: linear instead
@@ -172,7 +172,7 @@ def _rules(
         refinable=refinable,
         earliest=1 if coarse is None else FINER_ROUNDS,
         exact_after=TURNS_PER_NODE * count if count == engine.steps.count else math.inf,
-        calm=math.inf if engine.noisy or coarse is not None else CALM_LAPS,
+        calm=math.inf if engine.noisy or coarse is not None else CALM_ROUNDS,
         contraction=known,
     )
     return _active_rows(engine, problem, count, threshold), rule

@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from piadm.activity import NARROW
 from piadm.numerics import Flags, Table
 from piadm.path import Movement
 
@@ -81,10 +82,10 @@ SHARE_SAFETY, LEAST_SHARE = 2.0, 0.05
 #: more than ten.
 LAPS = 16
 
-#: Laps after which a sample is slow, and in how many more of them its interpolation error is taken to double.  What
-#: makes an iteration slow makes errors grow: on a trained network the error of samples that took up to ten rounds was
-#: 0.2 times its estimate, rarely more than one; of those that took longer 1 to 3 times, and up to ten.
-CALM_LAPS, DOUBLING_LAPS, MOST_DOUBLINGS = 4.5, 0.5, 6
+#: Rounds, of half the nodes or what comes to it, after which a sample is slow; with each further one its interpolation
+#: error is taken to double.  What makes an iteration slow makes errors grow: on a trained network the error of samples
+#: that took seven to nine rounds was 0.2 times its estimate, of those that took twelve or more 1 to 10 times.
+CALM_ROUNDS, MOST_DOUBLINGS = 9, 6
 
 
 class CarriedResidual:
@@ -111,7 +112,7 @@ class CarriedResidual:
         refinable: whether finer nodes can be had when interpolation is what limits the sample.
         earliest: round before which no sample is judged that still moves.
         exact_after: number of rounds after which the iteration is exact but for settled rows.
-        calm: laps after which a sample is slow.
+        calm: rounds, of half the nodes, after which a sample is slow.
         contraction: ``rho`` known from a coarser node set, shape ``(B,)``; None expects the slowest.
     """
 
@@ -131,7 +132,7 @@ class CarriedResidual:
         self.influence, self.threshold, self.tol, self.aim = influence, threshold, tol, aim
         self.refinable, self.earliest, self.exact_after, self.calm = refinable, earliest, exact_after, calm
         self.rounds = 0
-        self.laps = np.zeros_like(aim)
+        self.laps, self.passed = np.zeros_like(aim), np.zeros_like(aim)
         self.share = np.ones_like(aim)
         self.last: Table | None = None
         self.contraction = contraction
@@ -169,13 +170,13 @@ class CarriedResidual:
         """The estimate of the class docstring, and its verdict."""
         self.rounds += 1
         reached: Flags = np.asarray(np.isfinite(expected).all(0))
-        self.laps = self.laps + (movement.surprise > 0).mean(0)
+        heard = (movement.surprise > 0).mean(0)
+        self.laps, self.passed = self.laps + heard, self.passed + np.minimum(heard / NARROW, 1.0)
         # Where nothing was heard, nothing was left to evaluate, unless there are rows ahead of the window.
         still = (movement.surprise == 0).all(0) & reached
         exact = still | (self.rounds >= self.exact_after)
         iteration = np.where(exact, SETTLED_SHARE * self.aim, self._iteration_error(movement, expected, reached))
-        doublings = np.clip((self.laps - self.calm) / DOUBLING_LAPS, 0, MOST_DOUBLINGS)
-        interpolation = movement.interpolation * np.exp2(doublings)
+        interpolation = movement.interpolation * np.exp2(np.clip(self.passed - self.calm, 0, MOST_DOUBLINGS))
         error = np.hypot(iteration, interpolation) + movement.rounding
 
         ripe = still | (self.rounds >= self.earliest)
