@@ -48,14 +48,15 @@ def kept(function: Callable[_P, _T]) -> Callable[_P, _T]:
                 return cast(_T, _store[key][0])
         result = function(*args, **kwargs)
         _remember(result, key)
-        _keep(key, result, _size(result))
+        _keep(key, result)
         return result
 
     return found
 
 
-def _keep(key: bytes, result: object, size: int) -> None:
+def _keep(key: bytes, result: object) -> None:
     """Have a result at hand, and those that were not asked for the longest no more; unless it is too large itself."""
+    size = _size(result)
     with _lock:
         if size <= MOST_BYTES:
             _store[key] = result, size

@@ -12,7 +12,7 @@ from piadm.grid import Blocks
 from piadm.theory.families import PaperODE, PaperSDE, Target
 from piadm.theory.law import Law, pinsker
 from piadm.theory.law import kl as mode_kl
-from piadm.theory.proposals import MORE, MOST, MOST_BLOCKS, SHARES, Search
+from piadm.theory.proposals import MORE, MOST, MOST_BLOCKS, SHARES, Coarse, Search
 from piadm.theory.search import BEYOND, Expansion, iterations_needed, shortest_horizon, stands_still
 from piadm.theory.spectrum import Modes, Spectrum, VarianceBounds
 from piadm.theory.stairs import Cost, Proposal, cost
@@ -195,9 +195,9 @@ def _evaluate(search: Search, proposal: Proposal) -> Plan | None:
     """A plan with as many iterations as it needs by the exact law; None: a few more than expected are not enough."""
     target, family, most = search.target, proposal.family, proposal.most + BEYOND
     settings = (target, proposal.horizon, proposal.count, proposal.step)
-    predictor = family.predictor(*settings)
+    grid = Coarse(settings, family.predictor(*settings))
     for tried in sorted({min(proposal.least + more * BEYOND, most) for more in (1, 4)}):
-        law = predictor.followed(predictor.picard(tried), proposal.corrector)
+        law = grid.iterates(family, tried)
         divergence = target.kl(law)
         iterations = iterations_needed(divergence, search.allowed)
         if iterations is not None and iterations < tried:

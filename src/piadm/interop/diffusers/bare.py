@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from piadm.denoiser import Denoiser, unwrap
 from piadm.interop.diffusers._version import pipeline_class
 from piadm.interop.diffusers.clocks import Clock, flow_clock
 from piadm.interop.diffusers.levels import PREDICTIONS
-from piadm.interop.diffusers.proxies import is_denoiser, signature
+from piadm.interop.diffusers.proxies import is_denoiser, time_argument
 from piadm.schedule import DiscreteSchedule, FlowSchedule, VESchedule
 
 
@@ -34,10 +35,14 @@ class TimedNetwork:
         """The network's, for its type and device."""
         return self.network.parameters()
 
+    @cached_property
+    def _time(self) -> str:
+        """What the network calls its time: asked once, not at every call."""
+        return time_argument(self.network) or "timestep"
+
     def __call__(self, x: Tensor, t: Tensor, **condition: Any) -> Tensor:  # noqa: ANN401 - the network's own
         """Prediction for rows ``x (R, *shape)`` at times ``t (R,)``."""
-        name = next(name for name in signature(self.network).parameters if name.startswith("timestep"))
-        output = unwrap(self.network(x, **{name: self.clock.time(t)}, **condition))
+        output = unwrap(self.network(x, **{self._time: self.clock.time(t)}, **condition))
         return self.clock.prediction(output[:, : x.shape[1]])
 
 

@@ -280,8 +280,8 @@ def parallelize(
         window: rows per sample evaluated in a round, as for ``piadm.sample``.
         linearization: as for ``piadm.sample``.
         max_rounds: most rounds; None: twice as many as steps.
-        data_mean: mean of the latents over all coordinates; a wrong value costs rounds, never exactness.
-        data_variance: variance of the latents about it, likewise.
+        data_mean: mean of the latents over all coordinates, as for ``piadm.Denoiser``: a wrong value costs rounds.
+        data_variance: variance of the latents about it, as there.
         raise_on_failure: raise ``NotConvergedError`` unless every sample is CONVERGED.
 
     Returns:

@@ -71,5 +71,9 @@ def signature(network: nn.Module) -> inspect.Signature:
 
 def is_denoiser(component: object) -> bool:
     """Whether a component of a pipeline is a network that reads a time."""
-    names = signature(component).parameters if isinstance(component, nn.Module) else ()
-    return any(name.startswith("timestep") for name in names)
+    return isinstance(component, nn.Module) and time_argument(component) is not None
+
+
+def time_argument(network: nn.Module) -> str | None:
+    """What a network calls its time; None: it reads none."""
+    return next((name for name in signature(network).parameters if name.startswith("timestep")), None)
