@@ -11,6 +11,7 @@ import torch
 
 import piadm
 from piadm import engine, settings, stopping
+from piadm.activity import SlidingWindow
 from piadm.cli.compare_model import mixture
 from piadm.models import MixtureDenoiser
 from piadm.path import Movement
@@ -39,7 +40,7 @@ def test_a_sample_that_goes_in_circles_ends_on_finer_nodes() -> None:
 @pytest.mark.usefixtures("no_opening")
 def test_without_finer_nodes_it_would_go_on_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stopping, "LAPS", torch.inf)
-    monkeypatch.setattr(engine, "CALM_ROUNDS", torch.inf)
+    monkeypatch.setattr(engine, "CALM_SMOOTH", torch.inf)
     found = piadm.sample(mixture(), (len(CIRCLING), 1, 8, 8), method="ode", seed=CIRCLING, max_rounds=150)
     assert not found.converged
 
@@ -86,3 +87,26 @@ def test_the_interpolation_error_of_a_slow_sample_is_doubted() -> None:
 
     assert judged(4) == (pytest.approx(0.3, rel=1e-4), stopping.Verdict.DONE)
     assert judged(7) == (pytest.approx(0.3 * 2**2.5, rel=1e-4), stopping.Verdict.REFINE)  # two and a half later
+
+
+def test_what_is_left_on_finer_nodes_is_not_taken_to_cancel_like_their_first_surprises() -> None:
+    def judged(least_share: float) -> float:
+        rule = stopping.CarriedResidual(
+            np.ones(2), np.full((2, 1), 1e-9), 1.0, aim=np.ones(1), refinable=False, earliest=1, exact_after=math.inf,
+            contraction=np.zeros(1), least_share=least_share,
+        )  # fmt: skip
+        heard, nothing = np.ones((2, 1)), np.zeros(1)
+        for end in (0.01, 0.01, 0.01, 0.01, 0.01, 0.01):  # 0.005 of what was heard
+            error, _ = rule.judge(Movement(heard, np.full(1, end), nothing, nothing), np.full((2, 1), 0.5))
+        return float(error[0])
+
+    # Two rows of 0.5 are left, and a path that stands still contracts by nothing.
+    assert judged(stopping.LEAST_SHARE) == pytest.approx(stopping.LEAST_SHARE)
+    assert judged(stopping.LEAST_SHARE_FINER) == pytest.approx(stopping.LEAST_SHARE_FINER)
+
+
+def test_late_rows_do_not_crowd_out_those_that_matter_more() -> None:
+    expected = np.array([0.9, 0.9, 0.9, 2.0, 0.9, 2.0, 2.0])[:, None]  # in units of the threshold
+    window = SlidingWindow(4, np.ones((7, 1)))
+    assert window.choose(expected, 0)[:, 0].nonzero()[0].tolist() == [3, 5, 6]
+    assert window.choose(expected, 100)[:, 0].nonzero()[0].tolist() == [0, 3, 5, 6]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from piadm.numerics import Flags, Table
 
@@ -78,11 +79,21 @@ class SlidingWindow:
         """The first ``size`` rows that have not settled."""
         passed = int(rounds * min(1.0, self.size / (NARROW * len(expected))))
         late = min(max(0, passed - PATIENCE), HALVINGS)
-        active = expected > self.threshold * 2.0**-late
-        return active & (active.cumsum(0) <= self.size)
+        chosen = _first(expected > self.threshold, self.size)
+        if late:
+            # They take what room those leave that matter more: there may be many of them, and far in front.
+            finer = (expected > self.threshold * 2.0**-late) & ~(expected > self.threshold)
+            chosen |= _first(finer, self.size - chosen.sum(0))
+        return chosen
 
     def took(self, rows: int, seconds: float) -> None:
         """Nothing depends on it."""
+
+
+def _first(rows: Flags, size: int | NDArray[np.int64]) -> Flags:
+    """The first ``size`` of the rows that are true, of every sample: ``(n, B)`` bool."""
+    chosen: Flags = rows & (rows.cumsum(0) <= size)
+    return chosen
 
 
 class Outlook:

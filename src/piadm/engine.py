@@ -23,7 +23,16 @@ from piadm.path import Interpolation, ParallelPath
 from piadm.problem import Problem
 from piadm.reference import free_states
 from piadm.settings import TURNS_PER_NODE, Engine, with_readings
-from piadm.stopping import CALM_ROUNDS, SETTLED_SHARE, CarriedResidual, FixedIterations, Verdict
+from piadm.stopping import (
+    CALM_ROUGH,
+    CALM_SMOOTH,
+    LEAST_SHARE,
+    LEAST_SHARE_FINER,
+    SETTLED_SHARE,
+    CarriedResidual,
+    FixedIterations,
+    Verdict,
+)
 from piadm.tally import Tally
 
 #: Estimated interpolation error per RMS of the probe, the change of the end with a poorer interpolation: linear instead
@@ -172,8 +181,9 @@ def _rules(
         refinable=refinable,
         earliest=1 if coarse is None else FINER_ROUNDS,
         exact_after=TURNS_PER_NODE * count if count == engine.steps.count else math.inf,
-        calm=math.inf if engine.noisy or coarse is not None else CALM_ROUNDS,
+        calm=math.inf if coarse is not None else CALM_ROUGH if engine.noisy else CALM_SMOOTH,
         contraction=known,
+        least_share=LEAST_SHARE if coarse is None else LEAST_SHARE_FINER,
     )
     return _active_rows(engine, problem, count, threshold), rule
 
@@ -267,7 +277,7 @@ def _interpolation(
         there = torch.isin(nodes.indices, poorer.indices)
         probe[there] -= every @ poorer.weights
         probes.append(share * probe)
-    return Interpolation(torch.stack(probes), unknown=nodes.count < fewest)
+    return Interpolation(torch.stack(probes), coarse_end, unknown=nodes.count < fewest)
 
 
 def _all_states(engine: Engine, problem: Problem, nodes: NodeSet, path: ParallelPath) -> Tensor:

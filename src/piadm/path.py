@@ -66,9 +66,9 @@ class Interpolation:
     Attributes:
         probes: change of the end's row of ``P`` with each of some poorer interpolations, times the estimated error per
             RMS of that change, shape ``(k, n)``, the largest of which counts; None: not asked.
-        coarse_end: end of the path on a node set of half as many nodes, shape ``(B, d)``, where that was solved; it
-            then takes the place of the probe, for it has also seen what the network made of the difference.  The
-            error is taken to be all of the distance, as if each doubling only halved it.
+        coarse_end: end of the path on a node set of half as many nodes, shape ``(B, d)``, where that was solved: it
+            has also seen what the network made of the difference.  The error is taken to be all of the distance,
+            as if each doubling only halved it, or what a probe says if that is more.
         unknown: there are too few nodes to tell; the error is then infinite.
     """
 

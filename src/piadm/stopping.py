@@ -74,8 +74,10 @@ SLOWEST = 0.9
 SETTLED_SHARE = 0.25
 
 #: The surprises of a round do not all point one way: they move the end by less than their sum.  The share that was
-#: seen is believed up to this factor, and never to be smaller than the least.
-SHARE_SAFETY, LEAST_SHARE = 2.0, 0.05
+#: seen is believed up to this factor, and never to be smaller than the least.  On finer nodes the first surprises are
+#: as rough as the noise between the old ones and cancel; what follows does not: of a trained network's SDE 0.67 of the
+#: tolerance was said to be left where 2.3 was.
+SHARE_SAFETY, LEAST_SHARE, LEAST_SHARE_FINER = 2.0, 0.05, 0.5
 
 #: Evaluations per node after which a sample goes in circles: where nodes read ahead, the iteration may be drawn to and
 #: fro between two outcomes for ever.  Of the samples that converged, on mixtures and on a trained network, few took
@@ -84,8 +86,9 @@ LAPS = 16
 
 #: Rounds, of half the nodes or what comes to it, after which a sample is slow; with each further one its interpolation
 #: error is taken to double.  What makes an iteration slow makes errors grow: on a trained network the error of samples
-#: that took seven to nine rounds was 0.2 times its estimate, of those that took twelve or more 1 to 10 times.
-CALM_ROUNDS, MOST_DOUBLINGS = 9, 6
+#: that took seven to nine rounds was 0.2 times its estimate, of those that took twelve or more 1 to 10 times (ODE); of
+#: those that took ten to twelve 0.4 times, of those that took fourteen and more up to 9 times (SDE).
+CALM_SMOOTH, CALM_ROUGH, MOST_DOUBLINGS = 9, 12, 6
 
 
 class CarriedResidual:
@@ -114,6 +117,7 @@ class CarriedResidual:
         exact_after: number of rounds after which the iteration is exact but for settled rows.
         calm: rounds, of half the nodes, after which a sample is slow.
         contraction: ``rho`` known from a coarser node set, shape ``(B,)``; None expects the slowest.
+        least_share: least ``c``.
     """
 
     def __init__(
@@ -128,9 +132,11 @@ class CarriedResidual:
         exact_after: float,
         calm: float = np.inf,
         contraction: Table | None = None,
+        least_share: float = LEAST_SHARE,
     ) -> None:
         self.influence, self.threshold, self.tol, self.aim = influence, threshold, tol, aim
         self.refinable, self.earliest, self.exact_after, self.calm = refinable, earliest, exact_after, calm
+        self.least_share = least_share
         self.rounds = 0
         self.laps, self.passed = np.zeros_like(aim), np.zeros_like(aim)
         self.share = np.ones_like(aim)
@@ -145,7 +151,7 @@ class CarriedResidual:
     def _cancellation(self, movement: Movement) -> Table:
         """``c``: the last one seen, or half of the one before if that is larger; kept where nothing was heard."""
         heard = self.influence @ movement.surprise
-        seen = np.maximum(SHARE_SAFETY * movement.end / np.maximum(heard, TINY), LEAST_SHARE)
+        seen = np.maximum(SHARE_SAFETY * movement.end / np.maximum(heard, TINY), self.least_share)
         told = (heard > 0) & (movement.end > movement.rounding)  # rounding over rounding says nothing
         self.share = np.where(told, np.maximum(seen, 0.5 * self.share), self.share)
         return self.share
