@@ -96,8 +96,8 @@ def test_what_is_left_on_finer_nodes_is_not_taken_to_cancel_like_their_first_sur
             contraction=np.zeros(1), least_share=least_share,
         )  # fmt: skip
         heard, nothing = np.ones((2, 1)), np.zeros(1)
-        for end in (0.01, 0.01, 0.01, 0.01, 0.01, 0.01):  # 0.005 of what was heard
-            error, _ = rule.judge(Movement(heard, np.full(1, end), nothing, nothing), np.full((2, 1), 0.5))
+        for _round in range(6):  # the end moves by 0.005 of what is heard
+            error, _ = rule.judge(Movement(heard, np.full(1, 0.01), nothing, nothing), np.full((2, 1), 0.5))
         return float(error[0])
 
     # Two rows of 0.5 are left, and a path that stands still contracts by nothing.

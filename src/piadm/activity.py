@@ -66,8 +66,8 @@ class SlidingWindow:
 
     Attributes:
         size: rows per sample and round.
-        threshold: a row has settled when its expected surprise is no more than this, ``(n, B)`` float64; less after
-            ``PATIENCE`` rounds of as many rows as the path has.
+        threshold: a row has settled when its expected surprise is no more than this, ``(n, B)`` float64; after
+            ``PATIENCE`` rounds when it is no more than part of this, as far as there is room in the window.
 
     Reference: Shih et al. 2023 (arXiv 2305.16317), section 3.2, for the window.
     """
@@ -79,10 +79,11 @@ class SlidingWindow:
         """The first ``size`` rows that have not settled."""
         passed = int(rounds * min(1.0, self.size / (NARROW * len(expected))))
         late = min(max(0, passed - PATIENCE), HALVINGS)
-        chosen = _first(expected > self.threshold, self.size)
+        matter = expected > self.threshold
+        chosen = _first(matter, self.size)
         if late:
             # They take what room those leave that matter more: there may be many of them, and far in front.
-            finer = (expected > self.threshold * 2.0**-late) & ~(expected > self.threshold)
+            finer = (expected > self.threshold * 2.0**-late) & ~matter
             chosen |= _first(finer, self.size - chosen.sum(0))
         return chosen
 

@@ -59,8 +59,8 @@ def test_rounds_and_errors_of_a_trained_network(
     assert fast.last_solution is not None and fast.last_solution.converged
     assert float((got - want).flatten(1).square().mean(1).sqrt().max()) <= bound
     assert fast.last_solution.stats.rounds <= most
-    # Of a thousand steps few are evaluated: 226, or for a slow sample, which goes on with finer nodes, less than half.
-    assert fast.last_solution.stats.nodes <= min(steps, 499)
+    # Of a thousand steps few are evaluated: 226, or for a slow sample, which goes on with finer nodes, at most twice that.
+    assert fast.last_solution.stats.nodes <= min(steps, 2 * 226)
 
 
 def test_a_pipeline_samples_as_the_library_does(denoiser: piadm.Denoiser) -> None:
