@@ -59,7 +59,7 @@ def test_rounds_and_errors_of_a_trained_network(
     assert fast.last_solution is not None and fast.last_solution.converged
     assert float((got - want).flatten(1).square().mean(1).sqrt().max()) <= bound
     assert fast.last_solution.stats.rounds <= most
-    # Of a thousand steps few are evaluated: 226, or for a slow sample, which goes on with finer nodes, at most twice that.
+    # Of 1000 steps few are evaluated: 226, or for a slow sample, which goes on with finer nodes, up to twice that.
     assert fast.last_solution.stats.nodes <= min(steps, 2 * 226)
 
 
