@@ -96,7 +96,7 @@ class NoiseSchedule(ABC):
             slack = _SLACK * max(1.0, abs(high))
             if not _all_within(t, low - slack, high + slack):
                 wrong = ~((t >= low - slack) & (t <= high + slack))
-                ends = self._log_snr(torch.tensor([high, low], dtype=torch.float64)).tolist()
+                ends = self._log_snr(torch.tensor([high, low], dtype=torch.float64, device="cpu")).tolist()
                 raise ValueError(
                     f"log_snr must lie in [{ends[0]:.6g}, {ends[1]:.6g}], the values of {type(self).__name__}"
                     f", got {values[wrong].flatten()[0].item()}"
@@ -160,7 +160,7 @@ def _as_float64(name: str, value: float | Tensor) -> Tensor:
         return value.to(torch.float64)
     if isinstance(value, Real) and not isinstance(value, bool):
         try:
-            return torch.tensor(float(value), dtype=torch.float64)
+            return torch.tensor(float(value), dtype=torch.float64, device="cpu")
         except OverflowError as error:
             raise ValueError(f"{name} must be a number that float64 holds, got {shown(value)}") from error
     raise TypeError(f"{name} must be a real number or a tensor of real numbers, got {described(value)}")

@@ -82,7 +82,7 @@ class DiscreteSchedule(NoiseSchedule):
         count = positive_int("timesteps", timesteps, minimum=2, maximum=10**6)
         first = finite_float("beta_start", beta_start, low=0.0, high=1.0)
         last = finite_float("beta_end", beta_end, low=0.0, high=1.0)
-        betas = torch.linspace(first, last, count, dtype=torch.float64)
+        betas = torch.linspace(first, last, count, dtype=torch.float64, device="cpu")
         return cls(torch.cumprod(1.0 - betas, 0))
 
     def __repr__(self) -> str:

@@ -71,7 +71,7 @@ class CondensedPath:
 
 def first_moved(response: Tensor) -> list[int]:
     """The first node that the residual of each, or of one after it, changes, itself included: by ``P (n + 1, n)``."""
-    acts, own = response.ne(0), torch.arange(response.shape[1])
+    acts, own = response.ne(0), torch.arange(response.shape[1], device="cpu")
     first = torch.where(acts.any(0), acts.byte().argmax(0), own).minimum(own)
     found: list[int] = first.flip(0).cummin(0).values.flip(0).tolist()
     return found

@@ -82,19 +82,19 @@ class Corrector:
         with ``Var xi_v = 1 - E^2``, ``Cov(xi_u, xi_v) = (1-E)^2/gamma`` and
         ``Var xi_u = (2/gamma)(eps - 2(1-E)/gamma + (1-E^2)/(2 gamma))``.
         """
-        t = torch.tensor([time], dtype=torch.float64)
+        t = torch.tensor([time], dtype=torch.float64, device="cpu")
         alpha, variance, scale = (value.item() for value in variance_preserving(schedule, t))
         gamma = self.friction
         x = gamma * self.step_length
         decay, lost = math.exp(-x), -math.expm1(-x)
         g1, g2 = lost / gamma, _drift_weight(x) / gamma**2
-        a = torch.tensor([[1 - g2 / variance, scale * g1], [-g1 / variance / scale, decay]], dtype=torch.float64)
-        b = torch.tensor([scale * g2, g1], dtype=torch.float64) * (alpha / variance)
+        a = t.new_tensor([[1 - g2 / variance, scale * g1], [-g1 / variance / scale, decay]])
+        b = t.new_tensor([scale * g2, g1]) * (alpha / variance)
         # First normal: the velocity's noise and what the position shares with it; second: the position's rest.
         sd_v = math.sqrt(-math.expm1(-2 * x))
         shared = lost**2 / gamma / sd_v
         rest = math.sqrt(2 * _position_weight(x) - lost**2 * math.tanh(x / 2)) / gamma
-        c = torch.tensor([[scale * shared, scale * rest], [sd_v, 0.0]], dtype=torch.float64)
+        c = t.new_tensor([[scale * shared, scale * rest], [sd_v, 0.0]])
         count = self.block_steps
         return AffineSteps(t.expand(count), a.expand(count, 2, 2), b.expand(count, 2), c.expand(count, 2, 2))
 

@@ -214,7 +214,7 @@ def _agree(one: NoiseSchedule, other: NoiseSchedule) -> bool:
     """Whether two schedules are the same, at all of some times."""
     if one is other:
         return True
-    times = torch.linspace(one.t_start, one.t_end, 9, dtype=torch.float64)
+    times = torch.linspace(one.t_start, one.t_end, 9, dtype=torch.float64, device="cpu")
     return one.t_range == other.t_range and all(
         torch.allclose(mine(times), theirs(times), rtol=1e-6, atol=1e-9)
         for mine, theirs in ((one.alpha, other.alpha), (one.sigma, other.sigma))

@@ -71,7 +71,7 @@ def run(engine: Engine, problem: Problem, tally: Tally, limit: int, return_state
 @torch.no_grad()
 def rounds(engine: Engine, problem: Problem, tally: Tally, limit: int, return_states: bool) -> Asking[Tensor | None]:
     """Solve on one node set after the other; a sample stays in the batch until it is judged."""
-    nodes, left, coarse = engine.nodes, torch.arange(problem.batch), None
+    nodes, left, coarse = engine.nodes, torch.arange(problem.batch, device="cpu"), None
     aim = np.full(problem.batch, engine.aim)
     states = problem.start.new_empty(engine.steps.count + 1, *problem.start.shape) if return_states else None
     with tally.running():

@@ -99,7 +99,7 @@ class Executor:
         self.team = Here() if team is None else team
         self.max_batch = self.given_max_batch = max_batch
         self.peak_batch = 0
-        self.evaluations = torch.zeros(shape[0], dtype=torch.int64)
+        self.evaluations = torch.zeros(shape[0], dtype=torch.int64, device="cpu")
 
     def run(
         self,

@@ -67,7 +67,7 @@ class TimeGrid:
             ValueError: If ``steps`` < 1, or the ends lie outside the schedule's range or in the wrong order.
         """
         count, first, last = positive_int("steps", steps, maximum=_MAX_STEPS), *_ends(schedule, start, end)
-        return cls(torch.linspace(first, last, count + 1, dtype=torch.float64))
+        return cls(torch.linspace(first, last, count + 1, dtype=torch.float64, device="cpu"))
 
     @classmethod
     def log_snr(
@@ -93,7 +93,7 @@ class TimeGrid:
             ValueError: If ``steps`` < 1, or the ends lie outside the schedule's range or in the wrong order.
         """
         count, first, last = positive_int("steps", steps, maximum=_MAX_STEPS), *_ends(schedule, start, end)
-        levels = torch.linspace(*_finite_levels(schedule, first, last), count + 1, dtype=torch.float64)
+        levels = torch.linspace(*_finite_levels(schedule, first, last), count + 1, dtype=torch.float64, device="cpu")
         times = schedule.time(levels)
         times[0], times[-1] = first, last
         return cls(times)
@@ -119,7 +119,7 @@ class TimeGrid:
         count = positive_int("steps", steps)
         if count > table:
             raise ValueError(f"steps must be an integer from 1 to {table}, the table's length, got {shown(steps)}")
-        indices = torch.arange(count - 1, -1, -1, dtype=torch.float64) * (table // count)
+        indices = torch.arange(count - 1, -1, -1, dtype=torch.float64, device="cpu") * (table // count)
         return cls(torch.cat([indices, indices.new_tensor([-1.0])]))
 
     @classmethod
@@ -231,10 +231,10 @@ class Blocks:
         if eps < fewest:
             raise ValueError(f"step must be at least {fewest:g} here, got {shown(step)}")
         count = _ceil((top - eta) / longest)
-        borders = torch.linspace(top, eta, count + 1, dtype=torch.float64).tolist()
+        borders = torch.linspace(top, eta, count + 1, dtype=torch.float64, device="cpu").tolist()
         inner = _ceil((top - eta) / count / eps)
         spans = zip(borders[:-2], borders[1:-1], strict=True)
-        uniform = [torch.linspace(*span, inner + 1, dtype=torch.float64) for span in spans]
+        uniform = [torch.linspace(*span, inner + 1, dtype=torch.float64, device="cpu") for span in spans]
         return cls([*uniform, _shrinking(borders[-2], eta, eps)])
 
     @staticmethod
@@ -271,8 +271,8 @@ class Blocks:
 def _shrinking(start: float, end: float, step: float) -> Tensor:
     """Times from ``start`` to ``end``; a step is at most ``step * min(1, time at its end)``, the last one cut."""
     uniform, geometric = _shrinking_steps(start, end, step)
-    coarse = start - step * torch.arange(uniform + 1, dtype=torch.float64)
-    fine = coarse[-1] * torch.exp(-math.log1p(step) * torch.arange(1, geometric + 1, dtype=torch.float64))
+    coarse = start - step * torch.arange(uniform + 1, dtype=torch.float64, device="cpu")
+    fine = coarse[-1] * torch.exp(-math.log1p(step) * torch.arange(1, geometric + 1, dtype=torch.float64, device="cpu"))
     inner = torch.cat([coarse[1:], fine])[:-1]
     return torch.cat([inner.new_tensor([start]), inner, inner.new_tensor([end])])
 

@@ -56,13 +56,13 @@ def measure_moments(
     size, schedule = check_shape(shape)[1:], denoiser.schedule
     device = network_device(denoiser.network) or torch.device("cpu")
     given = check_condition(condition, shape[0], device)
-    ends = schedule.log_snr(torch.tensor([schedule.t_start, schedule.t_end], dtype=torch.float64))
-    times = schedule.time(torch.tensor(LEVELS, dtype=torch.float64).clamp(*ends.tolist()))
+    ends = schedule.log_snr(torch.tensor([schedule.t_start, schedule.t_end], dtype=torch.float64, device="cpu"))
+    times = schedule.time(torch.tensor(LEVELS, dtype=torch.float64, device="cpu").clamp(*ends.tolist()))
     alpha, sigma = schedule.alpha(times), schedule.sigma(times)
 
     generator = torch.Generator().manual_seed(SEED)
     inputs = sigma.float()[:, None, None, None] * torch.randn(
-        PAIRS, 2, math.prod(size), dtype=torch.float32, generator=generator
+        PAIRS, 2, math.prod(size), dtype=torch.float32, generator=generator, device="cpu"
     )
     rows = inputs.flatten(0, 2).to(device)
     found = torch.empty_like(rows)

@@ -43,7 +43,7 @@ class NodeSet:
 @kept
 def every_step(steps: int) -> NodeSet:
     """Every step is a node: the fixed point is then exactly the sequential sampler's."""
-    return NodeSet(torch.arange(steps), torch.eye(steps, dtype=torch.float64))
+    return NodeSet(torch.arange(steps, device="cpu"), torch.eye(steps, dtype=torch.float64, device="cpu"))
 
 
 @kept
@@ -60,8 +60,8 @@ def spread(log_snr: Tensor, count: int, order: int = 1) -> NodeSet:
     count = min(positive_int("nodes", count, minimum=2), steps)
     if count == steps:
         return every_step(steps)
-    wanted = torch.linspace(0, 1, count, dtype=torch.float64).mul(clock[-1] - clock[0]).add(clock[0])
-    place = torch.arange(count)
+    wanted = torch.linspace(0, 1, count, dtype=torch.float64, device="cpu").mul(clock[-1] - clock[0]).add(clock[0])
+    place = torch.arange(count, device="cpu")
     nearest = torch.searchsorted((clock[1:] + clock[:-1]) / 2, wanted)
     # Distinct steps: push collisions forwards, then keep room for those that follow.
     indices = torch.cummax(nearest - place, 0).values + place
@@ -100,7 +100,7 @@ def averaged(nodes: NodeSet, importance: Tensor) -> NodeSet:
     """
     share = nodes.weights * importance[:, None]
     readings = (share / share.sum(0)).T
-    among_nodes = torch.eye(nodes.count, dtype=torch.float64) - readings @ nodes.weights
+    among_nodes = torch.eye(nodes.count, dtype=torch.float64, device="cpu") - readings @ nodes.weights
     readings[:, nodes.indices] += among_nodes
     return replace(nodes, readings=readings)
 
@@ -135,10 +135,10 @@ def weights(clock: Tensor, indices: Tensor, order: int) -> Tensor:
     knots = clock[indices]
     size = min(order + 1, len(indices))
     left = (torch.searchsorted(knots, clock, right=True) - 1).clamp(0, len(indices) - 2)
-    columns = (left - (size // 2 - 1)).clamp(0, len(indices) - size)[:, None] + torch.arange(size)
+    columns = (left - (size // 2 - 1)).clamp(0, len(indices) - size)[:, None] + torch.arange(size, device="cpu")
     near, at = knots[columns], clock.clamp(max=float(knots[-1]))[:, None]
-    others = ~torch.eye(size, dtype=torch.bool)
-    ones = torch.ones((), dtype=clock.dtype)
+    others = ~torch.eye(size, dtype=torch.bool, device="cpu")
+    ones = clock.new_ones(())
     factors = torch.where(others, (at - near)[:, None, :], ones) / torch.where(
         others, near[:, :, None] - near[:, None, :], ones
     )

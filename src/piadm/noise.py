@@ -149,7 +149,7 @@ def seed_keys(seed: Seed, batch: int) -> Tensor:
         raise TypeError(f"seed must be {accepted}, got {described(seed)}")
     if len(entries) != batch:
         raise ValueError(f"seed must have one entry per sample: got {len(entries)} for {batch} samples")
-    return torch.tensor([_pair(entry) for entry in entries], dtype=torch.int64)
+    return torch.tensor([_pair(entry) for entry in entries], dtype=torch.int64, device="cpu")
 
 
 class NoiseSource(ABC):
@@ -281,7 +281,7 @@ def _kind(value: object) -> str:
 
 def _steps(steps: Sequence[int] | Tensor) -> Tensor:
     """Check step numbers and return them as an int64 vector."""
-    numbers = torch.as_tensor(steps)
+    numbers = torch.as_tensor(steps, device="cpu")
     integers = not (numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool)
     if numbers.ndim != 1 or not (integers or numbers.numel() == 0):
         raise TypeError(f"steps must be one-dimensional and hold integers, got {_kind(numbers)}")

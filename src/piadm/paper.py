@@ -217,7 +217,7 @@ def _picard(
 ) -> ParallelPath:
     """K rounds on one block, all its nodes starting at the block's start ``(B, s, d)``, constant on the OU scale."""
     condensed = condense(steps, ScoreFrozen().slopes(problem.denoiser.schedule, steps), every_step(steps.count))
-    path = ParallelPath(condensed, free_states([condensed], start, draw)[0], torch.arange(problem.batch))
+    path = ParallelPath(condensed, free_states([condensed], start, draw)[0], torch.arange(problem.batch, device="cpu"))
     scale = variance_preserving(problem.denoiser.schedule, steps.times)[2].to(start)
     path.nodes.copy_(start[:, 0] * (scale / scale[0])[:, None, None])
     solve(tally, path, AllRows(), FixedIterations(iterations), limit=tally.rounds + iterations)

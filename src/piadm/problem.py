@@ -181,7 +181,7 @@ def _prior_scale(denoiser: Denoiser, grid: TimeGrid) -> float:
 
 
 def _place(denoiser: Denoiser, initial: Tensor | None, noise: Tensor | None) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype of the state: the network's device, and float32 or the widest type in sight."""
+    """Device and dtype of the state: the network's device, the arrays' or the CPU; float32 or the widest type."""
     given = [array for array in (initial, noise) if array is not None]
     device = network_device(denoiser.network) or (given[0].device if given else torch.device("cpu"))
     dtype = network_dtype(denoiser.network, torch.float32)

@@ -77,7 +77,7 @@ def sample_sequential(
     )  # fmt: skip
     tally = Tally(problem, coefficients.count, callback, progress)
     x, batch = problem.start.clone(), problem.batch
-    samples = torch.arange(batch)
+    samples = torch.arange(batch, device="cpu")
     rows, nodes = samples.to(x.device), coefficients.times.to(x.device)
     a, b, c = coefficients.a[:, 0, 0].tolist(), coefficients.b[:, 0].tolist(), coefficients.c[:, 0].tolist()
     states = [x] if return_states else []

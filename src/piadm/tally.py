@@ -51,9 +51,9 @@ class Tally:
     def __post_init__(self) -> None:
         self.began = time.perf_counter()
         batch, self.end = self.problem.batch, self.problem.start.clone()
-        self.error = torch.full((batch,), torch.inf, dtype=torch.float64)
+        self.error = torch.full((batch,), torch.inf, dtype=torch.float64, device="cpu")
         self.status = [Status.INTERRUPTED] * batch
-        self.rounds_per_sample = torch.zeros(batch, dtype=torch.int64)
+        self.rounds_per_sample = torch.zeros(batch, dtype=torch.int64, device="cpu")
         self.interrupted = False
         self.bar = tqdm(total=self.total, unit="round", disable=not self.progress, leave=False)
 
@@ -108,7 +108,7 @@ class Tally:
     def finish(self) -> None:
         """Close every sample of a run of a known number of rounds: CONVERGED if it had them all."""
         batch = self.problem.batch
-        self.close(torch.arange(batch), np.full(batch, self.rounds == self.total))
+        self.close(torch.arange(batch, device="cpu"), np.full(batch, self.rounds == self.total))
 
     @contextmanager
     def stoppable(self) -> Iterator[None]:

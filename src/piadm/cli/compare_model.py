@@ -82,7 +82,7 @@ class ModelName:
 def mixture() -> Denoiser:
     """Ten narrow Gaussians in 64 dimensions, on the table of DDPM: exact, and free of cost."""
     generator = torch.Generator().manual_seed(0)
-    means = _SPREAD * torch.randn(_COMPONENTS, *_MIXTURE_SHAPE, generator=generator)
+    means = _SPREAD * torch.randn(_COMPONENTS, *_MIXTURE_SHAPE, generator=generator, dtype=torch.float32, device="cpu")
     return MixtureDenoiser(DiscreteSchedule.ddpm(), means, _VARIANCE)
 
 

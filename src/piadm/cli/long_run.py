@@ -170,7 +170,7 @@ def _sample(denoiser: Denoiser, settings: LongRun, samples: range, shape: tuple[
         return None
     return {
         "sample": found.sample.cpu(),
-        "status": torch.tensor([STATUSES.index(status) for status in found.status], dtype=torch.uint8),
+        "status": torch.tensor([STATUSES.index(status) for status in found.status], dtype=torch.uint8, device="cpu"),
         "error_estimate": found.error_estimate,
         "rounds": found.stats.rounds_per_sample,
         "evaluations": found.stats.evaluations_per_sample,

@@ -160,7 +160,7 @@ class MixtureNetwork:
         if centres.ndim < 1 or centres.numel() == 0:
             raise ValueError(f"means must have shape (K, *shape) with K >= 1, got {tuple(centres.shape)}")
         count = len(centres)
-        shares = torch.ones(count) if weights is None else weights
+        shares = centres.new_ones(count) if weights is None else weights
         shares = _real_tensor("weights", shares).to(centres.device)
         if spread.shape not in ((), (count,)) or bool((spread < 0).any()):
             raise ValueError(f"variances must be one number or {count}, none negative, got {_brief(spread)}")

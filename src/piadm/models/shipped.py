@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load as tensors_of
 from torch import Tensor, nn
 
 from piadm._checks import choice
@@ -107,7 +107,8 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 def _read_weights(path: Path, device: torch.device | str, dtype: torch.dtype) -> dict[str, Tensor]:
     try:
-        stored = load_file(_present(path))
+        # Not load_file: older releases of safetensors let it put them on the default device.
+        stored = tensors_of(_present(path).read_bytes())
     except SafetensorError as error:
         raise ValueError(f"{path} is not a readable safetensors file ({error}); {_REMEDY}") from error
     return {name: tensor.to(device, dtype) for name, tensor in stored.items()}

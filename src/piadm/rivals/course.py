@@ -130,8 +130,8 @@ class Lane:
         """
         course, cells = self.course, len(borders) - 1
         device = course.a.device
-        cell = torch.repeat_interleave(torch.arange(cells), borders.diff()).to(device)
-        whole, weight = [1.0] * cells, torch.empty(course.count, dtype=torch.float64)
+        cell = torch.repeat_interleave(torch.arange(cells, device="cpu"), borders.diff()).to(device)
+        whole, weight = [1.0] * cells, torch.empty(course.count, dtype=torch.float64, device="cpu")
         factors, owner = course.a.tolist(), cell.tolist()
         for i in reversed(range(course.count)):
             weight[i] = whole[owner[i]]
@@ -183,7 +183,7 @@ def prepare(
         raise ValueError("denoiser must give finite values; " + "; ".join(truth.failures or ("the states overflowed",)))
     device = problem.start.device
     noisy = scheme.normals > 0
-    c = scheme.c[:, 0, 0] if noisy else torch.zeros(scheme.count, dtype=torch.float64)
+    c = scheme.c[:, 0, 0] if noisy else scheme.c.new_zeros(scheme.count)
     return Course(
         denoiser=denoiser,
         shape=problem.shape,
@@ -209,4 +209,4 @@ def _spread(noise: Tensor) -> Tensor:
     positive = [1e-12]
     for value in [*noise.tolist(), 0.0]:
         positive.append(value if value > 0 else positive[-1])
-    return torch.tensor(positive[1:], dtype=torch.float64)
+    return torch.tensor(positive[1:], dtype=torch.float64, device="cpu")

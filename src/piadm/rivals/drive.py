@@ -102,7 +102,7 @@ def _call(course: Course, executor: Executor, asked: dict[int, tuple[Tensor, Ten
     """One round: the denoised estimates of all rows that the samples ask for, per sample."""
     device, dtype = course.start.device, course.start.dtype
     counts = [len(steps) for _, steps in asked.values()]
-    samples = torch.repeat_interleave(torch.tensor(list(asked)), torch.tensor(counts))
+    samples = torch.repeat_interleave(torch.tensor(list(asked), device="cpu"), torch.tensor(counts, device="cpu"))
     states = torch.cat([states for states, _ in asked.values()]).to(dtype)
     steps = torch.cat([steps for _, steps in asked.values()])
     times = course.steps.times[steps.cpu()].to(device)

@@ -42,7 +42,7 @@ def parataa(lane: Lane, window: int, order: int, memory: int, tolerance: float) 
     first, last = 0, min(window, course.count)
     while first < course.count:
         here = slice(first + 1, last + 1)
-        estimate = yield x[first:last], torch.arange(first, last)
+        estimate = yield x[first:last], torch.arange(first, last, device="cpu")
         off = (lane.step(first, last, x[first:last], estimate) - x[here]).square().mean(1).sqrt()
         settled = int((off <= tolerance * course.spread[here]).long().cumprod(0).sum())
         sums = torch.cat([torch.zeros_like(x[:1]), frozen_score_increments(lane, first, last, x, estimate).cumsum(0)])

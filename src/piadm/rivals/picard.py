@@ -38,7 +38,7 @@ def picard(lane: Lane, blocks: Tensor, iterations: int) -> Solver:
     for first, last in zip(blocks.tolist(), blocks[1:].tolist(), strict=False):
         x[first : last + 1] = scale[first : last + 1] / scale[first] * x[first]
         for _ in range(min(iterations, last - first)):
-            estimate = yield x[first:last], torch.arange(first, last)
+            estimate = yield x[first:last], torch.arange(first, last, device="cpu")
             sums = frozen_score_increments(lane, first, last, x, estimate).cumsum(0)
             x[first + 1 : last + 1] = alpha[first + 1 : last + 1] * (x[first] / alpha[first] + sums)
     return x[course.count]

@@ -42,7 +42,7 @@ def borders(course: Course, count: int, spacing: str) -> Tensor:
         inner = _nearest(clock[:-1], count)
         return torch.cat([inner, inner.new_tensor([fine])])
     if spacing == "log-snr" and clean:
-        return torch.tensor([0, fine])
+        return torch.tensor([0, fine], device="cpu")
     return _nearest(clock, count + 1)
 
 
@@ -52,7 +52,7 @@ def _clock(course: Course, spacing: str) -> Tensor:
     if not log_snr[0].isfinite() and len(log_snr) > 3:
         log_snr[0] = 2 * log_snr[1] - log_snr[2]
     if spacing == "grid":
-        return torch.arange(len(log_snr), dtype=torch.float64)
+        return torch.arange(len(log_snr), dtype=torch.float64, device="cpu")
     if spacing == "log-snr":
         return log_snr
     if spacing == "karras":
@@ -62,8 +62,8 @@ def _clock(course: Course, spacing: str) -> Tensor:
 
 def _nearest(clock: Tensor, count: int) -> Tensor:
     """The ``count`` distinct entries nearest to an even spacing of the clock, both ends included."""
-    order, room = torch.arange(count), len(clock)
-    wanted = torch.linspace(0, 1, count, dtype=torch.float64).mul(clock[-1] - clock[0]).add(clock[0])
+    order, room = torch.arange(count, device="cpu"), len(clock)
+    wanted = torch.linspace(0, 1, count, dtype=torch.float64, device="cpu").mul(clock[-1] - clock[0]).add(clock[0])
     nearest = torch.searchsorted((clock[1:] + clock[:-1]) / 2, wanted)
     # Distinct entries: push collisions forwards, then keep room for those that follow.
     pushed = torch.cummax(nearest - order, 0).values + order

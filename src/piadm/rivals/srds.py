@@ -39,7 +39,7 @@ def srds(lane: Lane, blocks: Tensor, tolerance: float, pipelined: bool) -> Solve
     while True:
         rows = [solve for solve in work.solves.values() if solve.done == 0 or pipelined or work.swept(solve.sweep)]
         states = torch.stack([solve.x for solve in rows])
-        estimates = yield states, torch.tensor([solve.at for solve in rows])
+        estimates = yield states, torch.tensor([solve.at for solve in rows], device="cpu")
         for solve, estimate in zip(rows, estimates, strict=True):
             work.advance(solve, estimate)
         while work.swept(sweep):

@@ -70,9 +70,9 @@ def engine_law(
     modes, share = len(spectrum.variances), (spectrum.counts / spectrum.counts.sum()).sqrt()
     steps = integrator(method).steps(schedule, grid)
     width = 2 + steps.count  # the mean, the first state, and the noise of every step
-    unit = torch.eye(width, dtype=torch.float64)[:, None] * share[:, None]
+    unit = torch.eye(width, dtype=torch.float64, device="cpu")[:, None] * share[:, None]
     start = initial_law(spectrum, schedule, float(grid.times[0])).variance.sqrt()
-    centre = torch.zeros(modes, width, dtype=torch.float64)
+    centre = share.new_zeros(modes, width)
     centre[:, 0] = share * spectrum.means
     exact = GaussianDenoiser(schedule, centre, spectrum.variances[:, None].expand(modes, width).contiguous())
     ends: list[Tensor] = []

@@ -45,7 +45,7 @@ def log_polynomial_fit(d: Sequence[float], y: Sequence[float], degree: int = 2) 
         y: what grows.
         degree: of the polynomial.
     """
-    return _least_squares(_log(d), torch.tensor(y, dtype=torch.float64), degree)
+    return _least_squares(_log(d), _vector(y), degree)
 
 
 def against_power(d: Sequence[float], y: Sequence[float], power: float) -> float:
@@ -62,8 +62,8 @@ def against_power(d: Sequence[float], y: Sequence[float], power: float) -> float
         y: what grows.
         power: smallest exponent that is tried, between -1 and 2.
     """
-    logs, values = _log(d), torch.tensor(y, dtype=torch.float64)
-    tried = torch.cat([torch.linspace(-1, 2, 3001, dtype=torch.float64), torch.tensor([power], dtype=torch.float64)])
+    logs, values = _log(d), _vector(y)
+    tried = torch.cat([torch.linspace(-1, 2, 3001, dtype=torch.float64, device="cpu"), _vector([power])])
     tried = torch.where(tried.abs() < 1e-9, 1e-9, tried)
     slope = torch.expm1(tried[:, None] * logs) / tried[:, None]
     slope = slope - slope.mean(1, keepdim=True)
@@ -79,13 +79,17 @@ def last_exponent(d: Sequence[float], fit: Fit) -> float:
     return sum(i * coefficient * x ** (i - 1) for i, coefficient in enumerate(c) if i) / value
 
 
+def _vector(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
+
+
 def _log(values: Sequence[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64).log()
+    return _vector(values).log()
 
 
 def _least_squares(x: Tensor, y: Tensor, degree: int) -> Fit:
     """Fit of a polynomial; errors from the residuals, as if these were independent and of one size."""
-    design = x[:, None] ** torch.arange(degree + 1)
+    design = x[:, None] ** torch.arange(degree + 1, device="cpu")
     solution = torch.linalg.lstsq(design, y[:, None]).solution[:, 0]
     left = y - design @ solution
     freedom = max(1, len(y) - degree - 1)

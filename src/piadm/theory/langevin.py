@@ -102,7 +102,7 @@ def interpolated(function: Callable[[Tensor], Tensor], x: Tensor, points: int) -
     if len(x) <= points:
         return function(x)
     centre, half = (x.max() + x.min()) / 2, ((x.max() - x.min()) / 2).clamp(min=1e-300)
-    order = torch.arange(points, dtype=torch.float64)
+    order = torch.arange(points, dtype=torch.float64, device="cpu")
     angles = math.pi * (order + 0.5) / points
     coefficients = torch.cos(order[:, None] * angles) @ function(centre + half * angles.cos()) * (2 / points)
     coefficients[0] /= 2
@@ -126,7 +126,7 @@ def _block_map(precision: Tensor, corrector: Corrector) -> VectorMap:
     """
     carried, push = _step(corrector.step_length, corrector.friction)
     answer, count, size = precision[:, None] * push, corrector.iterations, 1 + 2 * corrector.iterations
-    matrix = torch.zeros(len(precision), size, size, dtype=torch.float64)
+    matrix = precision.new_zeros(len(precision), size, size)
     matrix[:, 0, 0] = 1
     for k in range(count):
         rows = slice(1 + 2 * k, 3 + 2 * k)
@@ -136,7 +136,7 @@ def _block_map(precision: Tensor, corrector: Corrector) -> VectorMap:
     noise[:, 1:, 1:] = carried.covariance.repeat(count, count)
     whole = VectorMap(matrix, noise).power(corrector.block_steps)
     # Every iterate starts from the same position and velocity; the last one is the result.
-    last, starts = slice(size - 2, size), torch.zeros(size, 2, dtype=torch.float64)
+    last, starts = slice(size - 2, size), matrix.new_zeros(size, 2)
     starts[0, 0] = 1
-    starts[1:] = torch.eye(2, dtype=torch.float64).repeat(count, 1)
+    starts[1:] = torch.eye(2, dtype=torch.float64, device="cpu").repeat(count, 1)
     return VectorMap(whole.matrix[:, last] @ starts, whole.covariance[:, last, last])

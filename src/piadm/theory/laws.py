@@ -38,7 +38,7 @@ class Partition(Protocol):
 
 def initial_law(modes: Modes, schedule: NoiseSchedule, time: float) -> Law:
     """The samplers' first state, ``N(0, alpha^2 + sigma^2)``, at the first time."""
-    scale = variance_preserving(schedule, torch.tensor(time, dtype=torch.float64))[2]
+    scale = variance_preserving(schedule, torch.tensor(time, dtype=torch.float64, device="cpu"))[2]
     return Law(torch.zeros_like(modes.variances), torch.ones_like(modes.variances) * scale.square())
 
 
@@ -209,7 +209,7 @@ class Predictor:
     @cached_property
     def _at_ends(self) -> tuple[Law, Tensor]:
         """Law of the noised data where blocks end, on the variance-preserving scale, and that scale: ``(N, m)``."""
-        ends = self.times[torch.tensor(self.sizes).cumsum(0)]
+        ends = self.times[torch.tensor(self.sizes, device="cpu").cumsum(0)]
         law = noised(self.modes, self.schedule, ends)
         scale = variance_preserving(self.schedule, ends)[2][:, None].expand_as(law.mean)
         return Law(law.mean / scale, law.variance / scale.square()), scale

@@ -63,7 +63,7 @@ class MixtureProduct:
             TypeError, ValueError: for arguments out of bounds.
         """
         share, size = positive_vector("weights", weights), positive_int("dimension", dimension)
-        centre = torch.as_tensor(means, dtype=torch.float64)
+        centre = torch.as_tensor(means, dtype=torch.float64, device="cpu")
         if centre.shape != share.shape:
             raise ValueError(f"means must have one entry per weight, ({len(share)},), got shape {tuple(centre.shape)}")
         for name, value in (
@@ -136,7 +136,7 @@ class MixtureProduct:
         return self.dimension * divergence, self.dimension * math.sqrt(spread)
 
     def _levels(self, time: float, schedule: NoiseSchedule) -> tuple[float, float]:
-        t = torch.tensor(time, dtype=torch.float64)
+        t = torch.tensor(time, dtype=torch.float64, device="cpu")
         return float(schedule.alpha(t)), float(schedule.sigma(t).square())
 
     def _line(self, spacing: float) -> Tensor:
@@ -148,7 +148,7 @@ class MixtureProduct:
                 f"grid must have steps with more noise than a standard deviation of {PER_DEVIATION * spacing:g}, or "
                 f"the line needs {count} points; end it earlier or take longer steps"
             )
-        return torch.linspace(-half, half, count, dtype=torch.float64)
+        return torch.linspace(-half, half, count, dtype=torch.float64, device="cpu")
 
     def _propagate(self, steps: AffineSteps, schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
         """Points, and the density there after the last step."""
@@ -167,7 +167,7 @@ class MixtureProduct:
         """Inner borders of ``bins`` intervals of equal probability under the noised data, ``(bins - 1,)``."""
         x = self._line(2e-4)
         mass = self.density(x, time).cumsum(0)
-        wanted = torch.arange(1, bins, dtype=torch.float64) / bins * mass[-1]
+        wanted = torch.arange(1, bins, dtype=torch.float64, device="cpu") / bins * mass[-1]
         place = torch.searchsorted(mass, wanted).clamp(min=1)
         low, high = mass[place - 1], mass[place]
         # A cumulative sum of midpoint masses is the distribution at half a spacing further on.
@@ -180,7 +180,7 @@ def _spread(mass: Tensor, centres: Tensor, x: Tensor, deviation: float) -> Tenso
     reach = math.ceil(REACH * deviation / spacing)
     held = mass > 1e-300
     nearest = ((centres[held] - first) / spacing).round().long()
-    indices = nearest[:, None] + torch.arange(-reach, reach + 1)
+    indices = nearest[:, None] + torch.arange(-reach, reach + 1, device="cpu")
     distance = (first + spacing * indices.double() - centres[held][:, None]) / deviation
     weights = torch.exp(-distance.square() / 2) * (mass[held][:, None] / (deviation * math.sqrt(2 * math.pi)))
     inside = (indices >= 0) & (indices < len(x))

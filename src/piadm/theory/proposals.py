@@ -208,7 +208,7 @@ class Settings:
 
         What the iterations leave on that grid, and on one of twice its step, is drawn as a line to each step.
         """
-        tried_steps = torch.tensor(steps, dtype=torch.float64)
+        tried_steps = torch.tensor(steps, dtype=torch.float64, device="cpu")
         settled, shares = self._expansion(count).at(tried_steps), tried_steps / grid - 1
 
         def divergence(tried: int) -> Tensor:

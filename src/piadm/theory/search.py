@@ -39,7 +39,7 @@ SHARE = 0.5
 HORIZON_SHARE = 0.5
 
 #: The steps that are considered, 61 to a decade.
-STEPS = torch.logspace(-7, -1, 367, dtype=torch.float64)
+STEPS = torch.logspace(-7, -1, 367, dtype=torch.float64, device="cpu")
 
 #: Iterations beyond those needed that must be within the divergence too: it may pass its target and come back.
 BEYOND = 3
@@ -107,7 +107,7 @@ class Expansion:
         most = min(FINEST_TO, target.span(horizon) / (GRIDS[0] * IN_BLOCK * count))
         finest = min(most, max(least, FINEST * math.sqrt(allowed / target.modes.dimension)))
         finest = family.fitting(target, horizon, count, finest, GRIDS[0])
-        grids, powers = torch.tensor(GRIDS, dtype=torch.float64), torch.arange(len(GRIDS))
+        grids, powers = torch.tensor(GRIDS, dtype=torch.float64, device="cpu"), torch.arange(len(GRIDS), device="cpu")
         laws = [family.settled(target, horizon, count, step) for step in (grids * finest).tolist()]
         # In units of the finest step, for a well-conditioned system.
         inverse = torch.linalg.inv(grids[:, None] ** powers) / finest ** powers[:, None]
@@ -116,7 +116,8 @@ class Expansion:
 
     def at(self, steps: Tensor | float) -> Law:
         """The law of a step, or of each of several ``(k,)``: ``(m,)`` or ``(k, m)``."""
-        powers = torch.as_tensor(steps, dtype=torch.float64)[..., None] ** torch.arange(len(GRIDS))
+        step = torch.as_tensor(steps, dtype=torch.float64, device="cpu")
+        powers = step[..., None] ** torch.arange(len(GRIDS), device="cpu")
         return Law(powers @ self.means, powers @ self.variances)
 
     def mixed(self, other: Expansion, share: float) -> Expansion:

@@ -46,7 +46,7 @@ class Modes(Protocol):
 
 def noised(modes: Modes, schedule: NoiseSchedule, time: float | Tensor) -> Law:
     """Law of the noised data at a time: ``N(alpha mean, alpha^2 variance + sigma^2)`` per mode, ``(..., m)``."""
-    t = torch.as_tensor(time, dtype=torch.float64)[..., None]
+    t = torch.as_tensor(time, dtype=torch.float64, device="cpu")[..., None]
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     return Law(alpha * modes.means, alpha.square() * modes.variances + sigma.square())
 
@@ -138,7 +138,7 @@ class Spectrum:
         """
         p = finite_float("power", power, low=0.0)
         last = finite_float("ratio", ratio, low=1.0) ** (1 / p)
-        ranks = 1 + (last - 1) * (torch.arange(24, dtype=torch.float64) + 0.5) / 24
+        ranks = 1 + (last - 1) * (torch.arange(24, dtype=torch.float64, device="cpu") + 0.5) / 24
         return cls.repeated(finite_float("top", top, low=0.0) * ranks**-p, dimension)
 
     @property
@@ -205,7 +205,8 @@ class VarianceBounds:
     @property
     def variances(self) -> Tensor:
         """Variances from ``low`` to ``high``, evenly in their logarithm."""
-        return torch.linspace(math.log(self.low), math.log(self.high), _BOUND_POINTS, dtype=torch.float64).exp()
+        low, high = math.log(self.low), math.log(self.high)
+        return torch.linspace(low, high, _BOUND_POINTS, dtype=torch.float64, device="cpu").exp()
 
     @property
     def means(self) -> Tensor:
@@ -237,7 +238,7 @@ def _gauss(points: Tensor, weights: Tensor, count: int) -> tuple[Tensor, Tensor]
     """
     centre = (points[0] + points[-1]) / 2
     mass, basis = weights.sum(), [(weights / weights.sum()).sqrt()]
-    jacobi = torch.zeros(count, count, dtype=torch.float64)
+    jacobi = points.new_zeros(count, count)
     for k in range(count):
         following = (points - centre) * basis[k]
         jacobi[k, k] = following @ basis[k]

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from piadm._checks import shown
@@ -24,7 +25,7 @@ def fingerprint(value: Any) -> str:  # noqa: ANN401 - any argument
     objects by their name alone.
     """
     if isinstance(value, (Tensor, np.ndarray)):
-        return f"{shown(value)} {_checksum(torch.as_tensor(value)):08x}"
+        return f"{shown(value)} {_checksum(value):08x}"
     if value is None or isinstance(value, (str, bytes, int, float, torch.dtype, torch.device)):
         return shown(value)
     if isinstance(value, Mapping):
@@ -48,5 +49,6 @@ def weights(network: Any) -> str:  # noqa: ANN401 - any callable
     return f" {zlib.crc32(' '.join(sums).encode()):08x}" if sums else ""
 
 
-def _checksum(array: Tensor) -> int:
-    return zlib.crc32(array.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+def _checksum(array: Tensor | NDArray[Any]) -> int:
+    host = torch.as_tensor(array, device="cpu").detach()
+    return zlib.crc32(host.contiguous().flatten().view(torch.uint8).numpy().tobytes())
