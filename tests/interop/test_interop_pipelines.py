@@ -20,7 +20,7 @@ def output(pipe: Any, case: Case, steps: int = STEPS, **more: Any) -> Tensor:  #
     torch.manual_seed(5)
     generator = torch.Generator().manual_seed(6)
     call = dict(case.call, num_inference_steps=steps, output_type=case.output, return_dict=False) | more
-    return torch.as_tensor(pipe(generator=generator, **call)[0]).float()
+    return torch.as_tensor(pipe(generator=generator, **call)[0], device="cpu").float()
 
 
 def apart(got: Tensor, want: Tensor) -> float:
@@ -42,6 +42,14 @@ def test_a_pipeline_is_its_sequential_self(name: str) -> None:
     # The aim; at most 7e-5 was reached.  The networks are random and small, not trained: they may need many rounds.
     assert error <= 1e-3
     assert fast.last_solution.stats.rounds <= STEPS - 1
+
+
+@pytest.mark.parametrize("name", ["DDIM", "SD, guidance", "SD, ControlNet", "SD3", "PixArt", "LTX-Video"])
+def test_the_default_device_makes_no_difference(name: str) -> None:
+    fast = parallelize(CASES[name].build(), nodes="all")
+    with torch.device("meta"):  # holds no numbers; these pipelines name the devices of their own tensors
+        got = output(fast, CASES[name])
+    assert torch.equal(got, output(fast, CASES[name]))
 
 
 SD_CASE, XL_CASE, SD3_CASE = CASES["SD, guidance"], CASES["SDXL"], CASES["SD3"]

@@ -39,8 +39,9 @@ def multistep(lane: Lane, cells: Tensor, scheduler: Scheduler) -> Solver:
     at = cells.to(course.a.device)
     alpha, sigma = course.alpha[at], course.sigma[at]
     scale = torch.hypot(alpha, sigma)
-    scheduler.set_timesteps(count)
-    scheduler.timesteps = torch.arange(count)
+    with torch.device("cpu"):  # schedulers name no device for their tables
+        scheduler.set_timesteps(count)
+    scheduler.timesteps = torch.arange(count, device="cpu")
     scheduler.sigmas = (sigma / alpha).clamp(max=_LARGEST_RATIO).float().cpu()
     scheduler.set_begin_index(0)
     more: list[dict[str, Tensor]] = [{}] * count
@@ -62,9 +63,10 @@ def dpm_solver(course: Course) -> Scheduler:
         Unavailable: without diffusers.
     """
     kind = "sde-dpmsolver++" if course.method == "sde" else "dpmsolver++"
-    return _schedulers().DPMSolverMultistepScheduler(
-        algorithm_type=kind, solver_order=2, prediction_type="sample", final_sigmas_type=_final(course)
-    )
+    with torch.device("cpu"):
+        return _schedulers().DPMSolverMultistepScheduler(
+            algorithm_type=kind, solver_order=2, prediction_type="sample", final_sigmas_type=_final(course)
+        )
 
 
 def unipc(course: Course, order: int) -> Scheduler:
@@ -75,9 +77,10 @@ def unipc(course: Course, order: int) -> Scheduler:
     """
     if course.method == "sde":
         raise Unavailable("UniPC solves the ODE only")
-    return _schedulers().UniPCMultistepScheduler(
-        solver_order=order, prediction_type="sample", final_sigmas_type=_final(course)
-    )
+    with torch.device("cpu"):
+        return _schedulers().UniPCMultistepScheduler(
+            solver_order=order, prediction_type="sample", final_sigmas_type=_final(course)
+        )
 
 
 def _final(course: Course) -> str:

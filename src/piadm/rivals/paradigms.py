@@ -49,7 +49,7 @@ def paradigms(
     first, last = 0, min(window, course.count)
     while first < course.count:
         old = x[first:last]
-        estimate = yield old, torch.arange(first, last)
+        estimate = yield old, torch.arange(first, last, device="cpu")
         fresh = x[first] + (step(first, last, old, estimate) - old).cumsum(0)
         change = (fresh - x[first + 1 : last + 1]).square().mean(1).sqrt()
         settled = change <= tolerance * spread[first + 1 : last + 1]
@@ -93,23 +93,25 @@ class DiffusersSteps:
         ddpm = len(table.alphas_cumprod) >= course.count
         if not ddpm or not torch.equal(course.grid.times, TimeGrid.ddpm(table, course.count).times):
             raise Unavailable("diffusers' parallel schedulers need the grid TimeGrid.ddpm")
-        products = torch.cat([torch.ones(1, dtype=torch.float64), table.alphas_cumprod])
+        products = torch.cat([table.alphas_cumprod.new_ones(1), table.alphas_cumprod])
         betas = 1 - products[1:] / products[:-1]
         more = {"variance_type": "fixed_small"} if course.method == "sde" else {"set_alpha_to_one": True}
-        scheduler = scheduler_class(
-            num_train_timesteps=len(betas), trained_betas=betas.numpy(), prediction_type="sample", clip_sample=False,
-            timestep_spacing="leading", **more,
-        )  # fmt: skip
-        scheduler.set_timesteps(course.count)
-        variance = [float(scheduler._get_variance(t)) for t in scheduler.timesteps]
-        return cls(scheduler, torch.tensor(variance, dtype=torch.float64).sqrt().to(course.a.device))
+        with torch.device("cpu"):  # it names no device for its tables
+            scheduler = scheduler_class(
+                num_train_timesteps=len(betas), trained_betas=betas.numpy(), prediction_type="sample",
+                clip_sample=False, timestep_spacing="leading", **more,
+            )  # fmt: skip
+            scheduler.set_timesteps(course.count)
+            variance = [float(scheduler._get_variance(t)) for t in scheduler.timesteps]
+        return cls(scheduler, torch.tensor(variance, dtype=torch.float64, device="cpu").sqrt().to(course.a.device))
 
     def solver(self, lane: Lane, window: int, tolerance: float) -> Solver:
         """``paradigms`` with these steps; the end's unit is 0, as in the authors' code: it must be exact."""
 
         def step(first: int, last: int, x: Tensor, estimate: Tensor) -> Tensor:
             times = self.scheduler.timesteps[first:last].to(x.device)
-            moved: Tensor = self.scheduler.batch_step_no_noise(estimate.float(), times, x.float())
+            with torch.device("cpu"):
+                moved: Tensor = self.scheduler.batch_step_no_noise(estimate.float(), times, x.float())
             kicks = 0.0 if lane.noise is None else self.noise[first:last, None] * lane.noise[first:last]
             return moved.double() + kicks
 

@@ -139,7 +139,7 @@ class Slot:
             self.state.of(rest).zero_()
             return rest
         if str(path[0]).startswith("timestep") and isinstance(value, (int, float)):
-            return torch.tensor(value)
+            return torch.tensor(value, device="cpu")
         return value
 
     @cached_property
@@ -158,7 +158,7 @@ class Slot:
             number = next((k for k, other in enumerate(seen) if all(map(same, own, other))), len(seen))
             seen += [list(own)] if number == len(seen) else []
             numbers.append(number)
-        return torch.tensor(numbers or [0])
+        return torch.tensor(numbers or [0], device="cpu")
 
     def call(self, network: Callable[[dict[str, Any]], Any], arguments: dict[str, Any], rows: Rows) -> Any:  # noqa: ANN401
         """The network's output for some rows, ``chunks r`` of its rows; one call per group.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from piadm.denoiser import Denoiser
 from piadm.integrators import AffineSteps, MultistepSteps, Steps
-from piadm.interop.diffusers.probe import WORKS, Probe, UnsupportedError, rebound, unclipped
+from piadm.interop.diffusers.probe import WORKS, Probe, UnsupportedError, on_host, rebound, unclipped
 from piadm.schedule import FlowSchedule, NoiseSchedule
 
 #: diffusers' names of what a network predicts, in this library's words.
@@ -69,7 +69,7 @@ class CallLevels(NoiseSchedule):
 
     def _time(self, log_snr: Tensor) -> Tensor:
         # A table has no times in between: the last call that is no cleaner.
-        clock = self._log_snr(torch.arange(self.count, -1, -1, dtype=torch.float64))
+        clock = self._log_snr(torch.arange(self.count, -1, -1, dtype=torch.float64, device=log_snr.device))
         return self.count - (torch.searchsorted(clock, log_snr, right=True) - 1).clamp(min=0).double()
 
 
@@ -108,7 +108,8 @@ def levels(scheduler: Any, times: Tensor, scales: Tensor) -> CallLevels:  # noqa
     Raises:
         UnsupportedError: if it cannot add noise.
     """
-    found, twin = torch.tensor([[1.0], [0.0]], dtype=torch.float64).repeat(1, len(times) + 1), unclipped(scheduler)
+    found = torch.tensor([[1.0], [0.0]], dtype=torch.float64, device="cpu").repeat(1, len(times) + 1)
+    twin = unclipped(scheduler)
     try:
         first = _first_index(twin, times.cpu())
         for j, t in enumerate(times.cpu()):
@@ -138,7 +139,8 @@ def _level(scheduler: Any, t: Tensor, index: int | None) -> tuple[float, float]:
             alpha, sigma = scheduler._sigma_to_alpha_sigma_t(scheduler.sigmas[index].double())
             return float(alpha), float(sigma)
         scheduler._begin_index, scheduler._step_index = 0, index  # what ``add_noise`` of a started scheduler goes by
-    one, none = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
+    one = torch.ones(1, 1, dtype=torch.float64, device="cpu")
+    none = torch.zeros_like(one)
     if hasattr(scheduler, "add_noise"):
         return scheduler.add_noise(one, none, t[None]).item(), scheduler.add_noise(none, one, t[None]).item()
     return scheduler.scale_noise(one, t[None], none).item(), scheduler.scale_noise(none, t[None], one).item()
@@ -156,7 +158,7 @@ def estimate(
     Raises:
         UnsupportedError: if that is unknown.
     """
-    clock = torch.arange(len(times), 0, -1, dtype=torch.float64)
+    clock = torch.arange(len(times), 0, -1, dtype=torch.float64, device="cpu")
     kind = scheduler.config.get("prediction_type", "flow_prediction" if hasattr(scheduler, "scale_noise") else None)
     if hasattr(scheduler, "precondition_outputs"):
         sigma = at.sigma(clock)
@@ -186,7 +188,7 @@ def estimate(
 def steps(probed: Probe, of: Estimate) -> Steps:
     """The probed coefficients in terms of the denoised estimate: ``m = (D - p x)/q``."""
     count = len(of.p)
-    times = torch.arange(count, 0, -1, dtype=torch.float64)
+    times = torch.arange(count, 0, -1, dtype=torch.float64, device="cpu")
     b = probed.outputs / of.q
     a, c = probed.states - b * of.p, probed.noises[..., None]
     c = c if c.any() else c[..., :0]
@@ -221,11 +223,11 @@ def _clipped_share(
     options: Mapping[str, Any],
 ) -> Tensor:
     """The share of every step that clips, from how far an estimate beyond all bounds carries it."""
-    far = torch.full((1, 1, 1, 1), FAR, dtype=torch.float64)
-    twin = copy.deepcopy(scheduler)
+    far = torch.full((1, 1, 1, 1), FAR, dtype=torch.float64, device="cpu")
+    twin = on_host(scheduler)
     step = rebound(type(twin).step, randn_tensor=lambda *args, **kwargs: torch.zeros_like(far))
     gain, cut = probed.outputs.diagonal(), clip(far) - far
-    share = torch.ones(len(times), dtype=torch.float64)
+    share = torch.ones_like(gain)
     for j, t in enumerate(times.cpu()):
         if gain[j]:
             moved = step(twin, far / q[j], t, torch.zeros_like(far), **{**options, "return_dict": False})[0]

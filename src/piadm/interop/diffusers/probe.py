@@ -65,12 +65,18 @@ def rebound(function: Callable[..., Any], **names: object) -> Callable[..., Any]
     return twin
 
 
-def unclipped(scheduler: Any) -> Any:  # noqa: ANN401 - any scheduler
-    """A copy on the CPU whose steps do not clip the denoised estimate."""
+def on_host(scheduler: Any) -> Any:  # noqa: ANN401 - any scheduler
+    """A copy whose tables are on the CPU, wherever the pipeline has put them."""
     twin = copy.deepcopy(scheduler)
     for name, value in vars(twin).items():
         if isinstance(value, Tensor):
             setattr(twin, name, value.cpu())
+    return twin
+
+
+def unclipped(scheduler: Any) -> Any:  # noqa: ANN401 - any scheduler
+    """A copy on the CPU whose steps do not clip the denoised estimate."""
+    twin = on_host(scheduler)
     flags = [flag for flag in ("clip_sample", "thresholding") if twin.config.get(flag)]
     twin.register_to_config(**dict.fromkeys(flags, False))
     return twin
@@ -93,12 +99,13 @@ def probe(scheduler: Any, times: Tensor, options: Mapping[str, Any]) -> Probe:  
     if str(scheduler.config.get("variance_type")).startswith("learned"):
         raise UnsupportedError(f"{name} takes its variance from the network, no affine step; what works: {WORKS}")
     twin, width = unclipped(scheduler), 3 * count + 1  # the last coordinate is never excited
-    mixed = torch.randn(3 * count, EXPERIMENTS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    rows, scales = torch.zeros(count, width, dtype=torch.float64), torch.ones(count, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    mixed = torch.randn(3 * count, EXPERIMENTS, generator=generator, dtype=torch.float64, device="cpu")
+    rows, scales = mixed.new_zeros(count, width), mixed.new_ones(count)
     drawn = 0
 
     def vector(number: int) -> Tensor:
-        both = torch.zeros(1, 1, 2, max(width, EXPERIMENTS), dtype=torch.float64)
+        both = mixed.new_zeros(1, 1, 2, max(width, EXPERIMENTS))
         both[..., 0, number], both[..., 1, :EXPERIMENTS] = 1, mixed[number]
         return both
 
@@ -132,7 +139,7 @@ def _scale(scheduler: Any, t: Tensor) -> float:  # noqa: ANN401 - any scheduler
     """Factor of ``scale_model_input``."""
     if not hasattr(scheduler, "scale_model_input"):
         return 1.0
-    none, one, two = scheduler.scale_model_input(torch.arange(3, dtype=torch.float64), t).tolist()
+    none, one, two = scheduler.scale_model_input(torch.arange(3, dtype=torch.float64, device="cpu"), t).tolist()
     if none != 0 or abs(two - 2 * one) > ROUNDING * abs(two):
         raise ValueError("scale_model_input is not a factor")
     return float(one)

@@ -158,8 +158,8 @@ class Rehearsal:
             self._compare(model_output, sample, options, number)
         self._learn(number)
         self._step(model_output, timestep, sample, options)
-        steps = torch.randint(STEPS, sample.shape, generator=self.generator)
-        signs = torch.randint(2, sample.shape, generator=self.generator) * 2 - 1
+        steps = torch.randint(STEPS, sample.shape, generator=self.generator, device="cpu")
+        signs = torch.randint(2, sample.shape, generator=self.generator, device="cpu") * 2 - 1
         self.marker = (signs * (LARGE + steps * (LARGE / STEPS))).to(sample)
         return replaced(self.result, self.marker.to(self.result[0].dtype))
 
@@ -188,7 +188,7 @@ class Rehearsal:
         self.output, self.options = output.clone(), copied(options)
         self._tell_apart()
         self.first = self.state = sample.clone()
-        self.sources = torch.arange(len(sample))
+        self.sources = torch.arange(len(sample), device="cpu")
         if options.keys() - {"generator", "return_dict"}:
             self._read(options)
         if sample is self.scaled and bool((self.probed.scales != 1).any()):
@@ -287,7 +287,7 @@ def _sources(sample: Tensor, marker: Tensor) -> Tensor:
     """
     equal = torch.stack([(sample == row).flatten(1).sum(1) for row in marker], 1)
     own = equal.diagonal()
-    rows = torch.arange(len(sample))
+    rows = torch.arange(len(sample), device="cpu")
     sources = torch.where((own == equal.max(1).values).cpu(), rows, equal.argmax(1).cpu())
     batch = int(sources.max()) + 1
     if not torch.equal(sources, rows % batch):

@@ -90,7 +90,7 @@ class Rounds:
         count = score.levels.count
         network = PipelineNetwork(sum(slot.state.chunks for slot in score.slots if slot.denoises))
         denoiser = Denoiser(network, score.levels, "sample", options.data_mean, options.data_variance)
-        engine = options.engine(denoiser, _Known(score.steps), TimeGrid(torch.arange(count, -1.0, -1)))
+        engine = options.engine(denoiser, _Known(score.steps), TimeGrid(range(count, -1, -1)))
         problem = pose(
             denoiser, tuple(score.initial.shape), engine.grid, seed=0, initial=score.initial, noise=score.noise,
             noise_count=count, condition=None, max_batch=options.max_batch, callback=None,
@@ -106,7 +106,7 @@ class Rounds:
         # A pass with one row more than the batch has, backwards: code that tells samples apart shows before any network
         # runs, also where the engine would happen to ask for rows in the order of the batch.
         batch = len(score.initial)
-        self.trial: Tensor | None = torch.arange(batch - 1, -2, -1) % batch
+        self.trial: Tensor | None = torch.arange(batch - 1, -2, -1, device="cpu") % batch
         self._resume(lambda: next(self.asking))
 
     def _heard(self, info: RoundInfo) -> None:

@@ -57,7 +57,7 @@ def stand_in(output: Any) -> Any:  # noqa: ANN401 - a network's output
     tensors = [leaf for leaf in leaves(output).values() if isinstance(leaf, Tensor)]
     if len(tensors) > 1:
         return unknown(output)
-    noise = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(0)).to(tensors[0])
+    noise = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(0), device="cpu").to(tensors[0])
     return with_tensors(output, lambda leaf: noise)
 
 
