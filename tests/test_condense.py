@@ -223,16 +223,14 @@ def test_refined_nodes_describe_the_same_residuals_and_end_in_every_step(data: s
 @quick
 @given(data=st.data(), clock=clocks())
 def test_thin_keeps_every_second_node_and_both_ends(data: st.DataObject, clock: Tensor) -> None:
-    nodes = spread(clock, data.draw(st.integers(2, len(clock))))
+    order = data.draw(st.sampled_from([1, 3]))
+    nodes = spread(clock, data.draw(st.integers(2, len(clock))), order)
     indices = nodes.indices.tolist()
-    kept = [sorted({*indices[first::2], indices[0], indices[-1]}) for first in (0, 1)]
-    assert [half.indices.tolist() for half in thin(nodes, clock)] == kept
-
-
-def test_a_cubic_interpolation_is_compared_with_a_linear_one() -> None:
-    clock = torch.linspace(-5.0, 5.0, 30, dtype=torch.float64)
-    (linear,) = thin(spread(clock, 9, order=3), clock, order=3)
-    assert torch.equal(linear.weights, spread(clock, 9).weights)
+    halves = thin(nodes, clock, order)
+    assert [half.indices.tolist() for half in halves] == [
+        sorted({*indices[first::2], indices[0], indices[-1]}) for first in (0, 1)
+    ]
+    assert all(torch.equal(half.weights[half.indices], torch.eye(half.count).double()) for half in halves)
 
 
 LINEAR = {"sde": piadm.VPSchedule(0.1, 20.0), "ode": piadm.FlowSchedule(), "paper-sde": piadm.OUSchedule()}

@@ -114,16 +114,14 @@ def every(nodes: NodeSet, log_snr: Tensor, stride: int, order: int = 1) -> NodeS
 
 @kept
 def thin(nodes: NodeSet, log_snr: Tensor, order: int = 1) -> list[NodeSet]:
-    """What the interpolation is compared with to judge it: poorer ones from the same residuals.
+    """What the interpolation is compared with to judge it: those from half of the same residuals.
 
-    Linear interpolation: every second node, the even and the odd ones, with both ends.  Two, since for few coordinates
-    one alone may happen to agree.  Higher orders: linear interpolation on the same nodes.
+    Every second node, the even and the odd ones, with both ends.  Two, since for few coordinates one alone may happen
+    to agree.
     """
-    clock, halves = _finite(log_snr), [nodes.indices]
-    if order == 1:
-        ends = nodes.indices[[0, -1]]
-        halves = [torch.unique(torch.cat([ends, nodes.indices[first::2]])) for first in (0, 1)]
-    return [NodeSet(indices, weights(clock, indices, 1)) for indices in halves]
+    clock, ends = _finite(log_snr), nodes.indices[[0, -1]]
+    halves = [torch.unique(torch.cat([ends, nodes.indices[first::2]])) for first in (0, 1)]
+    return [NodeSet(indices, weights(clock, indices, order)) for indices in halves]
 
 
 def weights(clock: Tensor, indices: Tensor, order: int) -> Tensor:

@@ -186,7 +186,8 @@ class CarriedResidual:
         error = np.hypot(iteration, interpolation) + movement.rounding
 
         ripe = still | (self.rounds >= self.earliest)
-        enough = 0.5 * interpolation if self.refinable else SETTLED_SHARE * self.aim
+        # Finer nodes are for paths that have arrived: one that still goes to and fro would take its errors along.
+        enough = np.minimum(0.5 * interpolation, self.aim) if self.refinable else SETTLED_SHARE * self.aim
         coarse = ripe & (iteration <= enough) & (interpolation > 0.5 * self.aim)
         coarse |= self.circling & self.refinable
         within = ripe & (iteration <= self.aim) & (error <= (self.aim if self.refinable else self.tol))
