@@ -29,5 +29,5 @@ def test_ripples_that_the_nodes_miss_are_not_certified(frequency: float, method:
     denoiser = piadm.Denoiser(rippled, SCHEDULE, "sample")
     found = piadm.sample(denoiser, (BATCH, DIM), method=method, tol=1e-2)
     exact = piadm.sample_sequential(denoiser, (BATCH, DIM), method=method)
-    # Where linear interpolation on the same nodes was what cubic was compared with, the error was 0.76 at 18, CONVERGED.
+    # When cubic interpolation was compared with linear on the same nodes the error was 0.76 at 18, CONVERGED.
     assert found.converged and float((found.sample - exact.sample).square().mean(1).sqrt().max()) <= 1e-2

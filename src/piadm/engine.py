@@ -36,12 +36,12 @@ from piadm.stopping import (
 from piadm.tally import Tally
 
 #: Estimated interpolation error per RMS of the probe, the change of the end with half of the nodes (SDE: and without
-#: averages).  For the ODE the error was 0.03 times the change on mixtures, 0.2 to 1.2 on six trained networks, and up to
-#: 2.8 times for 95 % of the samples of the roughest: their embeddings of the time have ripples that the nodes miss, and
-#: half of the nodes miss as much of them.  The change with linear interpolation does not hear of such: the error was
-#: 0.05 to 14 times that.  For the SDE it was 0.03 to 0.24 times, but 0.4 and more for one sample in five of a network
-#: with autoguidance; on mixtures 0.2 and 0.04.  What averages leave is of second order: with nodes far apart in
-#: log-SNR the share grows with their mean distance.
+#: averages).  For the ODE the error was 0.03 times the change on mixtures, 0.2 to 1.2 on five trained networks in the
+#: median, and up to 4 for 95 % of their samples.  Embeddings of the time have ripples that the nodes miss, and half of
+#: the nodes miss as much of them; the change with linear interpolation does not hear of such: the error was 0.05 to 14
+#: times that.  For the SDE it was 0.03 to 0.24 times, but 0.4 and more for one sample in five of a network with
+#: autoguidance; on mixtures 0.2 and 0.04.  What averages leave is of second order: with nodes far apart in log-SNR the
+#: share grows with their mean distance.
 PROBE_SHARE_SMOOTH = 3.0
 PROBE_SHARE_ROUGH, PROBE_SHARE_PER_GAP = 0.4, 0.8
 
