@@ -116,11 +116,13 @@ def every(nodes: NodeSet, log_snr: Tensor, stride: int, order: int = 1) -> NodeS
 def thin(nodes: NodeSet, log_snr: Tensor, order: int = 1) -> list[NodeSet]:
     """What the interpolation is compared with to judge it: those from half of the same residuals.
 
-    Every second node, the even and the odd ones, with both ends.  Two, since for few coordinates one alone may happen
-    to agree.
+    Of the nodes beside which there are steps that are none every second one is left out, the even and the odd ones.
+    Two, since for few coordinates one alone may happen to agree.
     """
-    clock, ends = _finite(log_snr), nodes.indices[[0, -1]]
-    halves = [torch.unique(torch.cat([ends, nodes.indices[first::2]])) for first in (0, 1)]
+    clock, place = _finite(log_snr), torch.arange(nodes.count, device="cpu")
+    apart = torch.nn.functional.pad(nodes.indices.diff() > 1, (1, 1), value=False)
+    needed = ~(apart[1:] | apart[:-1]) | (place == 0) | (place == nodes.count - 1)
+    halves = [nodes.indices[needed | (place % 2 == first)] for first in (0, 1)]
     return [NodeSet(indices, weights(clock, indices, order)) for indices in halves]
 
 
