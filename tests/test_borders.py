@@ -40,7 +40,7 @@ def test_a_sample_that_goes_in_circles_ends_on_finer_nodes() -> None:
 @pytest.mark.usefixtures("no_opening")
 def test_without_finer_nodes_it_would_go_on_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stopping, "LAPS", torch.inf)
-    monkeypatch.setattr(engine, "CALM_SMOOTH", torch.inf)
+    monkeypatch.setattr(engine, "FIRST_SMOOTH", stopping.Caution())
     found = piadm.sample(mixture(), (len(CIRCLING), 1, 8, 8), method="ode", seed=CIRCLING, max_rounds=150)
     assert not found.converged
 
@@ -76,8 +76,8 @@ def test_data_far_wider_than_told_do_not_pass_for_converged(schedule: piadm.Nois
 def test_the_interpolation_error_of_a_slow_sample_is_doubted() -> None:
     def judged(rounds: int) -> tuple[float, stopping.Verdict]:
         rule = stopping.CarriedResidual(
-            np.ones(2), np.full((2, 1), 1e-9), 1.0, aim=np.ones(1), refinable=True, earliest=1, exact_after=math.inf,
-            calm=4.5,
+            np.ones(2), np.full((2, 1), 1e-9), 1.0, aim=np.ones(1), refinable=True, exact_after=math.inf,
+            caution=stopping.Caution(calm=4.5),
         )  # fmt: skip
         for number in range(rounds):
             heard, small = np.full((2, 1), 1e-3 * 0.1**number), np.full(1, 1e-3 * 0.1**number)
@@ -90,10 +90,10 @@ def test_the_interpolation_error_of_a_slow_sample_is_doubted() -> None:
 
 
 def test_what_is_left_on_finer_nodes_is_not_taken_to_cancel_like_their_first_surprises() -> None:
-    def judged(least_share: float) -> float:
+    def judged(caution: stopping.Caution) -> float:
         rule = stopping.CarriedResidual(
-            np.ones(2), np.full((2, 1), 1e-9), 1.0, aim=np.ones(1), refinable=False, earliest=1, exact_after=math.inf,
-            contraction=np.zeros(1), least_share=least_share,
+            np.ones(2), np.full((2, 1), 1e-9), 1.0, aim=np.ones(1), refinable=False, exact_after=math.inf,
+            caution=caution, contraction=np.zeros(1),
         )  # fmt: skip
         heard, nothing = np.ones((2, 1)), np.zeros(1)
         for _round in range(6):  # the end moves by 0.005 of what is heard
@@ -101,8 +101,9 @@ def test_what_is_left_on_finer_nodes_is_not_taken_to_cancel_like_their_first_sur
         return float(error[0])
 
     # Two rows of 0.5 are left, and a path that stands still contracts by nothing.
-    assert judged(stopping.LEAST_SHARE) == pytest.approx(stopping.LEAST_SHARE)
-    assert judged(stopping.LEAST_SHARE_FINER) == pytest.approx(stopping.LEAST_SHARE_FINER)
+    for caution in (stopping.FIRST_ROUGH, stopping.FINER):
+        assert judged(caution) == pytest.approx(caution.least_share)
+    assert stopping.FINER.least_share > stopping.FIRST_ROUGH.least_share
 
 
 def test_late_rows_do_not_crowd_out_those_that_matter_more() -> None:

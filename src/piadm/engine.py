@@ -24,10 +24,9 @@ from piadm.problem import Problem
 from piadm.reference import free_states
 from piadm.settings import TURNS_PER_NODE, Engine, with_readings
 from piadm.stopping import (
-    CALM_ROUGH,
-    CALM_SMOOTH,
-    LEAST_SHARE,
-    LEAST_SHARE_FINER,
+    FINER,
+    FIRST_ROUGH,
+    FIRST_SMOOTH,
     SETTLED_SHARE,
     CarriedResidual,
     FixedIterations,
@@ -58,9 +57,6 @@ BOUNDLESS = 1e12
 #: it: on finer nodes its aim is so many times smaller.  Of two such samples half ended on the wrong side with the aim
 #: of all, none with a quarter of it.
 CARE = 16
-
-#: Rounds on a finer node set before the distance from the end on the coarser one, which starts at zero, is believed.
-FINER_ROUNDS = 3
 
 
 @torch.no_grad()
@@ -180,11 +176,9 @@ def _rules(
         engine.tol,
         aim=aim,
         refinable=refinable,
-        earliest=1 if coarse is None else FINER_ROUNDS,
+        caution=FINER if coarse is not None else FIRST_ROUGH if engine.noisy else FIRST_SMOOTH,
         exact_after=TURNS_PER_NODE * count if count == engine.steps.count else math.inf,
-        calm=math.inf if coarse is not None else CALM_ROUGH if engine.noisy else CALM_SMOOTH,
         contraction=known,
-        least_share=LEAST_SHARE if coarse is None else LEAST_SHARE_FINER,
     )
     return _active_rows(engine, problem, count, threshold), rule
 

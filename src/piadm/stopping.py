@@ -74,21 +74,43 @@ SLOWEST = 0.9
 SETTLED_SHARE = 0.25
 
 #: The surprises of a round do not all point one way: they move the end by less than their sum.  The share that was
-#: seen is believed up to this factor, and never to be smaller than the least.  On finer nodes the first surprises are
-#: as rough as the noise between the old ones and cancel; what follows does not: of a trained network's SDE 0.67 of the
-#: tolerance was said to be left where 2.3 was.
-SHARE_SAFETY, LEAST_SHARE, LEAST_SHARE_FINER = 2.0, 0.05, 0.5
+#: seen is believed up to this factor.
+SHARE_SAFETY = 2.0
 
 #: Evaluations per node after which a sample goes in circles: where nodes read ahead, the iteration may be drawn to and
 #: fro between two outcomes for ever.  Of the samples that converged, on mixtures and on a trained network, few took
 #: more than ten.
 LAPS = 16
 
-#: Rounds, of half the nodes or what comes to it, after which a sample is slow; with each further one its interpolation
-#: error is taken to double.  What makes an iteration slow makes errors grow: on a trained network the error of samples
-#: that took seven to nine rounds was 0.2 times its estimate, of those that took twelve or more 1 to 10 times (ODE); of
-#: those that took ten to twelve 0.4 times, of those that took fourteen and more up to 9 times (SDE).
-CALM_SMOOTH, CALM_ROUGH, MOST_DOUBLINGS = 9, 12, 6
+#: Times that the interpolation error of a slow sample may double.
+MOST_DOUBLINGS = 6
+
+
+@dataclass(frozen=True)
+class Caution:
+    """How little is believed of what the rounds on a node set show.
+
+    Attributes:
+        earliest: round before which no sample is judged that still moves.
+        calm: rounds, of half the nodes or what comes to it, after which a sample is slow: with each further one its
+            interpolation error is taken to double.
+        least_share: least share of a round's surprises that is taken to move the end.
+    """
+
+    earliest: int = 1
+    calm: float = np.inf
+    least_share: float = 0.05
+
+
+#: On the first node set what makes an iteration slow makes errors grow: on a trained network the error of samples that
+#: took seven to nine rounds was 0.2 times its estimate, of those that took twelve or more 1 to 10 times (ODE); of those
+#: that took ten to twelve 0.4 times, of those that took fourteen and more up to 9 times (SDE).
+FIRST_SMOOTH, FIRST_ROUGH = Caution(calm=9), Caution(calm=12)
+
+#: On a finer one the distance from the end on the coarser, which starts at zero, has to grow first.  Its first
+#: surprises are as rough as the noise between the old nodes and cancel; what follows does not: of a trained network's
+#: SDE 0.67 of the tolerance was said to be left where 2.3 was.
+FINER = Caution(earliest=3, least_share=0.5)
 
 
 class CarriedResidual:
@@ -113,11 +135,9 @@ class CarriedResidual:
         aim: what the iteration's share of a sample's error must come below, and all of it where finer nodes can be had,
             shape ``(B,)`` float64.
         refinable: whether finer nodes can be had when interpolation is what limits the sample.
-        earliest: round before which no sample is judged that still moves.
+        caution: how little is believed.
         exact_after: number of rounds after which the iteration is exact but for settled rows.
-        calm: rounds, of half the nodes, after which a sample is slow.
         contraction: ``rho`` known from a coarser node set, shape ``(B,)``; None expects the slowest.
-        least_share: least ``c``.
     """
 
     def __init__(
@@ -128,15 +148,12 @@ class CarriedResidual:
         *,
         aim: Table,
         refinable: bool,
-        earliest: int,
+        caution: Caution,
         exact_after: float,
-        calm: float = np.inf,
         contraction: Table | None = None,
-        least_share: float = LEAST_SHARE,
     ) -> None:
         self.influence, self.threshold, self.tol, self.aim = influence, threshold, tol, aim
-        self.refinable, self.earliest, self.exact_after, self.calm = refinable, earliest, exact_after, calm
-        self.least_share = least_share
+        self.refinable, self.caution, self.exact_after = refinable, caution, exact_after
         self.rounds = 0
         self.laps, self.passed = np.zeros_like(aim), np.zeros_like(aim)
         self.share = np.ones_like(aim)
@@ -151,7 +168,7 @@ class CarriedResidual:
     def _cancellation(self, movement: Movement) -> Table:
         """``c``: the last one seen, or half of the one before if that is larger; kept where nothing was heard."""
         heard = self.influence @ movement.surprise
-        seen = np.maximum(SHARE_SAFETY * movement.end / np.maximum(heard, TINY), self.least_share)
+        seen = np.maximum(SHARE_SAFETY * movement.end / np.maximum(heard, TINY), self.caution.least_share)
         told = (heard > 0) & (movement.end > movement.rounding)  # rounding over rounding says nothing
         self.share = np.where(told, np.maximum(seen, 0.5 * self.share), self.share)
         return self.share
@@ -182,10 +199,10 @@ class CarriedResidual:
         still = (movement.surprise == 0).all(0) & reached
         exact = still | (self.rounds >= self.exact_after)
         iteration = np.where(exact, SETTLED_SHARE * self.aim, self._iteration_error(movement, expected, reached))
-        interpolation = movement.interpolation * np.exp2(np.clip(self.passed - self.calm, 0, MOST_DOUBLINGS))
+        interpolation = movement.interpolation * np.exp2(np.clip(self.passed - self.caution.calm, 0, MOST_DOUBLINGS))
         error = np.hypot(iteration, interpolation) + movement.rounding
 
-        ripe = still | (self.rounds >= self.earliest)
+        ripe = still | (self.rounds >= self.caution.earliest)
         # Finer nodes are for paths that have arrived: one that still goes to and fro would take its errors along.
         enough = np.minimum(0.5 * interpolation, self.aim) if self.refinable else SETTLED_SHARE * self.aim
         coarse = ripe & (iteration <= enough) & (interpolation > 0.5 * self.aim)
