@@ -31,8 +31,6 @@ FACTOR_ROUGH, POWER_ROUGH = 3.2, 1.0
 #: first rounds find out what the sample is to be, which takes few nodes.  One on a quarter of them and one on half
 #: saved mixtures, an MLP and a U-Net 10 to 30 % of the evaluations and cost a quarter of a round on average; two on the
 #: quarter saved as much and cost a little more, two on each saved a few per cent more and cost up to a round.
-#: Where every step is a node it cost up to two rounds; there more rows are evaluated than there are steps in any case,
-#: and rounds are what is left to save.
 OPENING_SHARE, OPENING_FEWEST = 4, 6
 
 #: Errors that can be helped are brought below this, relative to the data, even where the tolerance is looser: near a
@@ -138,7 +136,7 @@ def settle(
     noisy = scheme.normals > 0
     first, refinable = _first_nodes(nodes, clock, aim / deviation, noisy=noisy)
     importance = _importance(scheme, jacobian) if noisy else None
-    opening = _opening(first, clock, aim / deviation, noisy=noisy) if refinable else ()
+    opening = _opening(first, clock, aim / deviation, noisy=noisy) if nodes is None else ()
     bounds = chosen.bounds(schedule, scheme) if isinstance(chosen, Secant) else (slopes, slopes)
     # The mean of what Gaussian data answer and the bound 1/alpha, sqrt(G/alpha), finite where alpha is 0.
     scaled, noise = schedule.alpha(scheme.times).square() * checked.data_variance, schedule.sigma(scheme.times).square()
