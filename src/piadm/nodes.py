@@ -119,10 +119,10 @@ def thin(nodes: NodeSet, log_snr: Tensor, order: int = 1) -> list[NodeSet]:
     Of the nodes beside which there are steps that are none every second one is left out, the even and the odd ones.
     Two, since for few coordinates one alone may happen to agree.
     """
-    clock, place = _finite(log_snr), torch.arange(nodes.count, device="cpu")
-    apart = torch.nn.functional.pad(nodes.indices.diff() > 1, (1, 1), value=False)
-    needed = ~(apart[1:] | apart[:-1]) | (place == 0) | (place == nodes.count - 1)
-    halves = [nodes.indices[needed | (place % 2 == first)] for first in (0, 1)]
+    clock, apart = _finite(log_snr), nodes.indices.diff() > 1
+    needed = torch.ones(nodes.count, dtype=torch.bool, device="cpu")
+    needed[1:-1] = ~(apart[1:] | apart[:-1])
+    halves = [nodes.indices[needed | (torch.arange(nodes.count, device="cpu") % 2 == first)] for first in (0, 1)]
     return [NodeSet(indices, weights(clock, indices, order)) for indices in halves]
 
 
