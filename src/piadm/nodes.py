@@ -60,13 +60,18 @@ def spread(log_snr: Tensor, count: int, order: int = 1) -> NodeSet:
     count = min(positive_int("nodes", count, minimum=2), steps)
     if count == steps:
         return every_step(steps)
-    wanted = torch.linspace(0, 1, count, dtype=torch.float64, device="cpu").mul(clock[-1] - clock[0]).add(clock[0])
-    place = torch.arange(count, device="cpu")
-    nearest = torch.searchsorted((clock[1:] + clock[:-1]) / 2, wanted)
-    # Distinct steps: push collisions forwards, then keep room for those that follow.
-    indices = torch.cummax(nearest - place, 0).values + place
-    indices = torch.minimum(indices, steps - count + place)
+    indices = evenly(clock, count)
     return NodeSet(indices, weights(clock, indices, order))
+
+
+def evenly(clock: Tensor, count: int) -> Tensor:
+    """The ``count`` distinct entries nearest to an even spacing of an ascending clock, both ends included."""
+    order = torch.arange(count, device="cpu")
+    wanted = torch.linspace(0, 1, count, dtype=torch.float64, device="cpu").mul(clock[-1] - clock[0]).add(clock[0])
+    nearest = torch.searchsorted((clock[1:] + clock[:-1]) / 2, wanted)
+    # Distinct entries: push collisions forwards, then keep room for those that follow.
+    pushed = torch.cummax(nearest - order, 0).values + order
+    return torch.minimum(pushed, len(clock) - count + order)
 
 
 @kept

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from piadm._checks import choice, positive_int
+from piadm.nodes import evenly
 from piadm.rivals.course import Course
 
 SPACINGS = ("grid", "log-snr", "karras", "ou")
@@ -39,11 +40,11 @@ def borders(course: Course, count: int, spacing: str) -> Tensor:
     clock = _clock(course, choice("spacing", spacing, SPACINGS))
     clean = not bool(course.log_snr[-1].isfinite())
     if spacing in ("log-snr", "karras") and clean and count > 1:
-        inner = _nearest(clock[:-1], count)
+        inner = evenly(clock[:-1], count)
         return torch.cat([inner, inner.new_tensor([fine])])
     if spacing == "log-snr" and clean:
         return torch.tensor([0, fine], device="cpu")
-    return _nearest(clock, count + 1)
+    return evenly(clock, count + 1)
 
 
 def _clock(course: Course, spacing: str) -> Tensor:
@@ -58,13 +59,3 @@ def _clock(course: Course, spacing: str) -> Tensor:
     if spacing == "karras":
         return -(-log_snr / 2 / _RHO).exp()
     return -torch.logaddexp(torch.zeros_like(log_snr), -log_snr)
-
-
-def _nearest(clock: Tensor, count: int) -> Tensor:
-    """The ``count`` distinct entries nearest to an even spacing of the clock, both ends included."""
-    order, room = torch.arange(count, device="cpu"), len(clock)
-    wanted = torch.linspace(0, 1, count, dtype=torch.float64, device="cpu").mul(clock[-1] - clock[0]).add(clock[0])
-    nearest = torch.searchsorted((clock[1:] + clock[:-1]) / 2, wanted)
-    # Distinct entries: push collisions forwards, then keep room for those that follow.
-    pushed = torch.cummax(nearest - order, 0).values + order
-    return torch.minimum(pushed, room - count + order)
