@@ -26,8 +26,9 @@ demo: $(DEMO_READY)
 	$(BIN)/piadm sample --out demo.png
 	@echo "The picture is $(CURDIR)/demo.png"
 
+# A process for every core, up to eight, and one thread each: most tests call small networks, which threads slow down.
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 lint: $(TEST_READY)
 	$(BIN)/ruff check .
