@@ -28,7 +28,7 @@ def engine(method: str, steps: int = 1000, nodes: object = None, tol: float = 1e
 @pytest.mark.parametrize("steps", [30, 50, 100, 300, 1000])
 def test_opening_nodes_are_few_of_the_nodes_with_both_ends(method: str, steps: int) -> None:
     found = engine(method, steps)
-    if method == "sde" and steps <= 50:  # fewer steps than an opening would have nodes
+    if method == "sde" and steps <= 30:  # fewer steps than an opening would have nodes
         assert not found.opening
         return
     sets = [few.indices for few in found.opening] + [found.nodes.indices]

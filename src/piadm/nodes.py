@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,6 +10,12 @@ from torch import Tensor
 
 from piadm._checks import positive_int
 from piadm.kept import kept
+
+#: Rate of the clock of ``crowded`` far from where noise and data are alike, and how far "there" reaches in log-SNR.
+#: With nodes evenly in log-SNR a unit of it at the centre added 3 to 20 times as much to the end's error as one four
+#: units away, on mixtures, MLPs and a U-Net.  So placed, half of the nodes leave about the same error of trained
+#: networks.  With a smaller floor or reach the far nodes are felt: little is missed there, but networks make it grow.
+FLOOR, REACH = 0.1, 3.0
 
 
 @dataclass(frozen=True)
@@ -47,21 +54,38 @@ def every_step(steps: int) -> NodeSet:
 
 
 @kept
-def spread(log_snr: Tensor, count: int, order: int = 1) -> NodeSet:
-    """About ``count`` steps spread evenly in log-SNR, residuals interpolated in log-SNR.
+def spread(log_snr: Tensor, count: int, order: int = 1, places: Tensor | None = None) -> NodeSet:
+    """About ``count`` steps, spread evenly in log-SNR or on another clock, residuals interpolated in log-SNR.
 
     Args:
         log_snr: log-SNR at the start of every step, ascending, shape ``(J,)``; the first may be -inf.
         count: number of nodes, at least 2 and at most ``J`` (more is cut to ``J``).
         order: degree of the interpolation: 1 for residuals that are rough (SDE), 3 for smooth ones (ODE).
+        places: the clock on which they are spread evenly, ascending, shape ``(J,)``; None: log-SNR.
     """
     clock = _finite(log_snr)
     steps = len(clock)
     count = min(positive_int("nodes", count, minimum=2), steps)
     if count == steps:
         return every_step(steps)
-    indices = evenly(clock, count)
+    indices = evenly(clock if places is None else places, count)
     return NodeSet(indices, weights(clock, indices, order))
+
+
+def crowded(log_snr: Tensor, deviation: float) -> Tensor:
+    """A clock that runs faster where noise and data are alike: nodes that are even on it crowd there.
+
+        u = f l + 2 r atan(tanh(l/(2 r))),    du/dl = f + sech(l/r),    l = log_snr + log(deviation)
+
+    Far from there the estimate hardly depends on the state (noise) or is nearly the state (data), and little is missed
+    between nodes.
+
+    Args:
+        log_snr: as for ``spread``.
+        deviation: standard deviation of the data.
+    """
+    level = _finite(log_snr) + math.log(deviation)
+    return FLOOR * level + 2 * REACH * torch.atan(torch.tanh(level / (2 * REACH)))
 
 
 def evenly(clock: Tensor, count: int) -> Tensor:

@@ -68,8 +68,9 @@ def sample(
         condition: tensors with one row per sample, and any other values, as the network's keyword arguments.  What
             is in a list or dict is such a value, handed over whole.
         nodes: where the network is called: "all" steps (the fixed point is then exactly the sequential
-            sampler's), a number of steps spread evenly in log-SNR (fewer than 9, for the SDE 24, are too few to be
-            certified), or None: as many as the tolerance should need, doubled for samples that need more.
+            sampler's), a number of steps spread in log-SNR, evenly or, for the SDE, closer where noise and data are
+            alike (fewer than 9, for the SDE 24, are too few to be certified), or None: as many as the tolerance should
+            need, doubled for samples that need more.
         window: rows per sample evaluated in a round, the first ones that have not settled, >= 2; "all" of these; None:
             half to three quarters of the nodes, or all where every step is one; "auto": as many as take the least time,
             by a cost model of the network, whose first run times its first rounds.  A narrow window saves evaluations

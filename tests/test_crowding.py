@@ -1,0 +1,48 @@
+"""Where nodes crowd for the SDE: on a clock that runs faster where noise and data are alike."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import piadm
+from piadm.models import GaussianDenoiser
+from piadm.nodes import FLOOR, REACH, crowded
+from piadm.settings import settle
+
+LEVELS = torch.linspace(-12, 12, 4801, dtype=torch.float64)
+
+
+def test_the_clock_runs_at_the_stated_rate() -> None:
+    level = LEVELS + math.log(3.0)
+    rate = torch.gradient(crowded(LEVELS, 3.0), spacing=(LEVELS,))[0][1:-1]
+    stated = FLOOR + 1 / torch.cosh(level / REACH)
+    torch.testing.assert_close(rate, stated[1:-1], rtol=1e-5, atol=0)  # differences of second order: 0.005^2/r^2
+
+
+@pytest.mark.parametrize("deviation", [1e-8, 1e-2, 100.0, 1e8])
+def test_the_unit_of_the_data_does_not_matter(deviation: float) -> None:
+    there = crowded(LEVELS - math.log(deviation), deviation)
+    torch.testing.assert_close(there, crowded(LEVELS, 1.0), rtol=0, atol=1e-12)
+
+
+def test_a_start_of_pure_noise_has_a_place() -> None:
+    levels = LEVELS.clone()
+    levels[0] = -math.inf
+    clock = crowded(levels, 1.0)
+    assert clock.isfinite().all() and (clock.diff() > 0).all()
+
+
+def test_the_sde_crowds_its_nodes_and_the_ode_does_not() -> None:
+    denoiser = GaussianDenoiser(piadm.DiscreteSchedule.ddpm())
+
+    def gaps(method: str) -> torch.Tensor:
+        engine = settle(denoiser, method=method, grid=None, steps=1000, tol=1e-2, nodes=40, window=None, guess=None)
+        return engine.clock[engine.nodes.indices].diff()
+
+    # Rates are FLOOR + sech(l/r): 1.1 at the centre and 0.17 at -10; the last steps are far apart in log-SNR anyway.
+    sde, ode = gaps("sde")[:-5], gaps("ode")[:-5]
+    assert sde[0] / sde.min() == pytest.approx(1.1 / 0.2, rel=0.2)  # the first gap reaches from -10 to about -8
+    assert ode.max() / ode.min() < 1.5
