@@ -105,7 +105,7 @@ class Caution:
 #: On the first node set what makes an iteration slow makes errors grow: on a trained network the error of samples that
 #: took seven to nine rounds was 0.2 times its estimate, of those that took twelve or more 1 to 10 times (ODE); of those
 #: that took ten to twelve 0.4 times, of those that took fourteen and more up to 9 times (SDE).
-FIRST_SMOOTH, FIRST_ROUGH = Caution(calm=9), Caution(calm=12)
+FIRST_SMOOTH, FIRST_ROUGH = Caution(calm=9), Caution(calm=13)
 
 #: On a finer one the distance from the end on the coarser, which starts at zero, has to grow first.  Its first
 #: surprises are as rough as the noise between the old nodes and cancel; what follows does not: of a trained network's
