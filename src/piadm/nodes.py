@@ -54,21 +54,21 @@ def every_step(steps: int) -> NodeSet:
 
 
 @kept
-def spread(log_snr: Tensor, count: int, order: int = 1, places: Tensor | None = None) -> NodeSet:
-    """About ``count`` steps, spread evenly in log-SNR or on another clock, residuals interpolated in log-SNR.
+def spread(log_snr: Tensor, count: int, order: int = 1, deviation: float | None = None) -> NodeSet:
+    """About ``count`` steps, spread in log-SNR evenly or as ``crowded`` says, residuals interpolated in log-SNR.
 
     Args:
         log_snr: log-SNR at the start of every step, ascending, shape ``(J,)``; the first may be -inf.
         count: number of nodes, at least 2 and at most ``J`` (more is cut to ``J``).
         order: degree of the interpolation: 1 for residuals that are rough (SDE), 3 for smooth ones (ODE).
-        places: the clock on which they are spread evenly, ascending, shape ``(J,)``; None: log-SNR.
+        deviation: standard deviation of the data, about whose log-SNR nodes are to crowd; None: evenly in log-SNR.
     """
     clock = _finite(log_snr)
     steps = len(clock)
     count = min(positive_int("nodes", count, minimum=2), steps)
     if count == steps:
         return every_step(steps)
-    indices = evenly(clock if places is None else places, count)
+    indices = evenly(clock if deviation is None else crowded(clock, deviation), count)
     return NodeSet(indices, weights(clock, indices, order))
 
 

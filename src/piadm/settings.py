@@ -16,7 +16,7 @@ from piadm.grid import TimeGrid
 from piadm.integrators import Integrator, Steps, integrator
 from piadm.linearization import DiagonalSecant, Gaussian, Linearization, Secant, check_slopes, linearization
 from piadm.local_model import Learning
-from piadm.nodes import NodeSet, averaged, crowded, every, every_step, spread
+from piadm.nodes import NodeSet, averaged, every, every_step, spread
 from piadm.problem import check_denoiser, check_grid
 
 #: Degree of the interpolation between nodes, for the ODE and for the SDE, whose residuals are as rough as its noise.
@@ -135,8 +135,7 @@ def settle(
     jacobian = Gaussian(checked.data_variance).slopes(schedule, scheme)
     clock = schedule.log_snr(scheme.times)
     noisy = scheme.normals > 0
-    places = crowded(clock, deviation) if noisy else None
-    first, refinable = _first_nodes(nodes, clock, places, aim / deviation, noisy=noisy)
+    first, refinable = _first_nodes(nodes, clock, deviation, aim / deviation, noisy=noisy)
     importance = _importance(scheme, jacobian) if noisy else None
     opening = _opening(first, clock, aim / deviation, noisy=noisy) if nodes is None else ()
     bounds = chosen.bounds(schedule, scheme) if isinstance(chosen, Secant) else (slopes, slopes)
@@ -168,18 +167,16 @@ def _window(window: object, steps: int) -> int | str | None:
     return None if window is None else min(positive_int("window", window, minimum=2), steps)
 
 
-def _first_nodes(
-    nodes: object, clock: Tensor, places: Tensor | None, aim: float, *, noisy: bool
-) -> tuple[NodeSet, bool]:
+def _first_nodes(nodes: object, clock: Tensor, deviation: float, aim: float, *, noisy: bool) -> tuple[NodeSet, bool]:
     """The first node set for an aim relative to the data, and whether finer ones may follow."""
-    count, order = len(clock), ROUGH_ORDER if noisy else SMOOTH_ORDER
+    count, (order, crowding) = len(clock), (ROUGH_ORDER, deviation) if noisy else (SMOOTH_ORDER, None)
     if isinstance(nodes, str) and nodes == "all":
         return every_step(count), False
     distinct = bool((clock.diff() > 0).all())
     if nodes is None:
         first = math.ceil(min(_enough(aim, noisy=noisy), count))
         few = distinct and count >= 2 * first
-        return (spread(clock, first, order, places), True) if few else (every_step(count), False)
+        return (spread(clock, first, order, crowding), True) if few else (every_step(count), False)
     accepted = "'all', an integer >= 2 or None"
     if isinstance(nodes, bool) or not isinstance(nodes, (str, Integral)):
         raise TypeError(f"nodes must be {accepted}, got {described(nodes)}")
@@ -187,7 +184,7 @@ def _first_nodes(
         raise ValueError(f"nodes must be {accepted}, got {shown(nodes)}")
     if not distinct:
         raise ValueError(f"nodes must be 'all' or None where two steps have one noise level, got {shown(nodes)}")
-    return spread(clock, int(nodes), order, places), False
+    return spread(clock, int(nodes), order, crowding), False
 
 
 def _enough(aim: float, *, noisy: bool) -> float:
