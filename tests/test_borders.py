@@ -14,6 +14,7 @@ from piadm import engine, settings, stopping
 from piadm.activity import SlidingWindow
 from piadm.cli.compare_model import mixture
 from piadm.models import MixtureDenoiser
+from piadm.numerics import Table
 from piadm.path import Movement
 
 #: Of 256 samples of this mixture the two that go in circles on 33 nodes for as long as they are let, if all their rows
@@ -93,7 +94,7 @@ def test_what_is_left_on_finer_nodes_is_not_taken_to_cancel_like_their_first_sur
     def judged(caution: stopping.Caution) -> float:
         rule = stopping.CarriedResidual(
             np.ones(2), np.full((2, 1), 1e-9), 1.0, aim=np.ones(1), refinable=False, exact_after=math.inf,
-            caution=caution, contraction=np.zeros(1),
+            caution=caution, told=stopping.Told(np.zeros(1), np.full(1, np.inf), np.ones(1)),
         )  # fmt: skip
         heard, nothing = np.ones((2, 1)), np.zeros(1)
         for _round in range(6):  # the end moves by 0.005 of what is heard
@@ -104,6 +105,37 @@ def test_what_is_left_on_finer_nodes_is_not_taken_to_cancel_like_their_first_sur
     for caution in (stopping.FIRST_ROUGH, stopping.FINER):
         assert judged(caution) == pytest.approx(caution.least_share)
     assert stopping.FINER.least_share > stopping.FIRST_ROUGH.least_share
+
+
+def test_errors_count_more_where_the_ends_are_further_apart_than_foretold() -> None:
+    told = stopping.Told(np.zeros(4), np.array([0.2, 0.2, 0.2, np.inf]), np.array([1.0, 1.0, 3.0, 1.0]))
+    rule = stopping.CarriedResidual(
+        np.ones(2), np.full((2, 4), 1e-9), 1.0, aim=np.ones(4), refinable=True, exact_after=math.inf,
+        caution=stopping.FINER, told=told,
+    )  # fmt: skip
+    heard, small = np.full((2, 4), 1e-3), np.full(4, 1e-3)
+    assert rule.growth.tolist() == [1, 1, 3, 1]
+    for apart in ([0.05, 0.2, 0.2, 9.0], [0.05, 0.1, 0.2, 9.0]):  # what was once seen is kept
+        rule.judge(Movement(heard, small, np.array(apart), np.zeros(4)), heard)
+        assert rule.growth.tolist() == [1, pytest.approx(2), 3, 1]
+    assert rule.tell(np.array([True, True, False, True])).interpolation.tolist() == [0.05, 0.1, 9.0]
+    rule.judge(Movement(heard, small, np.full(4, 9.0), np.zeros(4)), heard)
+    assert rule.growth.tolist() == [stopping.MOST_GROWTH] * 3 + [1]
+    assert rule.tell(np.ones(4, bool)).interpolation.tolist() == [0.1, 0.1, 0.1, 9.0]  # finer nodes leave half
+
+
+def test_rows_settle_later_where_errors_grow() -> None:
+    def evaluations(growth: float) -> int:
+        class Grown(stopping.CarriedResidual):
+            def _compare(self, interpolation: Table) -> None:
+                self.growth = np.full_like(interpolation, growth)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine, "CarriedResidual", Grown)
+            found = piadm.sample(mixture(), (4, 1, 8, 8), method="sde", steps=200, nodes=50)
+        return int(found.stats.evaluations)
+
+    assert evaluations(1.0) < evaluations(4.0) < evaluations(16.0)
 
 
 def test_late_rows_do_not_crowd_out_those_that_matter_more() -> None:

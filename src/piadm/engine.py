@@ -165,7 +165,6 @@ def _rules(
     aim: Table,
 ) -> tuple[SlidingWindow | TimedWindow, CarriedResidual]:
     """Which rows are evaluated, and when a sample is finished, ``aim`` being that of each, shape ``(B,)``."""
-    known = None if coarse is None or coarse.rule.contraction is None else coarse.rule.contraction[coarse.again.numpy()]
     count = path.count
     influence = _influence(engine, problem, path, nodes)
     # Rows that have settled may together leave this share of the tolerance.
@@ -178,7 +177,7 @@ def _rules(
         refinable=refinable,
         caution=FINER if coarse is not None else FIRST_ROUGH if engine.noisy else FIRST_SMOOTH,
         exact_after=TURNS_PER_NODE * count if count == engine.steps.count else math.inf,
-        contraction=known,
+        told=None if coarse is None else coarse.rule.tell(coarse.again.numpy()),
     )
     return _active_rows(engine, problem, count, threshold), rule
 

@@ -40,11 +40,11 @@ def turns(tally: Tally, path: ParallelPath, rows: ActiveRows, rule: StoppingRule
     before = tally.rounds
     with tally.stoppable():
         while not tally.interrupted and tally.rounds < limit and (going := verdict == Verdict.GO_ON).any():
-            active = rows.choose(path.outlook.expected, tally.rounds - before) & going
+            active = rows.choose(path.outlook.expected * rule.growth, tally.rounds - before) & going
             began = time.perf_counter()
             movement = yield from path.turn(tally.problem.executor, active)  # ends with the round's synchronisation
             seconds = time.perf_counter() - began
-            error, judged = rule.judge(movement, path.outlook.expected)
+            error, judged = rule.judge(movement, path.outlook.expected * rule.growth)
             verdict = np.where(going, judged, verdict)
             _record(tally, path, movement, error, going, verdict)
             if not active.any():

@@ -36,12 +36,18 @@ class Verdict(IntEnum):
 class StoppingRule(Protocol):
     """Judges every sample after every round of one path."""
 
+    @property
+    def growth(self) -> Table | float:
+        """How many times more an error counts than the linear model says, shape ``(B,)`` or one for all."""
+        ...
+
     def judge(self, movement: Movement, expected: Table) -> tuple[Table, Verdicts]:
         """Error estimate ``(B,)`` float64 and ``Verdict`` ``(B,)`` int64 of every sample.
 
         Args:
             movement: what this round has changed.
-            expected: surprise that evaluating each row would bring, ``(n, B)`` float64; inf: never evaluated.
+            expected: surprise that evaluating each row would bring, ``growth`` times, ``(n, B)`` float64; inf: never
+                evaluated.
         """
         ...
 
@@ -58,6 +64,7 @@ class FixedIterations:
     iterations: int
     estimate: float = np.nan
     done: int = field(default=0, init=False)
+    growth: float = field(default=1.0, init=False)
 
     def judge(self, movement: Movement, expected: Table) -> tuple[Table, Verdicts]:
         """DONE for every sample after K rounds."""
@@ -84,6 +91,12 @@ LAPS = 16
 
 #: Times that the interpolation error of a slow sample may double.
 MOST_DOUBLINGS = 6
+
+#: The ends on two node sets of an ordinary sample are at most this share of the error apart that interpolation was said
+#: to leave on the coarser.  Where they are further apart, errors grow on their way to the end, by as many times more
+#: than linear models say, and so do those of rows that have settled.  Believed up to a limit: with 16 samples went in
+#: circles.
+ORDINARY_SHARE, MOST_GROWTH = 0.5, 4.0
 
 
 @dataclass(frozen=True)
@@ -113,6 +126,21 @@ FIRST_SMOOTH, FIRST_ROUGH = Caution(calm=9), Caution(calm=13)
 FINER = Caution(earliest=3, least_share=0.5)
 
 
+@dataclass(frozen=True)
+class Told:
+    """What a coarser node set has told of the samples that go on with finer nodes.
+
+    Attributes:
+        contraction: what each round left of the iteration's error, shape ``(B,)``.
+        interpolation: the error that interpolation was said to leave, shape ``(B,)``.
+        growth: how many times more than the linear model says errors were found to act on the end, shape ``(B,)``.
+    """
+
+    contraction: Table
+    interpolation: Table
+    growth: Table
+
+
 class CarriedResidual:
     """Stop when what the next evaluations would tell, carried to the end of the path, is within the tolerance.
 
@@ -137,7 +165,7 @@ class CarriedResidual:
         refinable: whether finer nodes can be had when interpolation is what limits the sample.
         caution: how little is believed.
         exact_after: number of rounds after which the iteration is exact but for settled rows.
-        contraction: ``rho`` known from a coarser node set, shape ``(B,)``; None expects the slowest.
+        told: what a coarser node set has told of the samples; None: there was none.
     """
 
     def __init__(
@@ -150,7 +178,7 @@ class CarriedResidual:
         refinable: bool,
         caution: Caution,
         exact_after: float,
-        contraction: Table | None = None,
+        told: Told | None = None,
     ) -> None:
         self.influence, self.threshold, self.tol, self.aim = influence, threshold, tol, aim
         self.refinable, self.caution, self.exact_after = refinable, caution, exact_after
@@ -158,7 +186,14 @@ class CarriedResidual:
         self.laps, self.passed = np.zeros_like(aim), np.zeros_like(aim)
         self.share = np.ones_like(aim)
         self.last: Table | None = None
-        self.contraction = contraction
+        slowest, nothing, plain = np.full_like(aim, SLOWEST), np.full_like(aim, np.inf), np.ones_like(aim)
+        self.told = Told(slowest, nothing, plain) if told is None else told
+        self.contraction, self.growth, self.interpolation = self.told.contraction, self.told.growth, nothing
+
+    def tell(self, samples: Flags) -> Told:
+        """What is known of some samples ``(B,)`` bool."""
+        foretold = np.minimum(self.interpolation, 0.5 * self.told.interpolation)  # finer nodes leave half
+        return Told(self.contraction[samples], foretold[samples], self.growth[samples])
 
     @property
     def circling(self) -> Flags:
@@ -178,15 +213,20 @@ class CarriedResidual:
         live = expected > self.threshold
         ahead = np.where(reached, self.influence @ np.where(live & (expected < np.inf), expected, 0.0), np.inf)
         settled = self.influence @ np.where(live, 0.0, expected)
-        rho = np.full_like(ahead, SLOWEST) if self.contraction is None else self.contraction
         if self.last is not None:
             # A sample that is judged already stands still; what it had contracted by is kept.
             anew = np.isfinite(self.last) & (ahead != self.last)
-            rho = np.where(anew, np.clip(ahead / np.maximum(self.last, TINY), 0, SLOWEST), rho)
-            self.contraction = rho
+            seen = np.clip(ahead / np.maximum(self.last, TINY), 0, SLOWEST)
+            self.contraction = np.where(anew, seen, self.contraction)
         self.last = ahead
         # A rate that was seen once may be luck: no less is left than what this round has moved.
-        return np.maximum(self._cancellation(movement) * (ahead / (1 - rho) + settled), movement.end)
+        return np.maximum(self._cancellation(movement) * (ahead / (1 - self.contraction) + settled), movement.end)
+
+    def _compare(self, interpolation: Table) -> None:
+        """Compare the interpolation error, on finer nodes at least the distance of the ends, with what was foretold."""
+        ratio = interpolation / (ORDINARY_SHARE * self.told.interpolation)
+        grown = np.clip(np.where(np.isfinite(ratio), ratio, 1.0), 1.0, MOST_GROWTH)
+        self.growth, self.interpolation = np.maximum(self.growth, grown), interpolation
 
     @np.errstate(all="ignore")  # what is not finite is told of by the verdict
     def judge(self, movement: Movement, expected: Table) -> tuple[Table, Verdicts]:
@@ -201,6 +241,7 @@ class CarriedResidual:
         iteration = np.where(exact, SETTLED_SHARE * self.aim, self._iteration_error(movement, expected, reached))
         interpolation = movement.interpolation * np.exp2(np.clip(self.passed - self.caution.calm, 0, MOST_DOUBLINGS))
         error = np.hypot(iteration, interpolation) + movement.rounding
+        self._compare(movement.interpolation)
 
         ripe = still | (self.rounds >= self.caution.earliest)
         # Finer nodes are for paths that have arrived: one that still goes to and fro would take its errors along.
