@@ -44,7 +44,7 @@ def turns(tally: Tally, path: ParallelPath, rows: ActiveRows, rule: StoppingRule
             began = time.perf_counter()
             movement = yield from path.turn(tally.problem.executor, active)  # ends with the round's synchronisation
             seconds = time.perf_counter() - began
-            error, judged = rule.judge(movement, path.outlook.expected * rule.growth)
+            error, judged = rule.judge(movement, path.outlook.expected)
             verdict = np.where(going, judged, verdict)
             _record(tally, path, movement, error, going, verdict)
             if not active.any():

@@ -38,7 +38,7 @@ class StoppingRule(Protocol):
 
     @property
     def growth(self) -> Table | float:
-        """How many times more an error counts than the linear model says, shape ``(B,)`` or one for all."""
+        """How many times more a row matters than the linear model says, shape ``(B,)`` or one for all."""
         ...
 
     def judge(self, movement: Movement, expected: Table) -> tuple[Table, Verdicts]:
@@ -46,8 +46,7 @@ class StoppingRule(Protocol):
 
         Args:
             movement: what this round has changed.
-            expected: surprise that evaluating each row would bring, ``growth`` times, ``(n, B)`` float64; inf: never
-                evaluated.
+            expected: surprise that evaluating each row would bring, ``(n, B)`` float64; inf: never evaluated.
         """
         ...
 
@@ -94,8 +93,8 @@ MOST_DOUBLINGS = 6
 
 #: The ends on two node sets of an ordinary sample are at most this share of the error apart that interpolation was said
 #: to leave on the coarser.  Where they are further apart, errors grow on their way to the end, by as many times more
-#: than linear models say, and so do those of rows that have settled.  Believed up to a limit: with 16 samples went in
-#: circles.
+#: than linear models say, and so do those that rows leave when they settle.  Believed up to a limit: with 16 samples
+#: went in circles, as one did where the estimate of what is still to come was counted up as well.
 ORDINARY_SHARE, MOST_GROWTH = 0.5, 4.0
 
 
@@ -210,7 +209,7 @@ class CarriedResidual:
 
     def _iteration_error(self, movement: Movement, expected: Table, reached: Flags) -> Table:
         """The estimate of the class docstring; inf for samples with rows that were never evaluated."""
-        live = expected > self.threshold
+        live = expected * self.growth > self.threshold
         ahead = np.where(reached, self.influence @ np.where(live & (expected < np.inf), expected, 0.0), np.inf)
         settled = self.influence @ np.where(live, 0.0, expected)
         if self.last is not None:
