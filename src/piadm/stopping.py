@@ -153,7 +153,8 @@ class CarriedResidual:
     whole geometric series ``c m/(1 - rho)``.  Rows that have settled enter without it.  The path's own estimate of its
     interpolation error, more for slow samples, has no direction in common with this one: their squares add.  Rounding
     is added to both.  No estimate is made before every row has been evaluated.  A sample that goes in circles is sent
-    to finer nodes, in the end to every step, where the iteration cannot but arrive.
+    to finer nodes, in the end to every step, where the iteration cannot but arrive.  Where its ends on two node sets
+    are further apart than was foretold, its rows settle later (``growth``).
 
     Args:
         influence: ``w``, shape ``(n,)`` float64.
