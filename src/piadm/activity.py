@@ -19,8 +19,8 @@ class ActiveRows(Protocol):
 
         Args:
             rounds: number of rounds that the path has had.
-            expected: RMS surprise that an evaluation of each row would bring, ``(n, B)`` float64 (``Outlook``);
-                inf: never evaluated.
+            expected: RMS surprise that an evaluation of each row would bring (``Outlook``), times the ``growth`` of
+                its sample (``StoppingRule``), ``(n, B)`` float64; inf: never evaluated.
 
         Returns:
             ``(n, B)`` bool.

@@ -139,6 +139,11 @@ class Told:
     interpolation: Table
     growth: Table
 
+    @staticmethod
+    def nothing(samples: int) -> Told:
+        """Of samples that have had no coarser node set: the slowest contraction, and nothing to compare with."""
+        return Told(np.full(samples, SLOWEST), np.full(samples, np.inf), np.ones(samples))
+
 
 class CarriedResidual:
     """Stop when what the next evaluations would tell, carried to the end of the path, is within the tolerance.
@@ -186,9 +191,8 @@ class CarriedResidual:
         self.laps, self.passed = np.zeros_like(aim), np.zeros_like(aim)
         self.share = np.ones_like(aim)
         self.last: Table | None = None
-        slowest, nothing, plain = np.full_like(aim, SLOWEST), np.full_like(aim, np.inf), np.ones_like(aim)
-        self.told = Told(slowest, nothing, plain) if told is None else told
-        self.contraction, self.growth, self.interpolation = self.told.contraction, self.told.growth, nothing
+        self.told = told = Told.nothing(len(aim)) if told is None else told
+        self.contraction, self.interpolation, self.growth = told.contraction, told.interpolation, told.growth
 
     def tell(self, samples: Flags) -> Told:
         """What is known of some samples ``(B,)`` bool."""
