@@ -102,16 +102,16 @@ def test_what_is_left_on_finer_nodes_is_not_taken_to_cancel_like_their_first_sur
         return float(error[0])
 
     # Two rows of 0.5 are left, and a path that stands still contracts by nothing.
-    for caution in (stopping.FIRST_ROUGH, stopping.FINER):
+    for caution in (stopping.FIRST_ROUGH, stopping.FINER_ROUGH):
         assert judged(caution) == pytest.approx(caution.least_share)
-    assert stopping.FINER.least_share > stopping.FIRST_ROUGH.least_share
+    assert stopping.FINER_ROUGH.least_share > stopping.FIRST_ROUGH.least_share
 
 
 def test_errors_count_more_where_the_ends_are_further_apart_than_foretold() -> None:
     told = stopping.Told(np.zeros(4), np.array([0.2, 0.2, 0.2, np.inf]), np.array([1.0, 1.0, 3.0, 1.0]))
     rule = stopping.CarriedResidual(
         np.ones(2), np.full((2, 4), 1e-9), 1.0, aim=np.ones(4), refinable=True, exact_after=math.inf,
-        caution=stopping.FINER, told=told,
+        caution=stopping.FINER_ROUGH, told=told,
     )  # fmt: skip
     heard, small = np.full((2, 4), 1e-3), np.full(4, 1e-3)
     assert rule.growth.tolist() == [1, 1, 3, 1]

@@ -24,7 +24,8 @@ from piadm.problem import Problem
 from piadm.reference import free_states
 from piadm.settings import TURNS_PER_NODE, Engine, with_readings
 from piadm.stopping import (
-    FINER,
+    FINER_ROUGH,
+    FINER_SMOOTH,
     FIRST_ROUGH,
     FIRST_SMOOTH,
     SETTLED_SHARE,
@@ -169,13 +170,14 @@ def _rules(
     influence = _influence(engine, problem, path, nodes)
     # Rows that have settled may together leave this share of the tolerance.
     threshold = SETTLED_SHARE * aim / count / influence[:, None]
+    first, finer = (FIRST_ROUGH, FINER_ROUGH) if engine.noisy else (FIRST_SMOOTH, FINER_SMOOTH)
     rule = CarriedResidual(
         influence,
         threshold,
         engine.tol,
         aim=aim,
         refinable=refinable,
-        caution=FINER if coarse is not None else FIRST_ROUGH if engine.noisy else FIRST_SMOOTH,
+        caution=first if coarse is None else finer,
         exact_after=TURNS_PER_NODE * count if count == engine.steps.count else math.inf,
         told=None if coarse is None else coarse.rule.tell(coarse.again.numpy()),
     )
