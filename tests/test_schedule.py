@@ -183,6 +183,15 @@ def test_pure_data_and_pure_noise_are_exact(schedule: NoiseSchedule, t: float, l
 
 
 @pytest.mark.parametrize("schedule", [*(e.schedule for e in EXACT.values()), TABLE], ids=[*EXACT, "table"])
+def test_both_levels_are_those_asked_for_one_by_one(schedule: NoiseSchedule) -> None:
+    times = torch.linspace(schedule.t_end, schedule.t_start, 23, dtype=torch.float64)
+    alpha, sigma = schedule.levels(times)
+    assert torch.equal(alpha, schedule.alpha(times)) and torch.equal(sigma, schedule.sigma(times))
+    with pytest.raises(ValueError, match="t must lie in"):
+        schedule.levels(-2.0)
+
+
+@pytest.mark.parametrize("schedule", [*(e.schedule for e in EXACT.values()), TABLE], ids=[*EXACT, "table"])
 @pytest.mark.parametrize("method", ["alpha", "sigma", "log_snr", "time"])
 def test_shape_is_kept_and_the_result_is_float64(schedule: NoiseSchedule, method: str) -> None:
     function = getattr(schedule, method)

@@ -44,6 +44,10 @@ class NoiseSchedule(ABC):
     @abstractmethod
     def _sigma(self, t: Tensor) -> Tensor: ...
 
+    def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Both at once, for a schedule whose ``_alpha`` and ``_sigma`` share most of their work."""
+        return self._alpha(t), self._sigma(t)
+
     @abstractmethod
     def _log_snr(self, t: Tensor) -> Tensor: ...
 
@@ -68,6 +72,10 @@ class NoiseSchedule(ABC):
     def sigma(self, t: float | Tensor) -> Tensor:
         """Standard deviation of the noise, ``sigma(t)``; arguments and errors as for :meth:`alpha`."""
         return self._sigma(self._checked_time(t))
+
+    def levels(self, t: float | Tensor) -> tuple[Tensor, Tensor]:
+        """``(alpha(t), sigma(t))``, which cost little more than one; arguments and errors as for :meth:`alpha`."""
+        return self._levels(self._checked_time(t))
 
     def log_snr(self, t: float | Tensor) -> Tensor:
         """Log signal-to-noise ratio ``ln(alpha^2 / sigma^2)``; arguments and errors as for :meth:`alpha`.

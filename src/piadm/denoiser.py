@@ -121,7 +121,7 @@ class Denoiser:
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """The scalars ``(p, q)`` of ``x0_hat = p x + q F`` at times ``t``, float64, of the shape of ``t``."""
-        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        alpha, sigma = self.schedule.levels(t)
         if self.prediction == "sample":
             return torch.zeros_like(alpha), torch.ones_like(alpha)
         if self.prediction == "epsilon":

@@ -201,7 +201,7 @@ class ScoreExponential:
 
 def variance_preserving(schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``(alpha, sigma^2, scale)`` of the variance-preserving process ``x / scale`` at times ``t``, float64."""
-    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    alpha, sigma = schedule.levels(t)
     scale = torch.hypot(alpha, sigma)
     return alpha / scale, (sigma / scale).square(), scale
 

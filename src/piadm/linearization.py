@@ -84,7 +84,7 @@ class Gaussian:
 
 def gaussian_slopes(schedule: NoiseSchedule, times: Tensor, variance: float | Tensor) -> Tensor:
     """``alpha v/(alpha^2 v + sigma^2)`` at times ``(J,)``, for a variance or several ``(..., 1)``."""
-    alpha, sigma = schedule.alpha(times), schedule.sigma(times)
+    alpha, sigma = schedule.levels(times)
     return (alpha * variance).div_((alpha.square() * variance).add_(sigma.square()))
 
 

@@ -58,7 +58,7 @@ def measure_moments(
     given = check_condition(condition, shape[0], device)
     ends = schedule.log_snr(torch.tensor([schedule.t_start, schedule.t_end], dtype=torch.float64, device="cpu"))
     times = schedule.time(torch.tensor(LEVELS, dtype=torch.float64, device="cpu").clamp(*ends.tolist()))
-    alpha, sigma = schedule.alpha(times), schedule.sigma(times)
+    alpha, sigma = schedule.levels(times)
 
     generator = torch.Generator().manual_seed(SEED)
     inputs = sigma.float()[:, None, None, None] * torch.randn(

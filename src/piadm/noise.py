@@ -25,6 +25,7 @@ _ROUNDS = 10
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_BUMPS = (0x9E3779B9, 0xBB67AE85)
 _COUNTERS_AT_ONCE = 1 << 16  # 512 KiB per int64 temporary: the ten rounds stay in the cache
+_ON_ACCELERATORS = 1 << 20  # 8 MiB: there it is the launch of each of the hundred operations that takes time
 
 
 class Stream(IntEnum):
@@ -111,7 +112,8 @@ def normals(
     last = torch.full((1,), _word("stream", stream), device=device)
 
     out = torch.empty(len(step), len(seed), elements, dtype=dtype, device=device)
-    for s, b, e in _chunks(len(step), len(seed), len(block)):
+    room = _COUNTERS_AT_ONCE if out.device.type == "cpu" else _ON_ACCELERATORS
+    for s, b, e in _chunks(room, len(step), len(seed), len(block)):
         key = (seed[b] & _WORD, (seed[b] >> 32) & _WORD)
         w0, w1, w2, w3 = philox4x32((block[e], step[s], sample[b], last), key)
         four = torch.stack((*_box_muller(w0, w1), *_box_muller(w2, w3)), dim=-1).flatten(-2)
@@ -254,9 +256,9 @@ def given_array(name: str, value: object, shape: Sequence[int]) -> Tensor:
     return array.detach()
 
 
-def _chunks(*sizes: int) -> product[tuple[slice, ...]]:
-    """Cut a box of counters into boxes of at most ``_COUNTERS_AT_ONCE``, the last axis whole if it fits."""
-    room, axes = _COUNTERS_AT_ONCE, []
+def _chunks(room: int, *sizes: int) -> product[tuple[slice, ...]]:
+    """Cut a box of counters into boxes of at most ``room``, the last axis whole if it fits."""
+    axes = []
     for size in reversed(sizes):
         length = max(1, min(size, room))
         axes.append([slice(start, min(start + length, size)) for start in range(0, size, length)])

@@ -97,9 +97,11 @@ class _Rows:
     def of(active: Flags, device: torch.device) -> _Rows:
         """Those that are true in a table ``(n, B)``."""
         number = active.cumsum(0)
-        node, sample, place = torch.from_numpy(np.stack([*active.nonzero(), number[active] - 1])).to(device)
+        rows = np.stack([*active.nonzero(), number[active] - 1])
         places = (~active).argsort(axis=0, kind="stable")[: number[-1].max()].T
-        return _Rows(node, sample, place, torch.from_numpy(places).to(device))
+        # A blocking copy would wait for the device once more.
+        (node, sample, place), there = (torch.from_numpy(t).to(device, non_blocking=True) for t in (rows, places))
+        return _Rows(node, sample, place, there)
 
 
 class ParallelPath:

@@ -177,7 +177,7 @@ def _check_times(denoiser: Denoiser, grid: TimeGrid) -> None:
 def _prior_scale(denoiser: Denoiser, grid: TimeGrid) -> float:
     """Standard deviation of the starting noise, ``sqrt(alpha^2 + sigma^2)``: 1 for variance-preserving kinds."""
     first = grid.times[0]
-    return float(torch.hypot(denoiser.schedule.alpha(first), denoiser.schedule.sigma(first)))
+    return float(torch.hypot(*denoiser.schedule.levels(first)))
 
 
 def _place(denoiser: Denoiser, initial: Tensor | None, noise: Tensor | None) -> tuple[torch.device, torch.dtype]:

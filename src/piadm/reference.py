@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from piadm.condense import CondensedPath
@@ -12,8 +13,9 @@ from piadm.numerics import full_precision
 #: Gives standard normals ``first .. last - 1`` of a path, shape ``(last - first, B, d)``.
 Draw = Callable[[int, int], Tensor]
 
-#: Rows of noise drawn at once: the noise of a path is never stored whole.
-NOISE_CHUNK = 64
+#: Steps whose noise is drawn at once: that of a path is never stored whole.  Accelerators draw more steps where these
+#: have few numbers, up to so many in all: many small draws take longer there than the numbers themselves.
+NOISE_CHUNK, ACCELERATOR_NUMBERS = 64, 1 << 20
 
 
 def free_states(references: Sequence[CondensedPath], start: Tensor, draw: Draw) -> list[Tensor]:
@@ -33,10 +35,15 @@ def free_states(references: Sequence[CondensedPath], start: Tensor, draw: Draw) 
         free = [one.start.flatten(0, 1).to(start) @ first_state for one in references]
         for found, reference in zip(free, references, strict=True):
             found += reference.offset.flatten().to(start)[:, None]
-        count = columns[0].shape[1]
-        for first in range(0, count, NOISE_CHUNK):
-            last = min(first + NOISE_CHUNK, count)
+        count, rows = columns[0].shape[1], noise_rows(start.device, first_state.shape[1])
+        for first in range(0, count, rows):
+            last = min(first + rows, count)
             normals = draw(first, last).flatten(1)
             for found, column in zip(free, columns, strict=True):
                 found.addmm_(column[:, first:last].to(start), normals)
     return free
+
+
+def noise_rows(device: torch.device, numbers: int) -> int:
+    """Steps whose noise is drawn at once on a device, of so many numbers each."""
+    return NOISE_CHUNK if device.type == "cpu" else max(NOISE_CHUNK, ACCELERATOR_NUMBERS // numbers)

@@ -140,13 +140,14 @@ def settle(
     opening = _opening(first, clock, aim / deviation, noisy=noisy) if nodes is None else ()
     bounds = chosen.bounds(schedule, scheme) if isinstance(chosen, Secant) else (slopes, slopes)
     # The mean of what Gaussian data answer and the bound 1/alpha, sqrt(G/alpha), finite where alpha is 0.
-    scaled, noise = schedule.alpha(scheme.times).square() * checked.data_variance, schedule.sigma(scheme.times).square()
-    rate = ASSUMED * (checked.data_variance / (scaled + noise)).sqrt()
+    alpha, sigma = schedule.levels(scheme.times)
+    spread = alpha.square() * checked.data_variance + sigma.square()
+    rate = ASSUMED * (checked.data_variance / spread).sqrt()
     return Engine(
         grid=times,
         steps=scheme,
         slopes=slopes,
-        prior=(jacobian, (1 - jacobian * schedule.alpha(scheme.times)) * checked.data_mean),
+        prior=(jacobian, (1 - jacobian * alpha) * checked.data_mean),
         learning=Learning(*bounds, rate, own=isinstance(chosen, DiagonalSecant)),
         clock=clock,
         importance=importance,

@@ -282,4 +282,5 @@ def levels(
     if times.shape not in ((), (len(x),)):
         raise ValueError(f"t must be a number or one per row, ({len(x)},), got shape {tuple(times.shape)}")
     rows = times.expand(len(x))[:, None]
-    return schedule.alpha(rows), schedule.sigma(rows).square().clamp(min=_LEAST_VARIANCE)
+    alpha, sigma = schedule.levels(rows)
+    return alpha, sigma.square().clamp(min=_LEAST_VARIANCE)

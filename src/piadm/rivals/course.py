@@ -182,7 +182,7 @@ def prepare(
     if not bool(truth.sample.isfinite().all()):
         raise ValueError("denoiser must give finite values; " + "; ".join(truth.failures or ("the states overflowed",)))
     device = problem.start.device
-    noisy = scheme.normals > 0
+    noisy, (alpha, sigma) = scheme.normals > 0, schedule.levels(times.times)
     c = scheme.c[:, 0, 0] if noisy else scheme.c.new_zeros(scheme.count)
     return Course(
         denoiser=denoiser,
@@ -195,8 +195,8 @@ def prepare(
         a=scheme.a[:, 0, 0].to(device),
         b=scheme.b[:, 0].to(device),
         c=c.to(device),
-        alpha=schedule.alpha(times.times).to(device),
-        sigma=schedule.sigma(times.times).to(device),
+        alpha=alpha.to(device),
+        sigma=sigma.to(device),
         spread=_spread(integrator("sde").steps(schedule, times).c[:, 0, 0]).to(device),
         start=problem.start,
         noise=problem.noise.path(0, scheme.count) if noisy else None,

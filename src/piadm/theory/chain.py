@@ -93,7 +93,7 @@ def chain(modes: Modes, schedule: NoiseSchedule, steps: AffineSteps, error: Scor
         steps: coefficients of a one-component state.
         error: what is wrong with the score; None: nothing.
     """
-    alpha, sigma, b = schedule.alpha(steps.times), schedule.sigma(steps.times), steps.b[:, 0]
+    (alpha, sigma), b = schedule.levels(steps.times), steps.b[:, 0]
     jacobian = gaussian_slopes(schedule, steps.times, modes.variances[:, None])
     shift = b * (1 - alpha * jacobian) * modes.means[:, None] if bool(modes.means.any()) else None
     variance = steps.c.square().sum((1, 2)) if steps.normals else None

@@ -55,7 +55,7 @@ def path_kl(
     sampler = chain(modes, schedule, steps, error)
     if sampler.variance is None or not bool((sampler.variance > 0).all()):
         raise ValueError("method must be one whose every step takes noise, such as 'paper-sde', got one that does not")
-    alpha, noise, factor = schedule.alpha(grid.times), schedule.sigma(grid.times), sampler.factor
+    (alpha, noise), factor = schedule.levels(grid.times), sampler.factor
     spread = alpha.square() * modes.variances[:, None] + noise.square()
     ratio, narrowed = alpha[:-1] / alpha[1:], spread[:, 1:] / spread[:, :-1]
     added = noise[:-1].square() - ratio.square() * noise[1:].square()

@@ -47,7 +47,7 @@ class Modes(Protocol):
 def noised(modes: Modes, schedule: NoiseSchedule, time: float | Tensor) -> Law:
     """Law of the noised data at a time: ``N(alpha mean, alpha^2 variance + sigma^2)`` per mode, ``(..., m)``."""
     t = torch.as_tensor(time, dtype=torch.float64, device="cpu")[..., None]
-    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    alpha, sigma = schedule.levels(t)
     return Law(alpha * modes.means, alpha.square() * modes.variances + sigma.square())
 
 
