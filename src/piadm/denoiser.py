@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from piadm._checks import choice, described, finite_float
+from piadm.numerics import autocast_dtype
 from piadm.schedule import NoiseSchedule
 
 Network = Callable[..., Any]
@@ -182,6 +183,13 @@ def network_dtype(network: Network, default: torch.dtype) -> torch.dtype:
         if isinstance(parameter, Tensor) and parameter.is_floating_point():
             return parameter.dtype
     return default
+
+
+def resolution(network: Network) -> float:
+    """Relative spacing of the numbers that a network computes with, those of a surrounding autocast if coarser."""
+    device = network_device(network) or torch.device("cpu")
+    dtypes = network_dtype(network, torch.float32), autocast_dtype(device) or torch.float32
+    return max(torch.finfo(dtype).eps for dtype in dtypes)
 
 
 def network_device(network: Network) -> torch.device | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -38,16 +38,18 @@ class Learning:
         most: largest slope; equal bounds learn nothing.
         rate: surprise per drift that is assumed before anything was learnt.
         own: whether every coordinate has a slope of its own.
+        resolution: relative change of a state that the network's numbers are too short to tell.
     """
 
     least: Tensor
     most: Tensor
     rate: Tensor
     own: bool = False
+    resolution: float = 0.0
 
     def at(self, indices: Tensor) -> Learning:
         """That of some steps."""
-        return Learning(self.least[indices], self.most[indices], self.rate[indices], self.own)
+        return replace(self, least=self.least[indices], most=self.most[indices], rate=self.rate[indices])
 
 
 class LocalModel:
@@ -74,6 +76,7 @@ class LocalModel:
     def __init__(self, learning: Learning, slopes: Tensor, states: Tensor) -> None:
         batch, size = states.shape[1:]
         self.learns, self.own = bool((learning.most > learning.least).any()), learning.own
+        self.resolution = learning.resolution
         bounds = (learning.least - slopes, learning.most - slopes)
         self.least, self.most = (bound.to(states).repeat_interleave(batch)[:, None] for bound in bounds)
         self.seen = states.flatten(0, 1).clone()
@@ -89,12 +92,15 @@ class LocalModel:
             told: ``s``, their residuals there beyond ``R(x)``, shape ``(r, d)``.
 
         Returns:
-            Surprise ``RMS(s)`` and stride ``RMS(x - x_seen)``, ``(2, r)``.
+            Surprise ``RMS(s)`` and stride ``RMS(x - x_seen)``, ``(2, r)``; a stride of 0 where it is too short for the
+            network to tell: what it brought is rounding.
         """
         dx, old, size = states - self.seen[rows], self.excess[rows], states.shape[1]
         least, most = self.least[rows], self.most[rows]
         across = dx.square().sum(1, keepdim=True)
-        far = across > LEAST_STRIDE**2 * states.square().sum(1, keepdim=True)
+        length = states.square().sum(1, keepdim=True)
+        far = across > max(LEAST_STRIDE, self.resolution) ** 2 * length
+        stride = across * (across > self.resolution**2 * length)
         length = across.where(far, torch.ones_like(across))
         slope = (old + (dx * told).sum(1, keepdim=True) / length).clamp_(least, most)
         if self.own:
@@ -102,7 +108,7 @@ class LocalModel:
             slope = (slope + left.mul_(dx).div_(dx.square().add_(RIDGE / size * length))).clamp_(least, most)
         self.excess[rows] = torch.where(far & self.known[rows, None], slope, old)
         self.seen[rows], self.known[rows] = states, True
-        return torch.stack([told.square().sum(1), across[:, 0]]).div_(size).sqrt_()
+        return torch.stack([told.square().sum(1), stride[:, 0]]).div_(size).sqrt_()
 
     def follow(
         self,

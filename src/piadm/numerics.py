@@ -23,6 +23,13 @@ def rms(rows: Tensor) -> Tensor:
     return rows.square().mean(1).sqrt()
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What an autocast around the caller computes in on a device; None: there is none, or PyTorch is older than 2.4."""
+    if not hasattr(torch, "get_autocast_dtype") or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Matrix products in full float32: TF32, or an autocast around the sampler, would lose digits of a long sum."""

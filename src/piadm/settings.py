@@ -12,6 +12,7 @@ from torch import Tensor
 from piadm._checks import choice, described, finite_float, positive_int, shown
 from piadm.activity import NARROW, ROUGH, WIDE
 from piadm.condense import weights_on_end
+from piadm.denoiser import resolution
 from piadm.grid import TimeGrid
 from piadm.integrators import Integrator, Steps, integrator
 from piadm.linearization import DiagonalSecant, Gaussian, Linearization, Secant, check_slopes, linearization
@@ -148,7 +149,7 @@ def settle(
         steps=scheme,
         slopes=slopes,
         prior=(jacobian, (1 - jacobian * alpha) * checked.data_mean),
-        learning=Learning(*bounds, rate, own=isinstance(chosen, DiagonalSecant)),
+        learning=Learning(*bounds, rate, isinstance(chosen, DiagonalSecant), resolution(checked.network)),
         clock=clock,
         importance=importance,
         nodes=with_readings(first, importance),

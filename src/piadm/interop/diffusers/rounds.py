@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,10 +65,15 @@ class PipelineNetwork:
 
     Attributes:
         rows_per_call: network rows per row of the engine: several under guidance.
+        kind: a tensor of the dtype that they return, where the states are; None: not known yet.
     """
 
-    def __init__(self, rows_per_call: int) -> None:
-        self.rows_per_call = rows_per_call
+    def __init__(self, rows_per_call: int, kind: Tensor | None = None) -> None:
+        self.rows_per_call, self.kind = rows_per_call, kind
+
+    def parameters(self) -> Iterator[Tensor]:
+        """What tells dtype and device."""
+        return iter(() if self.kind is None else (self.kind,))
 
     def __call__(self, *args: object, **kwargs: object) -> Tensor:
         """Never: the pipeline's loop answers in its place."""
@@ -88,7 +93,8 @@ class Rounds:
     def __init__(self, score: Score, options: Options, evaluated: int, progress: bool) -> None:
         self.score, self.options = score, options
         count = score.levels.count
-        network = PipelineNetwork(sum(slot.state.chunks for slot in score.slots if slot.denoises))
+        chunks = sum(slot.state.chunks for slot in score.slots if slot.denoises)
+        network = PipelineNetwork(chunks, score.initial.new_empty(0, dtype=score.output.dtype))
         denoiser = Denoiser(network, score.levels, "sample", options.data_mean, options.data_variance)
         engine = options.engine(denoiser, _Known(score.steps), TimeGrid(range(count, -1, -1)))
         problem = pose(

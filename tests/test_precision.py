@@ -1,0 +1,56 @@
+"""Networks in half precision: what their rounding brings is not taken for news, round after round."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import piadm
+from piadm.denoiser import resolution
+from piadm.models import MixtureDenoiser
+
+# Stable Diffusion's levels: at the noisiest, an error of epsilon is fifteen times as large in the denoised estimate.
+BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()
+SCHEDULE = piadm.DiscreteSchedule(torch.cumprod(1 - BETAS, 0))
+
+
+class Rounded(nn.Module):
+    """Epsilon of eight modes in closed form, its input and output rounded to the dtype of its parameter."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        modes = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+        self.exact, self.anchor = MixtureDenoiser(SCHEDULE, modes, 0.05), nn.Parameter(torch.zeros(1, dtype=dtype))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = (level[:, None] for level in SCHEDULE.levels(t.double()))
+        x = x.double()
+        return ((x - alpha * self.exact.network(x, t)) / sigma).to(self.anchor.dtype)
+
+
+def rounded(dtype: torch.dtype) -> piadm.Denoiser:
+    network = Rounded(dtype)
+    return replace(network.exact, network=network, prediction="epsilon")
+
+
+@pytest.mark.parametrize("steps", [200, 1000])
+@pytest.mark.parametrize("method", ["ode", "sde"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_costs_little_more(dtype: torch.dtype, method: str, steps: int) -> None:
+    run = dict(method=method, steps=steps, seed=1)
+    half, full = (piadm.sample(rounded(one), (2, 64), **run) for one in (dtype, torch.float32))
+    want = piadm.sample_sequential(rounded(dtype), (2, 64), **run).sample
+    assert half.converged and float((half.sample - want).square().mean(1).sqrt().max()) <= 1e-2
+    # 98 000 evaluations for 137 were seen; with the rounding told from news at most 1.3 times as many.
+    assert half.stats.evaluations <= 1.6 * full.stats.evaluations
+
+
+def test_the_resolution_is_that_of_the_coarsest_numbers() -> None:
+    half, single = 2.0**-7, 2.0**-23
+    assert resolution(Rounded(torch.bfloat16)) == half and resolution(Rounded(torch.float32)) == single
+    assert resolution(lambda x, t: x) == single
+    with torch.autocast("cpu", torch.bfloat16):
+        assert resolution(Rounded(torch.float32)) == resolution(lambda x, t: x) == half
