@@ -58,6 +58,27 @@ def test_a_run_compiles_once_for_each_size_and_the_next_one_not_at_all() -> None
     assert found.stats.rounds > len(counter.rows)  # rounds of many numbers of rows shared them
 
 
+def test_shapes_modes_and_copies_do_not_use_up_the_variants_of_one_network() -> None:
+    # TorchDynamo keeps eight of a code and refuses the ninth: the sizes of one run alone are up to eight.
+    torch._dynamo.reset()
+
+    class Anything(nn.Module):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return torch.tanh(x * torch.cos(t).to(x).view(-1, *[1] * (x.ndim - 1)))
+
+    compiled = piadm.CompiledNetwork(Anything(), backend=Counter())
+    x = {shape: torch.ones(SIZES[-1], *shape) for shape in ((6,), (2, 3), (7,))}
+    for rows in SIZES:
+        for states in x.values():
+            compiled(states[:rows], torch.ones(rows))
+        with torch.inference_mode():
+            compiled(x[6,][:rows], torch.ones(rows))
+        copy.copy(compiled)(x[6,][:rows], torch.ones(rows))
+    alone = piadm.sample(denoiser(compiled), (3, 6), **GIVEN)
+    shared = piadm.sample(denoiser(compiled), (3, 6), workers=piadm.Devices(["cpu"] * 3), **GIVEN)
+    assert torch.equal(alone.sample, shared.sample)
+
+
 @pytest.mark.parametrize("rows", [1, 2, 8, 9, 511, 512, 513, 1100])
 def test_padding_changes_no_row(rows: int) -> None:
     network = Net().double()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
-from typing import Any, final
+from types import FunctionType
+from typing import Any, cast, final
 
 import torch
 from torch import Tensor
@@ -12,8 +14,10 @@ from piadm._checks import described
 from piadm.denoiser import Network, unwrap
 
 #: Numbers of rows that calls are padded to: one, for the sequential sampler, and powers of two from where accelerators
-#: begin to be busy.  TorchDynamo keeps eight variants of a network; larger calls are cut.
+#: begin to be busy; larger calls are cut.
 SIZES = (1, 8, 16, 32, 64, 128, 256, 512)
+
+_entries = itertools.count()
 
 
 @final
@@ -48,7 +52,7 @@ class CompiledNetwork:
                 raise TypeError(f"{name} must be True or False, got {described(switch)}")
         self.network, self.compile, self.cuda_graph, self.backend = network, compile, cuda_graph, backend
         self.rows_per_call = int(getattr(network, "rows_per_call", 1))
-        self._run: Network | None = None
+        self._variants: dict[tuple[object, ...], Network] = {}
 
     def __copy__(self) -> CompiledNetwork:
         """The same settings, to be compiled for another network."""
@@ -61,25 +65,46 @@ class CompiledNetwork:
 
     def __call__(self, x: Tensor, t: Tensor, **condition: Any) -> Tensor:  # noqa: ANN401 - the network's own
         """Prediction for rows ``x (R, *shape)`` at times ``t (R,)``."""
-        if self._run is None:
-            self._run = self._compiled(x.is_cuda)
         parts = []
         for first in range(0, len(x), SIZES[-1]):
             part = slice(first, min(len(x), first + SIZES[-1]))
             rows = part.stop - part.start
             size = next(size for size in SIZES if size >= rows)
             given = {name: _padded(value, part, size, len(x)) for name, value in condition.items()}
-            output = unwrap(self._run(_padded(x, part, size, len(x)), _padded(t, part, size, len(x)), **given))
+            rows_given = (_padded(value, part, size, len(x)) for value in (x, t))
+            output = unwrap(self._variant(size, x)(*rows_given, **given))
             # CUDA graphs write the next output where this one lies.
             parts.append(output[:rows].clone() if self.cuda_graph else output[:rows])
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _variant(self, size: int, x: Tensor) -> Network:
+        """What runs such a number of such rows, compiled when it is first called."""
+        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        key = (size, x.shape[1:], x.dtype, x.device, *modes)
+        if key not in self._variants:
+            self._variants[key] = self._compiled(x.is_cuda)
+        return self._variants[key]
 
     def _compiled(self, on_cuda: bool) -> Network:
         if not self.compile:
             return self.network
         how: dict[str, Any] = {"mode": "reduce-overhead"} if self.cuda_graph and on_cuda else {}
-        run: Network = torch.compile(self.network, fullgraph=True, dynamic=False, backend=self.backend, **how)
+        run: Network = torch.compile(_entry(self.network), fullgraph=True, dynamic=False, backend=self.backend, **how)
         return run
+
+
+def _entry(network: Network) -> Network:
+    """The network behind a function with a code of its own.
+
+    TorchDynamo keeps eight variants of a code, wherever it was compiled, and refuses a ninth: sizes, shapes of samples,
+    modes and copies on other devices would add up.
+    """
+
+    def run(x: Tensor, t: Tensor, **condition: Any) -> Any:  # noqa: ANN401 - the network's own
+        return network(x, t, **condition)
+
+    code = run.__code__.replace(co_name=f"run_{next(_entries)}")
+    return cast(Network, FunctionType(code, run.__globals__, code.co_name, None, run.__closure__))
 
 
 def _padded(value: Any, part: slice, size: int, rows: int) -> Any:  # noqa: ANN401 - any condition
