@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -54,3 +55,42 @@ def test_the_resolution_is_that_of_the_coarsest_numbers() -> None:
     assert resolution(lambda x, t: x) == single
     with torch.autocast("cpu", torch.bfloat16):
         assert resolution(Rounded(torch.float32)) == resolution(lambda x, t: x) == half
+
+
+def test_kept_states_are_exact_under_an_autocast_too() -> None:
+    run = dict(method="ode", steps=200, seed=1, return_states=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = piadm.sample(rounded(torch.float32), (2, 64), **run)
+    # Both ways to the end round in float32: 3e-7 apart; a product in bfloat16 left 4e-4.
+    assert found.states is not None and float((found.states[-1] - found.sample).abs().max()) <= 1e-5
+
+
+def test_devices_compute_under_the_callers_autocast() -> None:
+    class Line(nn.Linear):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return super().forward(x)
+
+    run = dict(method="ode", steps=20, seed=1)
+    denoiser = piadm.Denoiser(Line(64, 64), SCHEDULE, "epsilon")
+    exact = piadm.sample_sequential(denoiser, (2, 64), **run).sample
+    with torch.autocast("cpu", torch.bfloat16):
+        alone = piadm.sample_sequential(denoiser, (2, 64), **run).sample
+        shared = piadm.sample_sequential(denoiser, (2, 64), workers=piadm.Devices(["cpu"]), **run).sample
+    assert torch.equal(alone, shared) and not torch.equal(alone, exact)
+
+
+@pytest.mark.parametrize("nodes", [None, "all"])
+def test_a_mean_told_far_off_is_no_excuse_for_convergence(nodes: str | None) -> None:
+    # States are then differences of numbers of 1e5, whose rounding is 1e-2: errors of 2e-2 were CONVERGED at 1e-4.
+    told = replace(rounded(torch.float32).network.exact, data_mean=1e5)
+    run = dict(method="ode", steps=200, seed=1)
+    found = piadm.sample(told, (3, 64), tol=1e-4, nodes=nodes, max_rounds=40, **run)
+    assert not found.converged
+
+
+def test_what_raise_on_failure_raises_goes_from_process_to_process() -> None:
+    # By its message alone it could not be made again, and a pool of processes waited for ever.
+    with pytest.raises(piadm.NotConvergedError) as caught:
+        piadm.sample(rounded(torch.float32), (2, 64), max_rounds=1, raise_on_failure=True)
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert str(again) == str(caught.value) and again.solution.status == caught.value.solution.status

@@ -283,7 +283,6 @@ def _all_states(engine: Engine, problem: Problem, nodes: NodeSet, path: Parallel
         reference = condense(engine.steps, engine.prior[0], every, engine.prior[1])
         free = _free(problem, path.samples, [reference])[0]
         fine = _guess(engine, every, path.samples, reference, free, learns=False)
-        fine.residual.copy_(nodes.weights.to(path.residual) @ path.residual)
-        fine.solve()
+        fine.interpolate(nodes.weights, path.residual)
         path = fine
     return torch.cat([path.nodes, path.end[None, :, 0]])

@@ -135,8 +135,8 @@ class ParallelPath:
         self.slopes, self.response = self._matrix(path.slopes), self._matrix(path.response.flatten(0, 1))
         reference = path if reference is None else reference
         self.reference_slopes, self.constants = self._matrix(reference.slopes), self._matrix(reference.constants)
-        self.turns = 0
-        self.free = free
+        self.turns, self.free = 0, free
+        self.reference_size = rms(free.view(-1, path.components, self.batch, self.size)[-1, 0])
         self.state = self.free.clone()
         self.residual = torch.zeros(path.count, self.batch * self.size, dtype=self.dtype, device=self.device)
         self.local = None if learning is None else LocalModel(learning, path.slopes, self.nodes)
@@ -169,6 +169,12 @@ class ParallelPath:
         """The recurrence of constant residuals: ``x <- q + P R``."""
         with full_precision(self.device):
             torch.addmm(self.free, self.response, self.residual, out=self.state)
+
+    def interpolate(self, weights: Tensor, residual: Tensor) -> None:
+        """The recurrence of what lies between the residuals ``(n', B d)`` at other nodes, by weights ``(n, n')``."""
+        with full_precision(self.device):
+            torch.mm(self._matrix(weights), residual, out=self.residual)
+        self.solve()
 
     def follow(self, places: Tensor, told: Tensor, first: int = 0) -> None:
         """The recurrence ``x <- q + P R(x)``, after evaluations that have told ``s`` (``LocalModel.follow``).
@@ -203,12 +209,9 @@ class ParallelPath:
         """
         assert self.local is not None and coarse.local is not None
         n, count, residual = len(old), coarse.path.count, self.residual.view(len(old), self.batch, -1)
+        self.interpolate(weights, coarse.residual.view(count, coarse.batch, -1)[:, keep].flatten(1))
+        places = old.nonzero().squeeze(1).to(self.device)
         with full_precision(self.device):
-            found = coarse.residual.view(count, coarse.batch, -1)[:, keep]
-            torch.mm(self._matrix(weights), found.flatten(1), out=self.residual)
-            del found
-            self.solve()
-            places = old.nonzero().squeeze(1).to(self.device)
             self.local.inherit(places, coarse.local, keep, self._matrix(weights), self.nodes)
         # What is read at the coarse nodes has moved, and their local models with it.
         told = self.nodes[places].sub_(coarse.nodes[:, keep])
@@ -276,7 +279,8 @@ class ParallelPath:
     def _movement(self, active: Flags, heard: Tensor, before: Tensor) -> Movement:
         end = self.end[:, 0]
         moved, size = torch.stack([end - before[:, 0], end]).square_().mean(2).sqrt_()
-        rounding = ROUNDINGS * torch.finfo(self.dtype).eps * size
+        # Where the reference is far off, by a mean told wrong, states are small differences of large numbers.
+        rounding = ROUNDINGS * torch.finfo(self.dtype).eps * size.maximum(self.reference_size)
         drift = heard[1] if self.local is None else self.local.drift(self.rows)
         of_rows = torch.stack([*heard, drift]).flatten()
         host = _table(torch.cat([of_rows, moved, self._interpolation(end), rounding]))

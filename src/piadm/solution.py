@@ -28,6 +28,9 @@ class NotConvergedError(RuntimeError):
         super().__init__(message)
         self.solution = solution
 
+    def __reduce__(self) -> tuple[type[NotConvergedError], tuple[str, Solution]]:
+        return type(self), (str(self), self.solution)  # by the message alone a pickled one could not be made again
+
 
 @dataclass(frozen=True)
 class Stats:

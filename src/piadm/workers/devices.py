@@ -16,6 +16,7 @@ from torch import Tensor
 from piadm._checks import described, shown
 from piadm.denoiser import Denoiser, network_device
 from piadm.executor import Executor, Team
+from piadm.numerics import autocast_dtype
 from piadm.problem import check_denoiser
 from piadm.solution import NetworkError, Solution
 from piadm.workers.base import Workers
@@ -85,11 +86,13 @@ class _Devices(Team):
             self.executors = [executor.alone(denoiser, place) for place, denoiser in self.places]
         shares = self.shares.cut(len(samples))
         modes = torch.is_inference_mode_enabled()
+        casts = [autocast_dtype(place) for place, _ in self.places]
 
         def work(worker: int) -> tuple[Tensor, float]:
             part, (place, _) = shares[worker], self.places[worker]
             began = time.perf_counter()
-            with torch.inference_mode(modes), torch.no_grad():  # both are settings of a thread
+            cast = torch.autocast(place.type, casts[worker], enabled=casts[worker] is not None)
+            with torch.inference_mode(modes), torch.no_grad(), cast:  # settings of a thread, all of them
                 try:
                     rows = (table[part].to(place) for table in (x, samples, times))
                     found = self.executors[worker].whole(*rows).to(x.device)
