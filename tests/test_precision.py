@@ -75,8 +75,9 @@ def test_devices_compute_under_the_callers_autocast() -> None:
     exact = piadm.sample_sequential(denoiser, (2, 64), **run).sample
     with torch.autocast("cpu", torch.bfloat16):
         alone = piadm.sample_sequential(denoiser, (2, 64), **run).sample
-        shared = piadm.sample_sequential(denoiser, (2, 64), workers=piadm.Devices(["cpu"]), **run).sample
-    assert torch.equal(alone, shared) and not torch.equal(alone, exact)
+        shared = piadm.sample_sequential(denoiser, (2, 64), workers=piadm.Devices(["cpu"] * 2), **run).sample
+    # One row instead of two rounds differently; the network's own rounding is a thousand times that.
+    assert float((alone - shared).abs().max()) < 0.1 * float((alone - exact).abs().max())
 
 
 @pytest.mark.parametrize("nodes", [None, "all"])
