@@ -98,9 +98,9 @@ class LocalModel:
         dx, old, size = states - self.seen[rows], self.excess[rows], states.shape[1]
         least, most = self.least[rows], self.most[rows]
         across = dx.square().sum(1, keepdim=True)
-        length = states.square().sum(1, keepdim=True)
-        far = across > max(LEAST_STRIDE, self.resolution) ** 2 * length
-        stride = across * (across > self.resolution**2 * length)
+        square = states.square().sum(1, keepdim=True)
+        far = across > max(LEAST_STRIDE, self.resolution) ** 2 * square
+        stride = across * (across > self.resolution**2 * square)
         length = across.where(far, torch.ones_like(across))
         slope = (old + (dx * told).sum(1, keepdim=True) / length).clamp_(least, most)
         if self.own:
