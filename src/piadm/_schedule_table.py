@@ -35,7 +35,7 @@ class DiscreteSchedule(NoiseSchedule):
     """
 
     alphas_cumprod: Tensor
-    _table: Tensor
+    _log_snrs: Tensor
 
     def __init__(self, alphas_cumprod: Tensor | Sequence[float] | NDArray[Any]) -> None:
         """Check and copy the table, and keep its log-SNR.
@@ -58,7 +58,7 @@ class DiscreteSchedule(NoiseSchedule):
             pair = f"{table[i + 1].item()} at index {i + 1} after {table[i].item()}"
             raise ValueError(f"alphas_cumprod must be strictly decreasing, got {pair}")
         object.__setattr__(self, "alphas_cumprod", table)
-        object.__setattr__(self, "_table", levels)
+        object.__setattr__(self, "_log_snrs", levels)
 
     @classmethod
     def ddpm(cls, timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> DiscreteSchedule:
@@ -119,20 +119,20 @@ class DiscreteSchedule(NoiseSchedule):
     @cached_property
     def _first(self) -> tuple[float, float]:
         """``alpha^2`` and ``sigma^2`` at index 0."""
-        return self._table[0].sigmoid().item(), (-self._table[0]).sigmoid().item()
+        return self._log_snrs[0].sigmoid().item(), (-self._log_snrs[0]).sigmoid().item()
 
     def _log_snr(self, t: Tensor) -> Tensor:
-        table = self._table.to(t.device, non_blocking=True)  # a blocking copy would wait for the device
-        cell = t.long().clamp(0, len(table) - 2)
-        in_table = torch.lerp(table[cell], table[cell + 1], t - cell)
+        levels = self._log_snrs.to(t.device, non_blocking=True)  # a blocking copy would wait for the device
+        cell = t.long().clamp(0, len(levels) - 2)
+        in_table = torch.lerp(levels[cell], levels[cell + 1], t - cell)
         # Before index 0: alpha^2 = 1 - sigma(0)^2 (1+t)^2, as a sum of positive terms.
         (signal, noise), u = self._first, t.clamp(max=0.0)
         to_data = torch.log(signal - noise * u * (2.0 + u)) - (math.log(noise) + 2.0 * torch.log1p(u))
         return torch.where(t < 0.0, to_data, in_table)
 
     def _time(self, log_snr: Tensor) -> Tensor:
-        table = self._table.to(log_snr.device, non_blocking=True)
-        cell = torch.searchsorted(-table, -log_snr.contiguous(), right=True).sub(1).clamp(0, len(table) - 2)
-        in_table = cell + (table[cell] - log_snr) / (table[cell] - table[cell + 1])
+        levels = self._log_snrs.to(log_snr.device, non_blocking=True)
+        cell = torch.searchsorted(-levels, -log_snr.contiguous(), right=True).sub(1).clamp(0, len(levels) - 2)
+        in_table = cell + (levels[cell] - log_snr) / (levels[cell] - levels[cell + 1])
         to_data = torch.sqrt(torch.sigmoid(-log_snr) / self._first[1]) - 1.0
-        return torch.where(log_snr > table[0], to_data, in_table)
+        return torch.where(log_snr > levels[0], to_data, in_table)

@@ -13,7 +13,7 @@ from piadm.grid import TimeGrid
 from piadm.integrators import Integrator, integrator
 from piadm.noise import Seed
 from piadm.problem import Callback, check_denoiser, check_grid, pose
-from piadm.reference import NOISE_CHUNK
+from piadm.reference import noise_rows
 from piadm.solution import Solution
 from piadm.tally import Tally
 from piadm.workers.base import Workers, on_workers
@@ -83,20 +83,20 @@ def sample_sequential(
     states = [x] if return_states else []
     estimate = torch.empty_like(x)
     failed_at = torch.full((batch,), coefficients.count, device=x.device)
-    chunk = x[None]
+    chunk, ahead = x[None], noise_rows(x.device, x.numel())
 
     def store(part: slice, value: Tensor) -> None:
         estimate[part] = value
 
     with tally.running():
         for j in range(coefficients.count):
-            if c[j] and j % NOISE_CHUNK == 0:
-                chunk = problem.noise.path(j, min(j + NOISE_CHUNK, coefficients.count))
+            if c[j] and j % ahead == 0:
+                chunk = problem.noise.path(j, min(j + ahead, coefficients.count))
             problem.executor.run(rows, nodes[j].expand(batch), lambda part, x=x: x[part], store)  # type: ignore[misc]
             failed_at = torch.where(estimate.isfinite().all(1), failed_at, failed_at.clamp(max=j))
             x = a[j] * x + b[j] * estimate
             if c[j]:
-                x = x.add(chunk[j % NOISE_CHUNK], alpha=c[j][0])
+                x = x.add(chunk[j % ahead], alpha=c[j][0])
             if return_states:
                 states.append(x)
             tally.end = x

@@ -66,7 +66,7 @@ def images(pipe: Any, steps: int, num: int) -> Tensor:  # noqa: ANN401 - a pipel
         # An estimate is no bound: samples near a border between two outcomes were off by up to 7e-2 (of
         # ``piadm.sample`` as well), at 25 rounds; a wrong recurrence or other noise leaves an error of order one.
         ("trained", df.DDPMScheduler, 200, 1, 33, 1e-1),
-        # The U-Net's thousand steps: docs/diffusers_table.py.
+        # The U-Net's thousand steps: benchmarks/diffusers_paradigms.py --long.
         ("closed", df.DDPMScheduler, 1000, 4, 33, 1e-1),
     ],
     ids=["DDIM-50", "DPM-Solver++-50", "DDPM-200", "DDPM-1000"],
