@@ -215,6 +215,7 @@ CALLS: list[tuple[str, Call, Kind, str, str]] = [
     ("prediction", lambda: piadm.Denoiser(zeros, VP, None), TypeError, PICK, "None"),
     ("data_mean", lambda: piadm.Denoiser(zeros, VP, "v", NAN), ValueError, "a finite number", "nan"),
     ("data_variance", lambda: piadm.Denoiser(zeros, VP, "v", 0.0, 0.0), ValueError, NUMBER, "0.0"),
+    ("data_variance", lambda: piadm.Denoiser(zeros, VP, "v", 0.0, 1e300), ValueError, NUMBER, "1e+300"),
     ("network", lambda: piadm.GuidedNetwork("net", 1.0, {}), TypeError, "callable as network(x, t", "str"),
     ("scale", lambda: piadm.GuidedNetwork(zeros, NAN, {}), ValueError, "a finite number", "nan"),
     ("null", lambda: piadm.GuidedNetwork(zeros, 1.0, None), TypeError, "a mapping", "NoneType"),

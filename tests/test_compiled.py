@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 import piadm
 from piadm.compiled import SIZES
-from piadm.denoiser import network_dtype
+from piadm.network import network_dtype
 
 
 class Counter:

@@ -68,8 +68,9 @@ def test_a_null_serves_every_row(null: Any) -> None:  # noqa: ANN401 - any condi
         ({"label": 0}, {}, "same entries, one of them lacks label"),
         ({}, {"label": LABELS}, "same entries, one of them lacks label"),
         ({"label": 0}, {"label": [3, 0, 4]}, r"condition\['label'\], which guidance varies, must be a tensor"),
+        ({"label": [LABELS]}, {"label": [LABELS + 0]}, r"condition\['label'\], which .* must be a tensor"),
     ],
-    ids=["rows", "None", "no condition", "no null", "list"],
+    ids=["rows", "None", "no condition", "no null", "list", "list of tensors"],
 )
 def test_guidance_names_what_does_not_fit(null: dict[str, Any], condition: dict[str, Any], message: str) -> None:
     denoiser = piadm.Denoiser(piadm.GuidedNetwork(pick, 2.0, null), VP, "sample")
@@ -77,11 +78,19 @@ def test_guidance_names_what_does_not_fit(null: dict[str, Any], condition: dict[
         piadm.sample(denoiser, (3, 4), steps=10, condition=condition)
 
 
+def test_numbers_about_the_data_are_kept_as_floats() -> None:
+    denoiser = piadm.Denoiser(pick, VP, "sample", np.float16(0.5), np.float16(1.5))
+    assert [type(number) for number in (denoiser.data_mean, denoiser.data_variance)] == [float, float]
+    # In float16 what is computed from them would be infinite.
+    piadm.sample(denoiser, (3, 4), steps=10, condition={"label": LABELS}, raise_on_failure=True)
+
+
 def test_arrays_are_conditions_as_tensors_are() -> None:
     def run(label: object) -> Tensor:
         return piadm.sample(piadm.Denoiser(pick, VP, "sample"), (3, 4), steps=20, condition={"label": label}).sample
 
-    assert torch.equal(run(LABELS.numpy()), run(LABELS))
+    for kind in (np.int64, ">i8", np.uint16, np.uint64):
+        assert torch.equal(run(LABELS.numpy().astype(kind)), run(LABELS))
     with pytest.raises(ValueError, match=r"condition\['label'\] must have one row per sample"):
         run(LABELS.numpy()[:2])
 
@@ -94,6 +103,27 @@ class Wrapped:
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         return self.network(x)
+
+
+@pytest.mark.parametrize("wrap", [lambda network: network, Wrapped], ids=["bare", "wrapped"])
+@pytest.mark.parametrize("tensor", [nn.Parameter, lambda data: data], ids=["parameter", "buffer"])
+def test_a_network_is_called_in_the_type_of_its_tensors(
+    wrap: Callable[[nn.Module], Any], tensor: Callable[[Tensor], Tensor]
+) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("steps", torch.zeros(3, dtype=torch.int64))
+            register = self.register_parameter if isinstance(held, nn.Parameter) else self.register_buffer
+            register("mean", held)
+
+        def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
+            kinds.add(x.dtype)
+            return self.mean.expand_as(x)
+
+    held, kinds = tensor(torch.ones(4, dtype=torch.float64)), set()
+    piadm.sample_sequential(piadm.Denoiser(wrap(Net()), VP, "sample"), (1, 4), steps=2)
+    assert kinds == {torch.float64}
 
 
 def layers(layer: nn.Module) -> nn.Module:

@@ -119,6 +119,15 @@ def test_states_of_an_interrupted_run_are_real(run: Run) -> None:
         assert run in (paper_sde, paper_ode) or relative(solution.states[-1], solution.sample) < SINGLE
 
 
+@pytest.mark.parametrize("last", [3, 12, 25])
+def test_states_end_in_the_sample_where_a_round_was_interrupted(last: int) -> None:
+    calls = itertools.count(1)
+    failing = raising(KeyboardInterrupt(), lambda x, t: next(calls) == last)
+    solution = parallel(failing, max_batch=8, return_states=True)
+    assert set(named(solution)) == {"INTERRUPTED"}
+    assert relative(solution.states[-1], solution.sample) < SINGLE
+
+
 def test_samples_finished_before_the_interruption_are_converged() -> None:
     enough = functools.partial(lambda info, tol: int((info.error_estimate <= tol).sum()) >= 8, tol=1e-2)
     solution = parallel(exact, (16, DIM), tol=1e-2, callback=enough)

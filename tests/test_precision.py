@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import piadm
-from piadm.denoiser import resolution
 from piadm.models import MixtureDenoiser
+from piadm.network import resolution
 
 # Stable Diffusion's levels: at the noisiest, an error of epsilon is fifteen times as large in the denoised estimate.
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()

@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Collection
 from numbers import Integral, Real
-from typing import TypeGuard, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 import torch
@@ -77,6 +77,11 @@ def finite_float(
     if not (math.isfinite(number) and above and below):
         raise ValueError(f"{name} must be {accepted}, got {shown(value)}")
     return number
+
+
+def float_field(owner: object, name: str, **bounds: Any) -> None:  # noqa: ANN401 - those of ``finite_float``
+    """Check a field of a frozen dataclass as ``finite_float`` does and keep it as a Python float."""
+    object.__setattr__(owner, name, finite_float(name, getattr(owner, name), **bounds))
 
 
 def positive_int(name: str, value: object, minimum: int = 1, maximum: int | None = None) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from piadm._checks import described
-from piadm.denoiser import Network, unwrap
+from piadm.network import Network, unwrap
 
 #: Numbers of rows that calls are padded to: one, for the sequential sampler, and powers of two from where accelerators
 #: begin to be busy; larger calls are cut.
@@ -57,11 +57,6 @@ class CompiledNetwork:
     def __copy__(self) -> CompiledNetwork:
         """The same settings, to be compiled for another network."""
         return CompiledNetwork(self.network, compile=self.compile, cuda_graph=self.cuda_graph, backend=self.backend)
-
-    def parameters(self) -> Any:  # noqa: ANN401 - an iterator, or nothing
-        """The wrapped network's parameters, so that dtype and device are found through the wrapper."""
-        inner = getattr(self.network, "parameters", None)
-        return inner() if callable(inner) else iter(())
 
     def __call__(self, x: Tensor, t: Tensor, **condition: Any) -> Tensor:  # noqa: ANN401 - the network's own
         """Prediction for rows ``x (R, *shape)`` at times ``t (R,)``."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from piadm._checks import finite_float, positive_int
+from piadm._checks import float_field, positive_int
 from piadm.integrators import AffineSteps, variance_preserving
 from piadm.schedule import NoiseSchedule
 
@@ -45,7 +45,7 @@ class Corrector:
 
     def __post_init__(self) -> None:
         for name in ("duration", "length", "step", "friction"):
-            finite_float(name, getattr(self, name), low=0.0)
+            float_field(self, name, low=0.0)
         positive_int("iterations", self.iterations)
         for name in ("length", "step"):
             if self.duration / getattr(self, name) > _MOST:

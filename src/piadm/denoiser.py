@@ -9,18 +9,20 @@ with two scalars per time that follow from ``x_t = alpha x_0 + sigma eps``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from piadm._checks import choice, described, finite_float
-from piadm.numerics import autocast_dtype
+from piadm._checks import choice, described, finite_float, float_field
+from piadm.network import Network, network_dtype, unwrap
 from piadm.schedule import NoiseSchedule
 
-Network = Callable[..., Any]
+#: Variances from here on are slips: their products would leave the range of floating-point numbers.
+WIDEST = 1e100
+
 PREDICTIONS = ("epsilon", "score", "sample", "v", "velocity")
 
 
@@ -82,8 +84,8 @@ class Denoiser:
         if not isinstance(self.schedule, NoiseSchedule):
             raise TypeError(f"schedule must be a piadm.NoiseSchedule, got {type(self.schedule).__name__}")
         choice("prediction", self.prediction, PREDICTIONS)
-        finite_float("data_mean", self.data_mean)
-        finite_float("data_variance", self.data_variance, low=0.0)
+        float_field(self, "data_mean")
+        float_field(self, "data_variance", low=0.0, high=WIDEST)
         if self.draft is not None and not isinstance(self.draft, Denoiser):
             raise TypeError(f"draft must be a piadm.Denoiser or None, got {described(self.draft)}")
         if self.draft is not None and not _agree(self.schedule, self.draft.schedule):
@@ -163,44 +165,6 @@ class Denoiser:
         return int(getattr(self.network, "rows_per_call", 1))
 
 
-def unwrap(output: Any) -> Tensor:  # noqa: ANN401 - anything a network may return
-    """The tensor in a network's output: itself, the first of a tuple, or its ``.sample``."""
-    if isinstance(output, (tuple, list)) and output:
-        output = output[0]
-    output = output if isinstance(output, Tensor) else getattr(output, "sample", output)
-    if not isinstance(output, Tensor):
-        raise TypeError(
-            "network must return a tensor, a tuple that starts with one, or an object with .sample, "
-            f"got {type(output).__name__}"
-        )
-    return output
-
-
-def network_dtype(network: Network, default: torch.dtype) -> torch.dtype:
-    """Dtype of the network's first floating parameter; ``default`` where it has none."""
-    parameters = getattr(network, "parameters", None)
-    for parameter in parameters() if callable(parameters) else ():
-        if isinstance(parameter, Tensor) and parameter.is_floating_point():
-            return parameter.dtype
-    return default
-
-
-def resolution(network: Network) -> float:
-    """Relative spacing of the numbers that a network computes with, those of a surrounding autocast if coarser."""
-    device = network_device(network) or torch.device("cpu")
-    dtypes = network_dtype(network, torch.float32), autocast_dtype(device) or torch.float32
-    return max(torch.finfo(dtype).eps for dtype in dtypes)
-
-
-def network_device(network: Network) -> torch.device | None:
-    """Device of the network's first parameter; ``None`` where it has none."""
-    parameters = getattr(network, "parameters", None)
-    for parameter in parameters() if callable(parameters) else ():
-        if isinstance(parameter, Tensor):
-            return parameter.device
-    return None
-
-
 def schedule_slopes(schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, Tensor]:
     """``(d alpha/dt, d sigma/dt)`` at ``t``, by differentiating the schedule itself.
 
@@ -258,11 +222,6 @@ class GuidedNetwork:
             raise TypeError(f"null must be a mapping from condition names to values, got {type(null).__name__}")
         self.network, self.scale, self.null = network, finite_float("scale", scale), dict(null)
 
-    def parameters(self) -> Any:  # noqa: ANN401 - an iterator, or nothing
-        """The wrapped network's parameters, so that dtype and device are found through the wrapper."""
-        inner = getattr(self.network, "parameters", None)
-        return inner() if callable(inner) else iter(())
-
     def __call__(self, x: Tensor, t: Tensor, **condition: Any) -> Tensor:  # noqa: ANN401 - the network's own
         """Guided prediction of rows ``x (R, *shape)`` at times ``t (R,)``."""
         if different := sorted(set(condition) ^ set(self.null)):
@@ -276,7 +235,7 @@ class GuidedNetwork:
 def _stack(name: str, given: Any, null: Any, rows: int) -> Any:  # noqa: ANN401 - any condition
     """The condition of the doubled batch: given rows first, null rows second."""
     if not isinstance(given, Tensor):
-        if given != null:
+        if not _same(given, null):
             raise ValueError(f"condition[{name!r}], which guidance varies, must be a tensor with one row per sample")
         return given
     accepted = f"null[{name!r}] must be a number or a tensor of one row, {(1, *given.shape[1:])}"
@@ -287,3 +246,11 @@ def _stack(name: str, given: Any, null: Any, rows: int) -> Any:  # noqa: ANN401 
     if null.ndim == given.ndim and len(null) != 1:
         raise ValueError(f"{accepted}, got shape {tuple(null.shape)}")
     return torch.cat([given, null.expand(rows, *given.shape[1:])])
+
+
+def _same(one: Any, other: Any) -> bool:  # noqa: ANN401 - any condition
+    """Whether two conditions are one and the same, or equal; of those that hold tensors equality says nothing."""
+    try:
+        return one is other or bool(one == other)
+    except (RuntimeError, ValueError):
+        return False

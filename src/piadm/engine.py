@@ -71,7 +71,9 @@ def rounds(engine: Engine, problem: Problem, tally: Tally, limit: int, return_st
     """Solve on one node set after the other; a sample stays in the batch until it is judged."""
     nodes, left, coarse = engine.nodes, torch.arange(problem.batch, device="cpu"), None
     aim = np.full(problem.batch, engine.aim)
-    states = problem.start.new_empty(engine.steps.count + 1, *problem.start.shape) if return_states else None
+    states = None
+    if return_states:
+        states = problem.start.new_full((engine.steps.count + 1, *problem.start.shape), math.nan)
     with tally.running():
         while len(left):
             if coarse is not None:
@@ -85,6 +87,8 @@ def rounds(engine: Engine, problem: Problem, tally: Tally, limit: int, return_st
             tally.nodes, tally.window = nodes.count, min(rows.size or nodes.count, nodes.count)
             if states is not None:
                 states[:, path.numbers] = _all_states(engine, problem, nodes, path)
+                if tally.interrupted:  # perhaps amid a round, of which the path has taken in a part
+                    tally.end[path.numbers] = states[-1, path.numbers]
             go_on = refinable and not tally.interrupted and tally.rounds < limit
             again = (verdict == Verdict.REFINE) & go_on
             aim[left.numpy()[rule.circling]] = engine.aim / CARE

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from piadm._checks import choice, finite_float
+from piadm._checks import choice, float_field
 from piadm.grid import TimeGrid
 from piadm.schedule import NoiseSchedule
 
@@ -140,7 +140,7 @@ class DataExponential:
     eta: float
 
     def __post_init__(self) -> None:
-        finite_float("eta", self.eta, low=0.0, high=1.0, low_open=False, high_open=False)
+        float_field(self, "eta", low=0.0, high=1.0, low_open=False, high_open=False)
 
     def steps(self, schedule: NoiseSchedule, grid: TimeGrid) -> AffineSteps:
         """Coefficients of every step of ``grid``; ``sigma = 0`` at the end and ``alpha = 0`` at the start work."""
@@ -176,7 +176,7 @@ class ScoreExponential:
     eta: float
 
     def __post_init__(self) -> None:
-        finite_float("eta", self.eta, low=0.0, high=1.0, low_open=False, high_open=False)
+        float_field(self, "eta", low=0.0, high=1.0, low_open=False, high_open=False)
 
     def steps(self, schedule: NoiseSchedule, grid: TimeGrid) -> AffineSteps:
         """Coefficients of every step of ``grid``.

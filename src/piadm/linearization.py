@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from piadm._checks import choice, finite_float, shown
+from piadm._checks import choice, float_field, shown
 from piadm.denoiser import Denoiser
 from piadm.integrators import Steps
 from piadm.schedule import NoiseSchedule
@@ -75,7 +75,7 @@ class Gaussian:
     variance: float
 
     def __post_init__(self) -> None:
-        finite_float("variance", self.variance, low=0.0)
+        float_field(self, "variance", low=0.0)
 
     def slopes(self, schedule: NoiseSchedule, steps: Steps) -> Tensor:
         """``alpha v/(alpha^2 v + sigma^2)`` for every step."""

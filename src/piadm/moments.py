@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from piadm.denoiser import Denoiser, network_device
+from piadm.denoiser import Denoiser
 from piadm.executor import Executor
+from piadm.network import network_device
 from piadm.problem import check_condition, check_denoiser, check_shape
 
 #: Levels of log-SNR at which the network is asked, and pairs of inputs at each.

@@ -9,14 +9,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from piadm._checks import caller_level, described, positive_int, shown
-from piadm.denoiser import Denoiser, network_device, network_dtype
+from piadm.denoiser import Denoiser
 from piadm.executor import Executor, Team
 from piadm.grid import TimeGrid
+from piadm.network import module, network_device, network_dtype
 from piadm.noise import GivenNoise, NoiseSource, Seed, SeededNoise, given_array, seed_keys
 from piadm.schedule import NoiseSchedule
 from piadm.solution import RoundInfo
@@ -148,9 +150,8 @@ def check_shape(shape: object) -> tuple[int, ...]:
 
 def _warn_of_chance(network: object) -> None:
     """Warn of layers that draw random numbers or mix rows: there is no right answer then to converge to."""
-    while not isinstance(network, nn.Module) and hasattr(network, "network"):
-        network = network.network  # a wrapper
-    for name, layer in network.named_modules() if isinstance(network, nn.Module) else ():
+    inner = module(network)
+    for name, layer in inner.named_modules() if isinstance(inner, nn.Module) else ():
         if layer.training and (isinstance(layer, _BatchNorm) or (isinstance(layer, _DropoutNd) and layer.p > 0)):
             warnings.warn(
                 f"the network's {name or type(layer).__name__} is in training mode, in which its output depends on "
@@ -201,7 +202,7 @@ def check_condition(condition: object, batch: int, device: torch.device) -> dict
     if not isinstance(condition, Mapping):
         raise TypeError(f"condition must be a mapping from names to values, got {type(condition).__name__}")
     given = {
-        name: torch.from_numpy(value) if isinstance(value, np.ndarray) and value.dtype.kind in "biuf" else value
+        name: _tensor(value) if isinstance(value, np.ndarray) and value.dtype.kind in "biuf" else value
         for name, value in condition.items()
     }
     for name, value in given.items():
@@ -212,3 +213,16 @@ def check_condition(condition: object, batch: int, device: torch.device) -> dict
                 f"condition[{name!r}] must have one row per sample, ({batch}, ...), got shape {tuple(value.shape)}"
             )
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in given.items()}
+
+
+def _tensor(array: NDArray[Any]) -> Tensor:
+    """An array of numbers as a tensor of its own; types that torch does not know, or hardly, as int64 or float64."""
+    kind, size = array.dtype.kind, array.dtype.itemsize
+    near = (
+        np.int64
+        if kind == "u" and size > 1
+        else np.float64
+        if kind == "f" and size > 8
+        else array.dtype.newbyteorder("=")
+    )
+    return torch.from_numpy(array.astype(near, order="C"))

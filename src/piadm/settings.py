@@ -12,11 +12,11 @@ from torch import Tensor
 from piadm._checks import choice, described, finite_float, positive_int, shown
 from piadm.activity import NARROW, ROUGH, WIDE
 from piadm.condense import weights_on_end
-from piadm.denoiser import resolution
 from piadm.grid import TimeGrid
 from piadm.integrators import Integrator, Steps, integrator
 from piadm.linearization import DiagonalSecant, Gaussian, Linearization, Secant, check_slopes, linearization
 from piadm.local_model import Learning
+from piadm.network import resolution
 from piadm.nodes import NodeSet, averaged, every, every_step, spread
 from piadm.problem import check_denoiser, check_grid
 

@@ -18,7 +18,7 @@ from piadm.cli.compare_model import ModelName
 from piadm.cli.compare_report import Report
 from piadm.cli.device import resolve_device
 from piadm.cli.sample import Method
-from piadm.denoiser import network_device
+from piadm.network import network_device
 from piadm.rivals import NAMES, Course, Result, Rival, chosen, prepare, study
 from piadm.solution import RoundInfo
 

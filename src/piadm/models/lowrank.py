@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from piadm._checks import described, positive_int, shown
-from piadm.denoiser import Denoiser, network_device
+from piadm.denoiser import Denoiser
 from piadm.models.analytic import levels
+from piadm.network import network_device
 from piadm.problem import check_denoiser
 from piadm.schedule import NoiseSchedule
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from piadm._checks import finite_float
+from piadm._checks import float_field
 from piadm.integrators import AffineSteps
 from piadm.linearization import gaussian_slopes
 from piadm.schedule import NoiseSchedule
@@ -48,8 +48,8 @@ class ScoreError:
     noise: float = 0.0
 
     def __post_init__(self) -> None:
-        finite_float("bias", self.bias)
-        finite_float("noise", self.noise, low=0.0, low_open=False)
+        float_field(self, "bias")
+        float_field(self, "noise", low=0.0, low_open=False)
 
 
 #: Numbers of an array that are worked on at a time: half a dozen such arrays stay in a processor's cache.

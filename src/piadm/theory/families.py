@@ -9,7 +9,7 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor
 
-from piadm._checks import finite_float
+from piadm._checks import float_field
 from piadm.corrector import Corrector
 from piadm.grid import Blocks
 from piadm.theory.cuts import CutBlocks, cut
@@ -44,7 +44,7 @@ class Target:
     )
 
     def __post_init__(self) -> None:
-        finite_float("early_stop", self.early_stop, low=0.0)
+        float_field(self, "early_stop", low=0.0)
 
     @cached_property
     def law(self) -> Law:

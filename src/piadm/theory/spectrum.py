@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from piadm._checks import finite_float, positive_int, real_vector
+from piadm._checks import finite_float, float_field, positive_int, real_vector
 from piadm.schedule import NoiseSchedule, OUSchedule
 from piadm.theory.law import Law
 
@@ -198,8 +198,8 @@ class VarianceBounds:
     dimension: int
 
     def __post_init__(self) -> None:
-        low = finite_float("low", self.low, low=0.0)
-        finite_float("high", self.high, low=low, low_open=False)
+        float_field(self, "low", low=0.0)
+        float_field(self, "high", low=self.low, low_open=False)
         positive_int("dimension", self.dimension, maximum=_MOST_DIMENSIONS)
 
     @property

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from piadm._checks import described, shown
-from piadm.denoiser import Denoiser, network_device
+from piadm.denoiser import Denoiser
 from piadm.executor import Executor, Team
+from piadm.network import network_device
 from piadm.numerics import autocast_dtype
 from piadm.problem import check_denoiser
 from piadm.solution import NetworkError, Solution

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from piadm._checks import shown
+from piadm.network import tensors
 
 #: Entries of every parameter that are read: enough to tell two sets of weights apart, few enough for any network.
 PEEK = 64
@@ -39,13 +40,8 @@ def fingerprint(value: Any) -> str:  # noqa: ANN401 - any argument
 
 
 def weights(network: Any) -> str:  # noqa: ANN401 - any callable
-    """The first entries of every parameter of a network, as a checksum; nothing where it has none."""
-    parameters = getattr(network, "parameters", None)
-    sums = [
-        f"{tuple(one.shape)}{_checksum(one.flatten()[:PEEK])}"
-        for one in (parameters() if callable(parameters) else ())
-        if isinstance(one, Tensor)
-    ]
+    """The first entries of every tensor of a network, as a checksum; nothing where it has none."""
+    sums = [f"{tuple(one.shape)}{_checksum(one.flatten()[:PEEK])}" for one in tensors(network)]
     return f" {zlib.crc32(' '.join(sums).encode()):08x}" if sums else ""
 
 

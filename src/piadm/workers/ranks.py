@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from piadm._checks import choice, described, finite_float
-from piadm.denoiser import network_device
+from piadm.network import network_device
 from piadm.problem import check_denoiser, check_shape
 from piadm.solution import NetworkError, NotConvergedError, Solution, demand
 from piadm.workers.base import Workers

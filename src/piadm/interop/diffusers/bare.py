@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from piadm._checks import described
-from piadm.denoiser import Denoiser, unwrap
+from piadm.denoiser import Denoiser
 from piadm.interop.diffusers._version import pipeline_class
 from piadm.interop.diffusers.clocks import Clock, flow_clock
 from piadm.interop.diffusers.levels import PREDICTIONS
 from piadm.interop.diffusers.proxies import is_denoiser, time_argument
+from piadm.network import unwrap
 from piadm.schedule import DiscreteSchedule, FlowSchedule, VESchedule
 
 
@@ -30,10 +30,6 @@ class TimedNetwork:
 
     network: nn.Module
     clock: Clock
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """The network's, for its type and device."""
-        return self.network.parameters()
 
     @cached_property
     def _time(self) -> str:
@@ -59,10 +55,6 @@ class PreconditionedNetwork:
 
     network: nn.Module
     scheduler: Any
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """The network's, for its type and device."""
-        return self.network.parameters()
 
     def __call__(self, x: Tensor, t: Tensor, **condition: Any) -> Tensor:  # noqa: ANN401 - the network's own
         """Denoised estimate of rows ``x (R, *shape)`` at noise levels ``t (R,)``."""
