@@ -75,7 +75,7 @@ def spread(log_snr: Tensor, count: int, order: int = 1, deviation: float | None 
 def crowded(log_snr: Tensor, deviation: float) -> Tensor:
     """A clock that runs faster where noise and data are alike: nodes that are even on it crowd there.
 
-        u = f l + 2 r atan(tanh(l/(2 r))),    du/dl = f + sech(l/r),    l = log_snr + log(deviation)
+        u = f l + 2 r atan(tanh(l/(2 r))),    du/dl = f + sech(l/r),    l = log_snr + log(deviation^2)
 
     Far from there the estimate hardly depends on the state (noise) or is nearly the state (data), and little is missed
     between nodes.
@@ -84,7 +84,7 @@ def crowded(log_snr: Tensor, deviation: float) -> Tensor:
         log_snr: as for ``spread``.
         deviation: standard deviation of the data.
     """
-    level = _finite(log_snr) + math.log(deviation)
+    level = _finite(log_snr) + 2 * math.log(deviation)
     return FLOOR * level + 2 * REACH * torch.atan(torch.tanh(level / (2 * REACH)))
 
 
