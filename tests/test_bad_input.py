@@ -43,6 +43,18 @@ class Slopes:
         return self.answer
 
 
+class Steps(Slopes):
+    """An integrator that answers with whatever it is given."""
+
+    def steps(self, schedule: object, grid: object) -> object:
+        return self.answer
+
+
+def affine(response: float, components: int = 1) -> piadm.AffineSteps:
+    size, times = (4, components), torch.linspace(1, 0.1, 4)
+    return piadm.AffineSteps(times, torch.ones(*size, components), torch.full(size, response), torch.ones(*size, 1))
+
+
 VP, TABLE = piadm.VPSchedule(), piadm.DiscreteSchedule.ddpm()
 DENOISER, WORKING = (piadm.Denoiser(network, VP, "epsilon") for network in (untouchable, zeros))
 GUIDED = piadm.Denoiser(piadm.GuidedNetwork(untouchable, 2.0, {"y": 0}), VP, "epsilon")
@@ -127,6 +139,9 @@ ON_A_GRID: list[Refused] = [
     ("method", "SDE", ValueError, "'sde', 'ode', 'paper-sde', 'paper-ode'", "'SDE'"),
     ("method", 3, TypeError, "'sde', 'ode'", "3 of type int"),
     ("method", None, TypeError, "'sde', 'ode'", "None"),
+    ("method", Steps(None), TypeError, "return a piadm.AffineSteps", "None of type NoneType"),
+    ("method", Steps(affine(NAN)), ValueError, "return finite b of shape (4, 1)", "4 entries that are NaN"),
+    ("method", Steps(affine(0.5, components=2)), ValueError, "return finite a of shape (4, 1, 1)", "shape (4, 2, 2)"),
     ("steps", 0, ValueError, COUNT, "0"),
     ("steps", -4, ValueError, COUNT, "-4"),
     ("steps", 10.0, TypeError, COUNT, "10.0 of type float"),

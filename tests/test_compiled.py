@@ -87,6 +87,21 @@ def test_padding_changes_no_row(rows: int) -> None:
     torch.testing.assert_close(padded(x, t, shift=shift), network(x, t, shift), rtol=1e-13, atol=1e-13)
 
 
+def test_conditions_of_any_number_of_shapes_and_values_are_served() -> None:
+    torch._dynamo.reset()
+    counter = Counter()
+
+    def tell(x: Tensor, t: Tensor, words: Tensor, scale: float) -> Tensor:
+        return scale * x * words.sum(1, keepdim=True)
+
+    compiled = piadm.CompiledNetwork(tell, backend=counter)
+    x, t = torch.randn(8, 6), torch.rand(8)
+    cases = [(torch.randn(8, width), scale) for width in range(1, 11) for scale in (1.0, 2.5)]
+    for words, scale in cases + cases:  # TorchDynamo alone gives up at the ninth
+        torch.testing.assert_close(compiled(x, t, words=words, scale=scale), tell(x, t, words, scale))
+    assert len(counter.rows) == len(cases)
+
+
 def test_wrapper_and_copy_keep_what_the_network_is() -> None:
     guided = piadm.GuidedNetwork(Net().bfloat16(), 2.0, {"shift": torch.zeros(1, 6)})
     compiled = piadm.CompiledNetwork(guided, compile=False, cuda_graph=True)

@@ -60,6 +60,21 @@ def test_a_null_serves_every_row(null: Any) -> None:  # noqa: ANN401 - any condi
     assert torch.equal(guided(x, t, label=LABELS), none + 2.0 * (pick(x, t, LABELS) - none))
 
 
+def test_guidance_of_guidance_counts_every_row() -> None:
+    rows = []
+
+    def network(x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        rows.append(len(x))
+        return pick(x, t, label)
+
+    none = {"label": torch.zeros(1, dtype=torch.int64)}
+    twice = piadm.GuidedNetwork(Wrapped(piadm.GuidedNetwork(network, 2.0, none)), 0.5, none)
+    condition = {"label": LABELS}
+    solution = piadm.sample(piadm.Denoiser(twice, VP, "sample"), (3, 4), steps=20, condition=condition, max_batch=16)
+    assert 3 * solution.stats.evaluations == sum(rows)
+    assert solution.stats.peak_batch == max(rows) <= 16
+
+
 @pytest.mark.parametrize(
     ("null", "condition", "message"),
     [
@@ -101,8 +116,8 @@ class Wrapped:
     def __init__(self, network: nn.Module) -> None:
         self.network = network
 
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.network(x)
+    def __call__(self, x: Tensor, t: Tensor, **condition: Tensor) -> Tensor:
+        return self.network(x, t, **condition)
 
 
 @pytest.mark.parametrize("wrap", [lambda network: network, Wrapped], ids=["bare", "wrapped"])

@@ -58,10 +58,15 @@ def test_conditions_reach_the_network_row_by_row(size: int, calls: int) -> None:
     assert all(len(label) == rows and bool((label == 7).all()) and scale == 2.0 for rows, label, scale in seen)
 
 
-@pytest.mark.parametrize("error", [0.03, -0.03])
-def test_what_a_network_says_wrong_of_noise_alone_is_not_taken_for_data(error: float) -> None:
-    schedule = piadm.VPSchedule()
+# Stable Diffusion's table ends at a log-SNR of -5.4.
+TABLE = piadm.DiscreteSchedule((1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000).double() ** 2).cumprod(0))
 
+
+@pytest.mark.parametrize("error", [0.03, 0.01, -0.01, -0.03])
+@pytest.mark.parametrize("schedule", [piadm.VPSchedule(), TABLE], ids=["vp", "table"])
+def test_what_a_network_says_wrong_of_noise_alone_is_not_taken_for_data(
+    schedule: piadm.NoiseSchedule, error: float
+) -> None:
     def epsilon(x: Tensor, t: Tensor) -> Tensor:
         alpha, sigma = (one[:, None].float() for one in (schedule.alpha(t.double()), schedule.sigma(t.double())))
         return sigma / (0.25 * alpha**2 + sigma**2) * (1 + error) * x  # exact for a variance of 1/4, but for the error

@@ -4,7 +4,7 @@ from piadm.compiled import CompiledNetwork
 from piadm.corrector import Corrector
 from piadm.denoiser import Denoiser, GuidedNetwork
 from piadm.grid import Blocks, TimeGrid
-from piadm.integrators import DataExponential, Integrator, ScoreExponential
+from piadm.integrators import AffineSteps, DataExponential, Integrator, ScoreExponential
 from piadm.linearization import DataFrozen, DiagonalSecant, Gaussian, Identity, Linearization, ScoreFrozen, Secant
 from piadm.models import fit_draft, load
 from piadm.moments import measure_moments
@@ -22,11 +22,12 @@ from piadm.schedule import (
 from piadm.sequential import sample_sequential
 from piadm.solution import NetworkError, NotConvergedError, RoundInfo, Solution, Stats, Status
 from piadm.theory import Plan, plan
-from piadm.workers import Devices, Ranks
+from piadm.workers import Devices, Ranks, Workers
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AffineSteps",
     "Blocks",
     "CompiledNetwork",
     "Corrector",
@@ -59,6 +60,7 @@ __all__ = [
     "TimeGrid",
     "VESchedule",
     "VPSchedule",
+    "Workers",
     "fit_draft",
     "load",
     "measure_moments",

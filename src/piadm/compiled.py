@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from types import FunctionType
 from typing import Any, cast, final
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from piadm._checks import described
-from piadm.network import Network, unwrap
+from piadm.network import Network, rows_per_call, unwrap
 
 #: Numbers of rows that calls are padded to: one, for the sequential sampler, and powers of two from where accelerators
 #: begin to be busy; larger calls are cut.
@@ -24,7 +24,8 @@ _entries = itertools.count()
 class CompiledNetwork:
     """A network in static shapes: ``F(x, t)`` padded to the next of ``SIZES`` rows, compiled once for each.
 
-    The rows that are padded repeat the last one, and what the network makes of them is cut off.
+    The rows that are padded repeat the last one, and what the network makes of them is cut off.  Another shape of
+    samples or of a condition, and another value of a condition that is no tensor, compile anew.
 
     Args:
         network: the network ``network(x, t, **condition)``; it must compile as one graph.
@@ -51,8 +52,12 @@ class CompiledNetwork:
             if not isinstance(switch, bool):
                 raise TypeError(f"{name} must be True or False, got {described(switch)}")
         self.network, self.compile, self.cuda_graph, self.backend = network, compile, cuda_graph, backend
-        self.rows_per_call = int(getattr(network, "rows_per_call", 1))
         self._variants: dict[tuple[object, ...], Network] = {}
+
+    @property
+    def rows_per_call(self) -> int:
+        """Rows that the wrapped network makes of one."""
+        return rows_per_call(self.network)
 
     def __copy__(self) -> CompiledNetwork:
         """The same settings, to be compiled for another network."""
@@ -67,15 +72,15 @@ class CompiledNetwork:
             size = next(size for size in SIZES if size >= rows)
             given = {name: _padded(value, part, size, len(x)) for name, value in condition.items()}
             rows_given = (_padded(value, part, size, len(x)) for value in (x, t))
-            output = unwrap(self._variant(size, x)(*rows_given, **given))
+            output = unwrap(self._variant(size, x, given)(*rows_given, **given))
             # CUDA graphs write the next output where this one lies.
             parts.append(output[:rows].clone() if self.cuda_graph else output[:rows])
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _variant(self, size: int, x: Tensor) -> Network:
+    def _variant(self, size: int, x: Tensor, condition: Mapping[str, Any]) -> Network:
         """What runs such a number of such rows, compiled when it is first called."""
         modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        key = (size, x.shape[1:], x.dtype, x.device, *modes)
+        key = (size, x.shape[1:], x.dtype, x.device, *modes, _kind(condition))
         if key not in self._variants:
             self._variants[key] = self._compiled(x.is_cuda)
         return self._variants[key]
@@ -100,6 +105,17 @@ def _entry(network: Network) -> Network:
 
     code = run.__code__.replace(co_name=f"run_{next(_entries)}")
     return cast(Network, FunctionType(code, run.__globals__, code.co_name, None, run.__closure__))
+
+
+def _kind(value: Any) -> object:  # noqa: ANN401 - any condition
+    """What compiled code takes for granted of a condition: of a tensor its type and shape, of others all of them."""
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype
+    if isinstance(value, Mapping):
+        return tuple((name, _kind(value[name])) for name in sorted(value, key=str))
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_kind, value))
+    return (type(value), value) if isinstance(value, Hashable) else type(value)
 
 
 def _padded(value: Any, part: slice, size: int, rows: int) -> Any:  # noqa: ANN401 - any condition

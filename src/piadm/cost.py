@@ -101,10 +101,10 @@ class TimedWindow:
 
     def choose(self, expected: Table, rounds: int) -> Flags:
         """The window's rows."""
-        nodes, batch = expected.shape
-        if self.size is None and self.known.timed >= len(TIMED):
+        (nodes, batch), timed = expected.shape, self.known.timed  # once: another thread may be timing this network
+        if self.size is None and timed >= len(TIMED):
             self.size = self.known.best_window(nodes, batch, self.max_rows)
-        size = max(1, TIMED[self.known.timed] // batch) if self.size is None else self.size
+        size = max(1, TIMED[timed] // batch) if self.size is None else self.size
         return SlidingWindow(min(size, nodes), self.threshold).choose(expected, rounds)
 
     def took(self, rows: int, seconds: float) -> None:

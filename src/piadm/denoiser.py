@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from piadm._checks import choice, described, finite_float, float_field
-from piadm.network import Network, network_dtype, unwrap
+from piadm.network import Network, network_dtype, rows_per_call, unwrap
 from piadm.schedule import NoiseSchedule
 
 #: Variances from here on are slips: their products would leave the range of floating-point numbers.
@@ -162,7 +162,7 @@ class Denoiser:
     @property
     def rows_per_call(self) -> int:
         """Network rows per row handed in: two under classifier-free guidance, else one."""
-        return int(getattr(self.network, "rows_per_call", 1))
+        return rows_per_call(self.network)
 
 
 def schedule_slopes(schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,14 +213,17 @@ class GuidedNetwork:
     Reference: Ho & Salimans 2022 (arXiv 2207.12598, eq. 6).
     """
 
-    rows_per_call = 2
-
     def __init__(self, network: Network, scale: float, null: Mapping[str, Any]) -> None:
         if not callable(network):
             raise TypeError(f"network must be callable as network(x, t, **condition), got {type(network).__name__}")
         if not isinstance(null, Mapping):
             raise TypeError(f"null must be a mapping from condition names to values, got {type(null).__name__}")
         self.network, self.scale, self.null = network, finite_float("scale", scale), dict(null)
+
+    @property
+    def rows_per_call(self) -> int:
+        """Network rows per row handed in: two, or twice as many as the network itself makes of one."""
+        return 2 * rows_per_call(self.network)
 
     def __call__(self, x: Tensor, t: Tensor, **condition: Any) -> Tensor:  # noqa: ANN401 - the network's own
         """Guided prediction of rows ``x (R, *shape)`` at times ``t (R,)``."""

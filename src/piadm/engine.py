@@ -60,6 +60,11 @@ BOUNDLESS = 1e12
 CARE = 16
 
 
+#: Copies of the states at every step that are held while they are found: those of the caller, and of a path its free
+#: states, states and residuals.
+KEPT = 4
+
+
 @torch.no_grad()
 def run(engine: Engine, problem: Problem, tally: Tally, limit: int, return_states: bool) -> Tensor | None:
     """Solve with the problem's network: ``rounds``, answered by it; the states at every step where asked for."""
@@ -83,10 +88,11 @@ def rounds(engine: Engine, problem: Problem, tally: Tally, limit: int, return_st
             condensed = _condensed(engine, nodes, reference)
             rows, rule = _rules(engine, problem, condensed, nodes, refinable, coarse, aim[left.numpy()])
             path = yield from _path(engine, problem, nodes, left, coarse, reference, rule, tally, limit)
+            coarse = None  # its states are not needed any more
             verdict = yield from turns(tally, path, rows, rule, limit)
             tally.nodes, tally.window = nodes.count, min(rows.size or nodes.count, nodes.count)
             if states is not None:
-                states[:, path.numbers] = _all_states(engine, problem, nodes, path)
+                _keep(states, engine, problem, nodes, path)
                 if tally.interrupted:  # perhaps amid a round, of which the path has taken in a part
                     tally.end[path.numbers] = states[-1, path.numbers]
             go_on = refinable and not tally.interrupted and tally.rounds < limit
@@ -280,8 +286,8 @@ def _interpolation(
     return Interpolation(torch.stack(probes), coarse_end, unknown=nodes.count < fewest)
 
 
-def _all_states(engine: Engine, problem: Problem, nodes: NodeSet, path: ParallelPath) -> Tensor:
-    """The states at every step, ``(J + 1, B, d)``, from the residuals at the nodes."""
+def _keep(states: Tensor, engine: Engine, problem: Problem, nodes: NodeSet, path: ParallelPath) -> None:
+    """Write the states of a path at every step into those of the batch, ``(J + 1, B, d)``."""
     if nodes.count < engine.steps.count:
         every = every_step(engine.steps.count)
         reference = condense(engine.steps, engine.prior[0], every, engine.prior[1])
@@ -289,4 +295,4 @@ def _all_states(engine: Engine, problem: Problem, nodes: NodeSet, path: Parallel
         fine = _guess(engine, every, path.samples, reference, free, learns=False)
         fine.interpolate(nodes.weights, path.residual)
         path = fine
-    return torch.cat([path.nodes, path.end[None, :, 0]])
+    states[:-1, path.numbers], states[-1, path.numbers] = path.nodes, path.end[:, 0]

@@ -10,13 +10,13 @@ the underdamped Langevin corrector.  The network reads the first component.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from piadm._checks import choice, float_field
+from piadm._checks import choice, described, float_field
 from piadm.grid import TimeGrid
 from piadm.schedule import NoiseSchedule
 
@@ -116,7 +116,7 @@ class Integrator(Protocol):
     """Turns a schedule and a grid into the coefficients of one affine step per grid interval."""
 
     def steps(self, schedule: NoiseSchedule, grid: TimeGrid) -> AffineSteps:
-        """Coefficients of every step of ``grid``."""
+        """Coefficients of every step of ``grid``, of a state of one component."""
         ...
 
 
@@ -228,3 +228,26 @@ def integrator(method: str | Integrator) -> Integrator:
     if not isinstance(method, type) and callable(getattr(method, "steps", None)):
         return method  # type: ignore[return-value]
     return METHODS[choice("method", method, tuple(METHODS))]  # type: ignore[index]
+
+
+def steps_of(method: str | Integrator, schedule: NoiseSchedule, grid: TimeGrid) -> Steps:
+    """Every step that a method makes of a grid, checked, float64 on the CPU.
+
+    Raises:
+        TypeError, ValueError: if it is no method, or its steps are not finite or not of a state of one component.
+    """
+    steps = integrator(method).steps(schedule, grid)
+    if not isinstance(steps, (AffineSteps, MultistepSteps)):
+        raise TypeError(f"method.steps(schedule, grid) must return a piadm.AffineSteps, got {described(steps)}")
+    count = steps.count
+    one, state = ((1,), (count, 1)) if isinstance(steps, AffineSteps) else ((), (count, count))
+    shapes = {"times": (count,), "a": (*state, *one), "b": state, "c": (*state, steps.c.shape[-1])}
+    for name, shape in shapes.items():
+        table: Tensor = getattr(steps, name)
+        if table.shape != shape or not bool(table.isfinite().all()):
+            bad = table.numel() - int(table.isfinite().sum())
+            raise ValueError(
+                f"method.steps(schedule, grid) must return finite {name} of shape {shape}, got shape "
+                f"{tuple(table.shape)} with {bad} entries that are NaN or infinite"
+            )
+    return replace(steps, **{name: getattr(steps, name).to("cpu", torch.float64) for name in shapes})

@@ -14,9 +14,10 @@ from piadm.denoiser import Denoiser
 from piadm.executor import Executor
 from piadm.network import network_device
 from piadm.problem import check_condition, check_denoiser, check_shape
+from piadm.schedule import NoiseSchedule
 
-#: Levels of log-SNR at which the network is asked, and pairs of inputs at each.
-LEVELS, PAIRS = tuple(range(-9, 6)), 8
+#: The lowest and the highest log-SNR at which the network is asked, and pairs of inputs at each level.
+LOWEST, HIGHEST, PAIRS = -9.0, 5.0, 8
 
 #: Levels in a row that must tell of one variance, to this factor.  Where data are faint beside the noise the response
 #: is that of white data, whatever they are: its trace is that of their covariance, the same at all such levels.  But
@@ -31,7 +32,7 @@ SEED = 0x5EED
 def measure_moments(
     denoiser: Denoiser, shape: tuple[int, ...], *, condition: Mapping[str, Any] | None = None
 ) -> Denoiser:
-    """The denoiser with ``data_mean`` and ``data_variance`` measured from its network, by 240 rows at once.
+    """The denoiser with ``data_mean`` and ``data_variance`` measured from its network, by at most 240 rows at once.
 
     From pairs of inputs that are noise alone, ``x = sigma n``, so noisy that data would hardly be seen in them,
 
@@ -57,8 +58,7 @@ def measure_moments(
     size, schedule = check_shape(shape)[1:], denoiser.schedule
     device = network_device(denoiser.network) or torch.device("cpu")
     given = check_condition(condition, shape[0], device)
-    ends = schedule.log_snr(torch.tensor([schedule.t_start, schedule.t_end], dtype=torch.float64, device="cpu"))
-    times = schedule.time(torch.tensor(LEVELS, dtype=torch.float64, device="cpu").clamp(*ends.tolist()))
+    times = schedule.time(_levels(schedule))
     alpha, sigma = schedule.levels(times)
 
     generator = torch.Generator().manual_seed(SEED)
@@ -88,8 +88,15 @@ def measure_moments(
     return replace(denoiser, data_mean=float(mean[chosen]), data_variance=float(variance[chosen]))
 
 
+def _levels(schedule: NoiseSchedule) -> Tensor:
+    """Levels of log-SNR within the schedule, a unit apart or more: neighbours that are nearly the same agree anyway."""
+    ends = torch.tensor([schedule.t_start, schedule.t_end], dtype=torch.float64, device="cpu")
+    first, last = schedule.log_snr(ends).clamp(LOWEST, HIGHEST).tolist()
+    return torch.linspace(first, last, max(AGREEING, int(last - first) + 1), dtype=torch.float64, device="cpu")
+
+
 def _faintest(variance: Tensor, mean: Tensor) -> int | None:
-    """The noisiest level of which the next ones tell the same variance; None: there is none."""
+    """The middle one of the noisiest levels in a row that tell the same variance; None: there are none."""
     sound = (variance > 0) & variance.isfinite() & mean.isfinite()
     for first in range(len(variance) - AGREEING + 1):
         some = variance[first : first + AGREEING]

@@ -55,6 +55,13 @@ def network_device(network: object) -> torch.device | None:
     return next((one.device for one in tensors(network)), None)
 
 
+def rows_per_call(network: object) -> int:
+    """Rows that a network makes of one that it is given, as a wrapper says: two under guidance, else one."""
+    while not hasattr(network, "rows_per_call") and callable(getattr(network, "network", None)):
+        network = network.network  # type: ignore[attr-defined]
+    return int(getattr(network, "rows_per_call", 1))
+
+
 def resolution(network: object) -> float:
     """Relative spacing of the numbers that a network computes with, those of a surrounding autocast if coarser."""
     device = network_device(network) or torch.device("cpu")

@@ -32,38 +32,45 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Matrix products in full float32: TF32, or an autocast around the sampler, would lose digits of a long sum."""
-    with _without_tf32, torch.autocast(device.type, enabled=False):
+    """Matrix products in full float32: shorter numbers inside them, or an autocast around the sampler, lose digits."""
+    with _ON_CPU if device.type == "cpu" else _ELSEWHERE, torch.autocast(device.type, enabled=False):
         yield
 
 
 @final
-class _WithoutTF32:
-    """TF32 off while anybody is inside; the last one to leave puts back what the first one found.
+class _InFull:
+    """Products of float32 in float32 while anybody is inside; the last one to leave puts back what the first one found.
 
     The switch is one for the whole process: if each of two threads put back what it had found, the one that came
     second would put back the other's "off" for ever.
+
+    Args:
+        backend: what multiplies on a device, TF32 or bfloat16 inside where that is allowed.  PyTorch before 2.9 has one
+            switch for all, which cannot be read any more where the new ones were used.
     """
 
-    def __init__(self) -> None:
-        # Since PyTorch 2.9 the old switch cannot be read where the new one was used.
-        new = hasattr(torch.backends.cuda.matmul, "fp32_precision")
-        self._switch = "fp32_precision" if new else "allow_tf32"
-        self._off: object = "ieee" if new else False
+    _backend: object
+    _off: object
+
+    def __init__(self, backend: object) -> None:
+        self._backend, self._switch, self._off = torch.backends.cuda.matmul, "allow_tf32", False
+        if hasattr(backend, "fp32_precision"):
+            self._backend, self._switch, self._off = backend, "fp32_precision", "ieee"
         self._lock, self._inside, self._found = Lock(), 0, self._off
 
     def __enter__(self) -> None:
         with self._lock:
             if self._inside == 0:
-                self._found = getattr(torch.backends.cuda.matmul, self._switch)
-                setattr(torch.backends.cuda.matmul, self._switch, self._off)
+                self._found = getattr(self._backend, self._switch)
+                setattr(self._backend, self._switch, self._off)
             self._inside += 1
 
     def __exit__(self, *error: object) -> None:
         with self._lock:
             self._inside -= 1
             if self._inside == 0:
-                setattr(torch.backends.cuda.matmul, self._switch, self._found)
+                setattr(self._backend, self._switch, self._found)
 
 
-_without_tf32 = _WithoutTF32()
+_ELSEWHERE = _InFull(torch.backends.cuda.matmul)
+_ON_CPU = _InFull(torch.backends.mkldnn.matmul) if hasattr(torch.backends.mkldnn, "matmul") else _ELSEWHERE

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from piadm._checks import positive_int
 from piadm.denoiser import Denoiser
-from piadm.engine import run
+from piadm.engine import KEPT, run
 from piadm.grid import TimeGrid
 from piadm.integrators import Integrator
 from piadm.linearization import Linearization
@@ -104,7 +104,7 @@ def sample(
         noise_count=engine.steps.count * max(1, engine.steps.normals), condition=condition, max_batch=max_batch,
         callback=callback, workers=workers,
     )  # fmt: skip
-    refuse_excess(problem, engine.held, engine.steps.count + 1 if return_states else 0)
+    refuse_excess(problem, engine.held, KEPT * (engine.steps.count + 1) if return_states else 0)
     tally = Tally(problem, None, callback, progress)
     states = run(engine, problem, tally, limit, return_states)
     return tally.solution(states, raise_on_failure=raise_on_failure)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from piadm.denoiser import Denoiser
 from piadm.grid import TimeGrid
-from piadm.integrators import Integrator, integrator
+from piadm.integrators import AffineSteps, Integrator, steps_of
 from piadm.noise import Seed
 from piadm.problem import Callback, check_denoiser, check_grid, pose
 from piadm.reference import noise_rows
@@ -69,7 +69,9 @@ def sample_sequential(
     """
     schedule = check_denoiser(denoiser).schedule
     grid = TimeGrid.default(schedule, steps) if grid is None else check_grid(grid, schedule)
-    coefficients = integrator(method).steps(schedule, grid)
+    coefficients = steps_of(method, schedule, grid)
+    if not isinstance(coefficients, AffineSteps):
+        raise TypeError(f"method.steps(schedule, grid) must return a piadm.AffineSteps here, got {type(coefficients)}")
     problem = pose(
         denoiser, shape, grid, seed=seed, initial=initial, noise=noise,
         noise_count=coefficients.count * max(1, coefficients.normals), condition=condition, max_batch=max_batch,
@@ -80,23 +82,24 @@ def sample_sequential(
     samples = torch.arange(batch, device="cpu")
     rows, nodes = samples.to(x.device), coefficients.times.to(x.device)
     a, b, c = coefficients.a[:, 0, 0].tolist(), coefficients.b[:, 0].tolist(), coefficients.c[:, 0].tolist()
+    normals = coefficients.normals
     states = [x] if return_states else []
     estimate = torch.empty_like(x)
     failed_at = torch.full((batch,), coefficients.count, device=x.device)
-    chunk, ahead = x[None], noise_rows(x.device, x.numel())
+    chunk, ahead = x[None], max(1, noise_rows(x.device, x.numel()) // max(1, normals))
 
     def store(part: slice, value: Tensor) -> None:
         estimate[part] = value
 
     with tally.running():
         for j in range(coefficients.count):
-            if c[j] and j % ahead == 0:
-                chunk = problem.noise.path(j, min(j + ahead, coefficients.count))
+            if normals and j % ahead == 0:
+                chunk = problem.noise.path(normals * j, normals * min(j + ahead, coefficients.count))
             problem.executor.run(rows, nodes[j].expand(batch), lambda part, x=x: x[part], store)  # type: ignore[misc]
             failed_at = torch.where(estimate.isfinite().all(1), failed_at, failed_at.clamp(max=j))
             x = a[j] * x + b[j] * estimate
-            if c[j]:
-                x = x.add(chunk[j % ahead], alpha=c[j][0])
+            for row, weight in enumerate(c[j], normals * (j % ahead)):
+                x = x.add(chunk[row], alpha=weight)
             if return_states:
                 states.append(x)
             tally.end = x

@@ -13,7 +13,7 @@ from piadm._checks import choice, described, finite_float, positive_int, shown
 from piadm.activity import NARROW, ROUGH, WIDE
 from piadm.condense import weights_on_end
 from piadm.grid import TimeGrid
-from piadm.integrators import Integrator, Steps, integrator
+from piadm.integrators import Integrator, Steps, steps_of
 from piadm.linearization import DiagonalSecant, Gaussian, Linearization, Secant, check_slopes, linearization
 from piadm.local_model import Learning
 from piadm.network import resolution
@@ -130,7 +130,7 @@ def settle(
     tolerance = finite_float("tol", tol, low=0.0)
     aim = min(tolerance, LOOSEST * deviation)
     times = TimeGrid.default(schedule, steps) if grid is None else check_grid(grid, schedule)
-    scheme: Steps = integrator(method).steps(schedule, times)
+    scheme = steps_of(method, schedule, times)
     chosen = linearization(guess, checked)
     slopes = check_slopes(chosen.slopes(schedule, scheme), scheme.count)
     jacobian = Gaussian(checked.data_variance).slopes(schedule, scheme)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from torch import Tensor
@@ -42,11 +44,11 @@ class Stats:
         rounds_per_sample: rounds in which each sample took part, shape ``(B,)`` int64.
         evaluations_per_sample: network rows of each sample, shape ``(B,)`` int64.
         peak_batch: most rows handed to the network in one call, after micro-batching.
-        peak_states: most states (samples x nodes) held at once.
+        peak_states: most states, samples x nodes, on one path.
         nodes: nodes of the last node set of ``sample``; None for the other samplers, which call the network at every
             step.
         window: most rows per sample and round on it, likewise.
-        wall_time: seconds from the call to the return, everything included.
+        wall_time: seconds from the call to the return, everything included; of a pipeline, to the end of its sampling.
         residuals: error estimate after each round, RMS per coordinate of the final sample, shape ``(rounds, B)``;
             empty where the method makes no estimate.
         draft_rounds: sequential batched calls of the denoiser's draft, which are not among the rounds.
@@ -94,6 +96,25 @@ class Solution:
     def converged(self) -> bool:
         """Whether every sample is CONVERGED."""
         return all(status is Status.CONVERGED for status in self.status)
+
+
+def timed(solve: Callable[[], Solution], began: float) -> Solution:
+    """What ``solve`` returns, or hands over with its ``NotConvergedError``, with the time since ``began`` told in it.
+
+    Args:
+        solve: a sampler's work.
+        began: when the sampler was called, by ``time.perf_counter``.
+    """
+    try:
+        solution = solve()
+    except NotConvergedError as error:
+        error.solution = _since(error.solution, began)
+        raise
+    return _since(solution, began)
+
+
+def _since(solution: Solution, began: float) -> Solution:
+    return replace(solution, stats=replace(solution.stats, wall_time=time.perf_counter() - began))
 
 
 def demand(solution: Solution) -> Solution:

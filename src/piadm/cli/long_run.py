@@ -21,7 +21,7 @@ from piadm._checks import positive_int
 from piadm.cli import files, progress
 from piadm.shards import Shards, read_index
 from piadm.solution import Status
-from piadm.workers.fingerprint import weights
+from piadm.workers.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from piadm.denoiser import Denoiser
@@ -71,7 +71,7 @@ class LongRun:
     def shards(self, denoiser: Denoiser, threads: int) -> Shards:
         """The folder's shards, with all that their bits depend on."""
         settings = {"seed": self.seed, "batch": self.layout.batch, **self.arguments}
-        settings |= {"device": torch.device(self.device).type, "threads": threads, "model": weights(denoiser.network)}
+        settings |= {"device": torch.device(self.device).type, "threads": threads, "model": fingerprint(denoiser)}
         settings |= {"piadm": piadm.__version__, "torch": str(torch.__version__)}
         return Shards(self.out, self.num, self.layout.shard, settings)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ParamSpec
 
 from piadm._checks import described
-from piadm.solution import Solution
+from piadm.solution import Solution, timed
 
 P = ParamSpec("P")
 
@@ -26,11 +27,11 @@ def on_workers(sampler: Callable[P, Solution]) -> Callable[P, Solution]:
 
     @functools.wraps(sampler)
     def call(*args: P.args, **kwargs: P.kwargs) -> Solution:
-        workers = kwargs.get("workers")
+        workers, began = kwargs.get("workers"), time.perf_counter()
         if workers is None:
-            return sampler(*args, **kwargs)
+            return timed(lambda: sampler(*args, **kwargs), began)
         if not isinstance(workers, Workers):
             raise TypeError(f"workers must be a piadm.Devices, a piadm.Ranks or None, got {described(workers)}")
-        return workers.run(sampler, *args, **kwargs)
+        return timed(lambda: workers.run(sampler, *args, **kwargs), began)
 
     return call

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from piadm._checks import shown
-from piadm.network import tensors
+from piadm.network import module, tensors
 
 #: Entries of every parameter that are read: enough to tell two sets of weights apart, few enough for any network.
 PEEK = 64
@@ -22,8 +22,8 @@ PEEK = 64
 def fingerprint(value: Any) -> str:  # noqa: ANN401 - any argument
     """A text that is the same for equal values in any process.
 
-    Arrays count by shape, type and contents; networks by the first entries of every parameter; other functions and
-    objects by their name alone.
+    Arrays count by shape, type and contents; networks by the first entries of every parameter and buffer; a wrapper by
+    its settings and its network; other functions and objects by their name alone.
     """
     if isinstance(value, (Tensor, np.ndarray)):
         return f"{shown(value)} {_checksum(value):08x}"
@@ -36,10 +36,13 @@ def fingerprint(value: Any) -> str:  # noqa: ANN401 - any argument
     name = getattr(value, "__qualname__", type(value).__qualname__)
     if is_dataclass(value) and not isinstance(value, type):
         return f"{name}({', '.join(fingerprint(getattr(value, field.name)) for field in fields(value))})"
-    return name + weights(value)
+    if module(value) is not value:  # a wrapper
+        settings = {key: item for key, item in getattr(value, "__dict__", {}).items() if not key.startswith("_")}
+        return f"{name}({fingerprint(settings)})"
+    return name + _weights(value)
 
 
-def weights(network: Any) -> str:  # noqa: ANN401 - any callable
+def _weights(network: Any) -> str:  # noqa: ANN401 - any callable
     """The first entries of every tensor of a network, as a checksum; nothing where it has none."""
     sums = [f"{tuple(one.shape)}{_checksum(one.flatten()[:PEEK])}" for one in tensors(network)]
     return f" {zlib.crc32(' '.join(sums).encode()):08x}" if sums else ""

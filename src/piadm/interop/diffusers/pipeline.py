@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import copy
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,7 +21,7 @@ from piadm.interop.diffusers.rounds import Options, Rounds
 from piadm.interop.diffusers.standins import StandIns
 from piadm.interop.diffusers.watch import Callback
 from piadm.linearization import Linearization
-from piadm.solution import NetworkError, NotConvergedError, RoundInfo, Solution
+from piadm.solution import NetworkError, NotConvergedError, RoundInfo, Solution, timed
 
 
 class Loop:
@@ -58,7 +59,7 @@ class Run:
 
     def __init__(self, parallel: ParallelPipeline, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.parallel, self.pipe, self.name = parallel, parallel.pipe, type(parallel.pipe).__name__
-        self.args, self.kwargs = args, kwargs
+        self.args, self.kwargs, self.began = args, kwargs, time.perf_counter()
         self.scheduler = copy.deepcopy(self.pipe.scheduler)
         self.rehearsal: Rehearsal | None = None
         self.rounds: Rounds | None = None
@@ -188,7 +189,7 @@ class Run:
     def finish(self) -> None:
         """The engine is done."""
         assert self.rounds is not None
-        self.solution = self.rounds.solution()
+        self.solution = timed(self.rounds.solution, self.began)
 
     def callback(self, stage: Any, i: int, t: Any, values: dict[str, Any]) -> dict[str, Any]:  # noqa: ANN401
         """Tell the user's ``callback_on_step_end`` of a round."""
@@ -276,7 +277,7 @@ def parallelize(
             pipeline, > 0, judged per sample.
         max_batch: most network rows in one call, guidance included; None: 128 on a CPU, elsewhere what memory holds.
         nodes: steps at which the network is called, as for ``piadm.sample``: "all", a number, or None: as many as the
-            tolerance needs, which are all for up to about 60 steps.
+            tolerance needs, which are all for up to about 100 steps, of a stochastic scheduler 440.
         window: rows per sample evaluated in a round, as for ``piadm.sample``.
         linearization: as for ``piadm.sample``.
         max_rounds: most rounds; None: twice as many as steps.

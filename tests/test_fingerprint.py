@@ -1,0 +1,49 @@
+"""Fingerprints, by which ranks and restarted runs tell whether they were given the same."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import piadm
+from piadm.models import LowRankMixtureNetwork
+from piadm.workers.fingerprint import fingerprint
+
+VP = piadm.VPSchedule()
+
+
+def mixture(seed: int) -> LowRankMixtureNetwork:
+    """A network of buffers alone."""
+    draw = torch.Generator().manual_seed(seed)
+    directions = torch.eye(4)[None, :, :1].repeat(2, 1, 1)
+    means, ones = torch.randn(2, 4, generator=draw), torch.ones(2)
+    return LowRankMixtureNetwork(VP, means, directions, 2 * torch.ones(2, 1), ones, ones)
+
+
+def linear() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(4, 4)
+
+
+BARE = piadm.Denoiser(linear(), VP, "sample")
+GUIDED = piadm.GuidedNetwork(linear(), 2.0, {"label": torch.zeros(1, 3)})
+DIFFERENT = {
+    "weights": (BARE, replace(BARE, network=nn.Linear(4, 4))),
+    "prediction": (BARE, replace(BARE, prediction="v")),
+    "draft": (BARE, replace(BARE, draft=BARE)),
+    "buffers": (mixture(0), mixture(1)),
+    "scale": (GUIDED, piadm.GuidedNetwork(GUIDED.network, 7.5, GUIDED.null)),
+    "null": (GUIDED, piadm.GuidedNetwork(GUIDED.network, 2.0, {"label": torch.ones(1, 3)})),
+    "inside": (piadm.CompiledNetwork(GUIDED), piadm.CompiledNetwork(piadm.GuidedNetwork(linear(), 3.0, GUIDED.null))),
+}
+
+
+@pytest.mark.parametrize("case", DIFFERENT)
+def test_what_differs_has_another_fingerprint(case: str) -> None:
+    one, other = DIFFERENT[case]
+    assert fingerprint(one) != fingerprint(other)
+    assert fingerprint(copy.deepcopy(one)) == fingerprint(one)
