@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
 
 import mpmath as mp
 import pytest
@@ -172,12 +174,9 @@ def even(kind: str, steps: int) -> tuple[piadm.NoiseSchedule, piadm.TimeGrid]:
 
 
 def sequential(
-    denoiser: piadm.Denoiser,
-    grid: piadm.TimeGrid,
-    method: str | Integrator,
-    initial: Tensor,
+    denoiser: piadm.Denoiser, grid: piadm.TimeGrid, method: str | Integrator, initial: Tensor,
     noise: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """States at every step, ``(J + 1, B, 2)``."""
     solution = piadm.sample_sequential(
         denoiser, tuple(initial.shape), grid=grid, method=method, initial=initial, noise=noise, return_states=True
@@ -297,3 +296,16 @@ def test_the_sampler_has_the_mean_and_covariance_of_the_affine_chain(method: str
     # A few hundred roundings of numbers of order one; reached: 2e-15.
     assert torch.allclose(states[:, 0], means, rtol=0, atol=1e-13)
     assert torch.allclose(covariances, torch.diag_embed(variances), rtol=0, atol=1e-13)
+
+
+def test_a_step_may_take_several_normals() -> None:
+    grid = even("vp", 24)[1]
+    one = DataExponential(1.0).steps(VP, grid)
+    both = SimpleNamespace(steps=lambda *given: replace(one, c=torch.cat([0.6 * one.c, 0.8 * one.c], dim=2)))
+    noise = torch.randn(24, 2, 3, 4, dtype=torch.float64)
+    def last(sampler: Callable[..., piadm.Solution], method: object, noise: Tensor) -> Tensor:
+        return sampler(GaussianDenoiser(VP), (3, 4), method=method, grid=grid, noise=noise).sample
+
+    mixed = last(piadm.sample_sequential, "sde", 0.6 * noise[:, 0] + 0.8 * noise[:, 1])
+    for sampler in (piadm.sample_sequential, piadm.sample):
+        torch.testing.assert_close(last(sampler, both, noise.flatten(0, 1)), mixed, rtol=0, atol=1e-12)
