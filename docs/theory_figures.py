@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
-from typing import BinaryIO
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -21,7 +20,7 @@ from matplotlib.figure import Figure
 import piadm
 from piadm import theory
 from piadm.cli import scaling_figure
-from piadm.cli.files import write_whole
+from piadm.cli.files import write_figure
 from piadm.cli.scaling_report import Report
 from piadm.theory.families import PaperODE, PaperSDE, Target
 
@@ -99,11 +98,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     figures = {"growth": growth(), "terms": panels(2, terms), "iterations": panels(1, iterations)}
     for name, figure in figures.items():
-
-        def save(stream: BinaryIO, figure: Figure = figure) -> None:
-            scaling_figure.save(figure, stream)
-
-        write_whole(out / f"theory_{name}.png", save)
+        write_figure(out / f"theory_{name}.png", figure)
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def normals(
         ValueError: If a number is out of range.
     """
     if not isinstance(keys, Tensor) or keys.dtype != torch.int64 or keys.shape[1:] != (2,):
-        raise TypeError(f"keys must be an int64 tensor of shape (B, 2), got {_kind(keys)}")
+        raise TypeError(f"keys must be an int64 tensor of shape (B, 2), got {described(keys)}")
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
     elements = positive_int("elements", elements)
@@ -248,7 +248,7 @@ def given_array(name: str, value: object, shape: Sequence[int]) -> Tensor:
         usable = torch.from_numpy(np.ascontiguousarray(value)) if value.dtype in _NUMPY_FLOATS else None
     array = usable if isinstance(usable, Tensor) and usable.layout == torch.strided and not usable.is_meta else None
     if array is None or not array.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor or array, got {_kind(value)}")
+        raise TypeError(f"{name} must be a floating-point tensor or array, got {described(value)}")
     if tuple(array.shape) != tuple(shape):
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(array.shape)}")
     if bad := array.numel() - int(array.isfinite().sum()):
@@ -274,19 +274,12 @@ def _box_muller(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor
     return angle.cos().mul_(radius), angle.sin_().mul_(radius)
 
 
-def _kind(value: object) -> str:
-    """Describe a value in a message: an array by dtype and shape."""
-    if isinstance(value, (Tensor, np.ndarray)):
-        return f"{value.dtype} {tuple(value.shape)}"
-    return described(value)
-
-
 def _steps(steps: Sequence[int] | Tensor) -> Tensor:
     """Check step numbers and return them as an int64 vector."""
     numbers = torch.as_tensor(steps, device="cpu")
     integers = not (numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool)
     if numbers.ndim != 1 or not (integers or numbers.numel() == 0):
-        raise TypeError(f"steps must be one-dimensional and hold integers, got {_kind(numbers)}")
+        raise TypeError(f"steps must be one-dimensional and hold integers, got {shown(numbers)}")
     if numbers.numel() and not 0 <= int(numbers.min()) <= int(numbers.max()) <= _WORD:
         raise ValueError(f"steps must lie in [0, 2^32), got {int(numbers.min())} to {int(numbers.max())}")
     return numbers.to(torch.int64)

@@ -12,11 +12,13 @@ import torch
 import typer
 
 import piadm
-from piadm._checks import finite_float, positive_int
+from piadm._checks import positive_int
 from piadm.cli import files, progress
+from piadm.cli.app import INTERRUPTED
 from piadm.cli.compare_model import ModelName
 from piadm.cli.compare_report import Report
 from piadm.cli.device import resolve_device
+from piadm.cli.numbers import positives, words
 from piadm.cli.sample import Method
 from piadm.network import network_device
 from piadm.rivals import NAMES, Course, Result, Rival, chosen, prepare, study
@@ -39,8 +41,6 @@ piadm compare --model my_package.models:denoiser --shape 3,32,32   your own mode
 
 {", ".join(NAMES)}
 """
-_INTERRUPTED = 130
-_WIDE = 150  # columns of the tables where there is no terminal to fit
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,6 @@ class Settings:
         positive_int("--steps", self.steps, minimum=2)
         positive_int("--num", self.num)
         positive_int("--seed", self.seed, minimum=0)
-        for error in self.errors:
-            finite_float("--errors", error, low=0.0)
         for name, value in (("--max-batch", self.max_batch), ("--threads", self.threads)):
             if value is not None:
                 positive_int(name, value)
@@ -104,13 +102,14 @@ def compare(
         place = None if device is None else resolve_device(device)
         settings = Settings(
             model=ModelName(model, shape, place), method=method.value, steps=steps,
-            errors=_numbers(errors), num=num, seed=seed, max_batch=max_batch, threads=threads,
-            only=None if only is None else _words(only), out=out, json=json,
+            errors=tuple(sorted(set(positives("--errors", errors)), reverse=True)),
+            num=num, seed=seed, max_batch=max_batch, threads=threads,
+            only=None if only is None else words(only), out=out, json=json,
         )  # fmt: skip
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     if run(settings):
-        raise typer.Exit(_INTERRUPTED)
+        raise typer.Exit(INTERRUPTED)
 
 
 def run(settings: Settings) -> bool:
@@ -137,7 +136,7 @@ def run(settings: Settings) -> bool:
         raise ValueError("none of the chosen rivals can run: " + "; ".join(_reason(result) for result in results))
     report = _report(settings, course, results)
     drawing = figure.draw(report)
-    files.write_whole(settings.out, lambda stream: figure.save(drawing, stream))
+    files.write_figure(settings.out, drawing)
     if settings.json is not None:
         files.write_whole(settings.json, report.write_json)
     _print(settings, report)
@@ -186,9 +185,7 @@ def _report(settings: Settings, course: Course, results: tuple[Result, ...]) -> 
 
 
 def _print(settings: Settings, report: Report) -> None:
-    screen = progress.console()
-    if not screen.is_terminal:
-        screen.width = _WIDE
+    screen = progress.console(wide=True)
     screen.print(report.headline(), style="bold", soft_wrap=True)
     for target in report.targets:
         screen.print(report.table(target))
@@ -197,20 +194,6 @@ def _print(settings: Settings, report: Report) -> None:
 
 def _reason(result: Result) -> str:
     return f"{result.rival.name}: {result.reason}"
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(text.replace(",", " ").split())
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        numbers = tuple(float(word) for word in _words(text))
-    except ValueError:
-        numbers = ()
-    if not numbers:
-        raise ValueError(f"--errors must be numbers with commas, such as 1e-2,3e-3, got {text!r}")
-    return tuple(sorted(set(numbers), reverse=True))
 
 
 def _diffusers_version() -> dict[str, str]:

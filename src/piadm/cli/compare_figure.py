@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -54,11 +54,6 @@ def draw(report: Report) -> Figure:
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9, frameon=False, labelcolor=_INK)
     figure.suptitle(report.headline(), x=0.01, ha="left", fontsize=13, fontweight="bold", color=_INK)
     return figure
-
-
-def save(figure: Figure, stream: BinaryIO) -> None:
-    """Write the figure as PNG."""
-    figure.savefig(stream, format="png", metadata={"Software": "piadm"})
 
 
 def _panel(axes: Axes, report: Report, cost: str, statistic: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -54,11 +54,6 @@ def draw(report: Report, parallel: Tensor, sequential: Tensor | None) -> Figure:
     for text, top, style in ((_title(report), 0.28, _TITLE), (_subtitle(report), 0.6, _SUBTITLE)):
         figure.text(_EDGE / width, 1 - top / _HEIGHT, text, va="center", **style)
     return figure
-
-
-def save(figure: Figure, stream: BinaryIO) -> None:
-    """Write the figure as PNG."""
-    figure.savefig(stream, format="png", metadata={"Software": "piadm"})
 
 
 def mosaic(samples: Tensor) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:

@@ -10,7 +10,10 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def check_writable(option: str, path: Path, suffix: str) -> None:
@@ -57,6 +60,11 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_figure(path: Path, figure: Figure) -> None:
+    """Write a figure as PNG, whole or not at all."""
+    write_whole(path, lambda stream: figure.savefig(stream, format="png", metadata={"Software": "piadm"}))
 
 
 def write_json(stream: BinaryIO, figures: object) -> None:

@@ -1,4 +1,4 @@
-"""Options that are numbers in the words of the field, such as ``1e6`` or ``0.05,0.3,1``."""
+"""Options that are numbers or lists in the words of the field, such as ``1e6`` or ``0.05,0.3,1``."""
 
 from __future__ import annotations
 
@@ -29,6 +29,11 @@ def positive(option: str, number: float) -> float:
     return finite_float(option, number, low=0.0)
 
 
+def words(text: str) -> tuple[str, ...]:
+    """Return the words that are separated by commas, blanks or both."""
+    return tuple(text.replace(",", " ").split())
+
+
 def positives(option: str, text: str) -> tuple[float, ...]:
     """Return positive numbers that are separated by commas.
 
@@ -36,7 +41,7 @@ def positives(option: str, text: str) -> tuple[float, ...]:
         ValueError: If one is none, or there are none.
     """
     try:
-        found = tuple(float(word) for word in text.replace(",", " ").split())
+        found = tuple(float(word) for word in words(text))
     except ValueError:
         found = ()
     if not found or not all(0 < number < float("inf") for number in found):

@@ -11,11 +11,19 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+_WIDE = 150  # columns of a table in a pipe or a file
 
-def console(*, stderr: bool = False) -> Console:
-    """Return a console on standard output or error that styles its text on a terminal only."""
+
+def console(*, stderr: bool = False, wide: bool = False) -> Console:
+    """Return a console on standard output or error that styles its text on a terminal only.
+
+    Args:
+        stderr: Whether it is on standard error.
+        wide: Whether it is for a table of many columns, which is not folded where there is no terminal to fit.
+    """
     terminal = (sys.stderr if stderr else sys.stdout).isatty()
-    return Console(stderr=stderr, force_terminal=terminal, highlight=False, emoji=False)
+    width = _WIDE if wide and not terminal else None
+    return Console(stderr=stderr, force_terminal=terminal, width=width, highlight=False, emoji=False)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import typer
 import piadm
 from piadm._checks import finite_float, positive_int
 from piadm.cli import files, long_run, progress
+from piadm.cli.app import INTERRUPTED
 from piadm.cli.device import resolve_device
 from piadm.cli.report import Report, RunFigures, Spread, Trace, rms_difference, warnings_of
 from piadm.solution import Status
@@ -41,7 +42,6 @@ piadm sample --num 50000 --out many    a folder of shards, in parallel only; the
 torchrun --nproc-per-node 8 -m -- piadm sample --num 50000 --out many --device cuda
 """
 _SHAPE = (1, 28, 28)
-_INTERRUPTED = 130
 
 
 class Method(str, Enum):
@@ -150,7 +150,7 @@ def sample(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     if long_run.run(settings.part(), _SHAPE, settings.json) if settings.long else run(settings):
-        raise typer.Exit(_INTERRUPTED)
+        raise typer.Exit(INTERRUPTED)
 
 
 def run(settings: Settings) -> bool:
@@ -177,7 +177,7 @@ def run(settings: Settings) -> bool:
         sequential = None if interrupted else sequential
     report = _report(settings, trace, parallel, sequential)
     drawing = figure.draw(report, parallel.sample, None if sequential is None else sequential.sample)
-    files.write_whole(settings.out, lambda stream: figure.save(drawing, stream))
+    files.write_figure(settings.out, drawing)
     if settings.json is not None:
         files.write_whole(settings.json, report.write_json)
     _print(settings, report)

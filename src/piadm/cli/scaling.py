@@ -13,7 +13,7 @@ import typer
 import piadm
 from piadm._checks import positive_int
 from piadm.cli import files, progress
-from piadm.cli.numbers import positive, positives, whole
+from piadm.cli.numbers import positive, positives, whole, words
 from piadm.cli.scaling_report import Report
 from piadm.theory.scaling import scaling as measure
 from piadm.theory.scaling import searches
@@ -35,7 +35,6 @@ piadm scaling --only piadm-sde,engine-sde-secant   two of them
 
 {", ".join(NAMES)}
 """
-_WIDE = 150  # columns of the table where there is no terminal to fit
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ def scaling(
         settings = Settings(
             spectrum=positives("--spectrum", spectrum), kl=kl, smallest=whole("--smallest", smallest),
             largest=whole("--largest", largest), per_decade=per_decade, early_stop=early_stop,
-            only=None if only is None else tuple(only.replace(",", " ").split()), out=out, json=json,
+            only=None if only is None else words(only), out=out, json=json,
         )  # fmt: skip
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
@@ -131,12 +130,10 @@ def run(settings: Settings) -> None:
         curves=curves,
     )
     drawing = figure.draw(report)
-    files.write_whole(settings.out, lambda stream: figure.save(drawing, stream))
+    files.write_figure(settings.out, drawing)
     if settings.json is not None:
         files.write_whole(settings.json, report.write_json)
-    screen = progress.console()
-    if not screen.is_terminal:
-        screen.width = _WIDE
+    screen = progress.console(wide=True)
     screen.print(report.headline(), style="bold", soft_wrap=True)
     screen.print(report.table())
     screen.print(report.growth())
