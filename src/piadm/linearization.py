@@ -69,7 +69,7 @@ class Gaussian:
     """``G = alpha v/(alpha^2 v + sigma^2)``: the exact Jacobian for Gaussian data of variance ``v``.
 
     Args:
-        variance: ``v``, in the squared units of the data; None takes the denoiser's ``data_variance``.
+        variance: ``v``, in the squared units of the data.
     """
 
     variance: float
