@@ -188,6 +188,7 @@ def test_harder_requests_cost_more() -> None:
         (dict(spectrum=[]), "spectrum"),
         (dict(spectrum=theory.Spectrum.repeated([1.0], 7)), "dimension"),
         (dict(lipschitz=0.5), "lipschitz"),
+        (dict(lipschitz=-3.0, spectrum=[1.0]), "lipschitz"),
         (dict(method="euler"), "method"),
         (dict(memory_limit=0), "memory_limit"),
         (dict(memory_limit=-3), "memory_limit"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,36 @@ def test_a_power_is_told_from_a_logarithm() -> None:
     assert theory.against_power(d, powers, 0.25) < 3 < 10 < theory.against_power(d, powers, 0.4)
     assert theory.against_power(d, logs, 0.0) < 3 < 10 < theory.against_power(d, logs, 0.1)
     assert theory.against_power(d, powers, -0.5) == 0  # the best exponent is above that
+
+
+NUMBERS = [1.0, 2.0, 3.0, 4.0]
+
+
+def test_what_a_curve_fits_to_rounding_is_no_distance() -> None:
+    assert theory.against_power(NUMBERS, [5.0] * 4, 2.0) == 0
+    assert math.isfinite(theory.against_power(NUMBERS, NUMBERS, 1.5))
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (lambda: theory.power_fit([1, 2], [1, 2]), "x must be .* at least 3 .* got shape"),
+        (lambda: theory.power_fit([1, -2, 3], [1, 2, 3]), "x must be positive, got -2"),
+        (lambda: theory.power_fit([1, 2, 3], [1, -2, 3]), "y must be positive, got -2"),
+        (lambda: theory.power_fit([2, 2, 2], [1, 2, 3]), "x must have at least 2 different entries, got 1"),
+        (lambda: theory.power_fit([1, 2, 3], [1, 2]), "y must have as many entries as x, 3, got 2"),
+        (lambda: theory.log_polynomial_fit([1, 2, 3], [1, 2, 3]), "d must be .* at least 4 "),
+        (lambda: theory.log_polynomial_fit(NUMBERS, [1, 2, 3, math.nan]), r"y\[3\] = nan"),
+        (lambda: theory.log_polynomial_fit(NUMBERS, NUMBERS, 0), "degree must be an integer >= 1, got 0"),
+        (lambda: theory.against_power([1, 2, 3], [1, 2, 3], 0.5), "d must be .* at least 4 "),
+        (lambda: theory.against_power([1, 1, 2, 2], NUMBERS, 0.5), "d must have at least 3 different entries, got 2"),
+        (lambda: theory.against_power(NUMBERS, NUMBERS, 3), "power must be .* got 3"),
+        (lambda: theory.last_exponent([-1], theory.power_fit(NUMBERS, NUMBERS)), "d must be positive, got -1"),
+    ],
+)
+def test_what_cannot_be_fitted_is_named(call: Callable[[], object], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        call()
 
 
 def _power(d: float) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor
 import piadm
 from piadm import theory
 from piadm.models import GaussianDenoiser
+from piadm.theory import products
 from piadm.theory.law import Law
 
 # Every statistic is held to five standard errors: of the 80 here one is outside with a probability of 5e-5.
@@ -135,6 +136,21 @@ def test_parallel_draws_of_mixtures_agree_with_the_quadrature() -> None:
     assert abs(found - wanted) <= ERRORS * error
     few, few_error = MIXTURE.parallel_kl(blocks, 2, samples=20_000)
     assert few > wanted + ERRORS * few_error
+
+
+def test_means_far_apart_are_no_hindrance_to_the_bins() -> None:
+    far, grid = theory.MixtureProduct([-12.0, 12.0], 0.15, [0.25, 0.75], 1), whole_steps(0.2)
+    wanted = far.sequential_kl("paper-sde", grid)
+    found, error = far.parallel_kl(piadm.Blocks([grid.times]), grid.steps, samples=4000)
+    assert abs(found - wanted) <= ERRORS * error
+
+
+def test_means_beyond_the_bins_are_named_before_anything_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "piadm_sde", None)
+    with pytest.raises(ValueError, match="^means must be .* got up to 10000$"):
+        theory.MixtureProduct([-1e4, 1e4], 0.15, [0.5, 0.5], 1).parallel_kl(BLOCKS, 2, samples=10)
+    with pytest.raises(ValueError, match="^bins must be"):
+        MIXTURE.parallel_kl(BLOCKS, 2, samples=10, bins=1)
 
 
 @pytest.mark.parametrize(

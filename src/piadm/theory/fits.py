@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from piadm._checks import finite_float, positive_int, real_vector
+from piadm.theory.spectrum import positive_vector
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -31,21 +34,30 @@ def power_fit(x: Sequence[float], y: Sequence[float]) -> Fit:
     """``y = C x^p``: coefficients ``(ln C, p)``; residual and R^2 are those of ``ln y``.
 
     Args:
-        x: positive, at least three.
-        y: positive.
+        x: positive, at least three, two of them different.
+        y: positive, one for each.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was received and what is accepted.
     """
-    return _least_squares(_log(x), _log(y), 1)
+    logs = _logs("x", x, points=3, different=2)
+    return _least_squares(logs, _as_many("y", positive_vector("y", y), "x", len(logs)).log(), 1)
 
 
 def log_polynomial_fit(d: Sequence[float], y: Sequence[float], degree: int = 2) -> Fit:
     """``y = sum_i c_i (ln d)^i``.
 
     Args:
-        d: positive, more than ``degree + 1``.
-        y: what grows.
-        degree: of the polynomial.
+        d: positive, at least ``degree + 2``, and all but one of these different.
+        y: what grows, a number for each.
+        degree: of the polynomial, at least 1.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was received and what is accepted.
     """
-    return _least_squares(_log(d), _vector(y), degree)
+    number = positive_int("degree", degree)
+    logs = _logs("d", d, points=number + 2, different=number + 1)
+    return _least_squares(logs, _as_many("y", real_vector("y", y), "d", len(logs)), number)
 
 
 def against_power(d: Sequence[float], y: Sequence[float], power: float) -> float:
@@ -58,33 +70,49 @@ def against_power(d: Sequence[float], y: Sequence[float], power: float) -> float
     which is Student's t with ``n - 3`` degrees of freedom if the truth is of that form.
 
     Args:
-        d: positive, more than three.
-        y: what grows.
-        power: smallest exponent that is tried, between -1 and 2.
+        d: positive, at least four, three of them different.
+        y: what grows, a number for each.
+        power: smallest exponent that is tried, from -1 to 2.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was received and what is accepted.
     """
-    logs, values = _log(d), _vector(y)
-    tried = torch.cat([torch.linspace(-1, 2, 3001, dtype=torch.float64, device="cpu"), _vector([power])])
+    least = finite_float("power", power, low=-1.0, high=2.0, low_open=False, high_open=False)
+    logs = _logs("d", d, points=4, different=3)
+    values = _as_many("y", real_vector("y", y), "d", len(logs))
+    tried = torch.linspace(-1, 2, 3001, dtype=torch.float64, device="cpu")
+    tried = torch.cat([tried, tried.new_tensor([least])])
     tried = torch.where(tried.abs() < 1e-9, 1e-9, tried)
     slope = torch.expm1(tried[:, None] * logs) / tried[:, None]
     slope = slope - slope.mean(1, keepdim=True)
     values = values - values.mean()
-    left = values.square().sum() - (slope @ values).square() / slope.square().sum(1)
-    return math.sqrt(max(0.0, (len(d) - 3) * float(left[tried >= power].min() / left.min() - 1)))
+    total = values.square().sum()
+    if not total:
+        return 0.0  # what does not grow is of every such form, with b = 0
+    left = total - (slope @ values).square() / slope.square().sum(1)
+    left = left.clamp(min=torch.finfo(left.dtype).eps * float(total))  # what rounding leaves of a perfect fit
+    return math.sqrt(max(0.0, (len(logs) - 3) * float(left[tried >= least].min() / left.min() - 1)))
 
 
 def last_exponent(d: Sequence[float], fit: Fit) -> float:
-    """Local exponent ``d ln y/d ln d`` of a fitted polynomial in ln d, at the last of ``d``."""
-    x, c = float(_log(d)[-1]), fit.coefficients
+    """Local exponent ``d ln y/d ln d`` of a fitted polynomial in ln d, at the last of ``d``, all positive."""
+    x, c = float(_logs("d", d, points=1, different=1)[-1]), fit.coefficients
     value = sum(coefficient * x**i for i, coefficient in enumerate(c))
     return sum(i * coefficient * x ** (i - 1) for i, coefficient in enumerate(c) if i) / value
 
 
-def _vector(values: Sequence[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device="cpu")
+def _logs(name: str, values: Sequence[float], *, points: int, different: int) -> Tensor:
+    """Logarithms of at least so many positive numbers, of which at least so many are different."""
+    logs = positive_vector(name, values, minimum=points).log()
+    if (found := len(logs.unique())) < different:
+        raise ValueError(f"{name} must have at least {different} different entries, got {found}")
+    return logs
 
 
-def _log(values: Sequence[float]) -> Tensor:
-    return _vector(values).log()
+def _as_many(name: str, values: Tensor, other: str, count: int) -> Tensor:
+    if len(values) != count:
+        raise ValueError(f"{name} must have as many entries as {other}, {count}, got {len(values)}")
+    return values
 
 
 def _least_squares(x: Tensor, y: Tensor, degree: int) -> Fit:

@@ -162,8 +162,8 @@ def _horizons(method: str, target: Target, allowed: float, block: float) -> list
 
 def _modes(dimension: int, spectrum: Sequence[float] | Modes | None, lipschitz: float) -> Modes:
     size = positive_int("dimension", dimension)
+    most = finite_float("lipschitz", lipschitz, low=1.0, low_open=False)
     if spectrum is None:
-        most = finite_float("lipschitz", lipschitz, low=1.0, low_open=False)
         return VarianceBounds(1 / most, most, size)
     if isinstance(spectrum, (Spectrum, VarianceBounds)):
         if spectrum.dimension != size:

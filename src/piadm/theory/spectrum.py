@@ -218,13 +218,13 @@ class VarianceBounds:
         return self.dimension * per_mode.amax(-1)
 
 
-def positive_vector(name: str, value: object) -> Tensor:
-    """Return a vector of positive numbers, float64.
+def positive_vector(name: str, value: object, minimum: int = 1) -> Tensor:
+    """Return a vector of at least ``minimum`` positive numbers, float64.
 
     Raises:
         TypeError, ValueError: if it is no vector of finite real numbers, or one of them is not positive.
     """
-    vector = real_vector(name, value, minimum=1)
+    vector = real_vector(name, value, minimum)
     if bool((vector <= 0).any()):
         raise ValueError(f"{name} must be positive, got {float(vector.min()):g}")
     return vector
