@@ -68,6 +68,15 @@ def finish(*processes: ForkServerProcess) -> list[int | None]:
     return [process.exitcode for process in processes]
 
 
+def until_a_shard(folder: Path, *processes: ForkServerProcess) -> None:
+    """Wait for the first shard that one of the running processes writes."""
+    deadline = time.monotonic() + 60
+    while not folder.exists() or not list(folder.glob("shard-*")):
+        assert {process.exitcode for process in processes} == {None}, "ended before it wrote a shard"
+        assert time.monotonic() < deadline, "no shard after a minute"
+        time.sleep(0.01)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -92,17 +101,20 @@ def test_a_shard_holds_the_samples_of_its_numbers(whole: Path) -> None:
 
 def test_twenty_kills_at_random_moments_change_no_bit(whole: Path, tmp_path: Path) -> None:
     folder, chance, kills = tmp_path / "killed", random.Random(0), 0
-    while kills < 20:
+    for _ in range(100):
         process = start(folder)
         process.join(chance.uniform(0.05, 0.35))  # a run alone takes about two seconds
         if process.exitcode is not None:
+            assert process.exitcode == 0
             for path in folder.glob("shard-*"):  # it was done: start again, so that each of the twenty hits a run
                 path.unlink()
             (folder / "index.json").unlink()
             continue
         os.kill(process.pid or 0, signal.SIGKILL)
-        process.join()
-        kills += 1
+        kills += finish(process) == [-signal.SIGKILL]
+        if kills == 20:
+            break
+    assert kills == 20, "most runs had ended before they were killed"
     assert finish(start(folder)) == [0]
     assert contents(folder) == contents(whole)
 
@@ -110,11 +122,10 @@ def test_twenty_kills_at_random_moments_change_no_bit(whole: Path, tmp_path: Pat
 def test_the_number_of_ranks_may_change_and_a_dead_one_is_made_up_for(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "ranks"
     three = [start(folder, rank, 3, pause=0.02) for rank in range(3)]
-    while not folder.exists() or not list(folder.glob("shard-*")):
-        time.sleep(0.01)
+    until_a_shard(folder, *three)
     for process in three:
         process.kill()
-    finish(*three)
+    assert finish(*three) == [-signal.SIGKILL] * 3
     assert opened(folder).missing()
     two = [start(folder, rank, 2, pause=0.01) for rank in range(2)]
     two[1].kill()  # the other one does its shards
@@ -136,8 +147,7 @@ def test_a_full_disk_leaves_whole_shards_only_and_the_run_goes_on(whole: Path, t
 def test_ctrl_c_ends_with_130_and_the_run_goes_on(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "interrupted"
     process = start(folder, pause=0.02)
-    while not folder.exists() or not list(folder.glob("shard-*")):
-        time.sleep(0.01)
+    until_a_shard(folder, process)
     os.kill(process.pid or 0, signal.SIGINT)
     assert finish(process) == [130]
     assert opened(folder).missing()

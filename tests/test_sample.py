@@ -173,8 +173,10 @@ def test_a_tolerance_below_rounding_is_not_claimed() -> None:
     given = dict(steps=50, seed=3)
     found = piadm.sample(mixture(VP), (8, DIM), nodes="all", tol=1e-9, **given)
     error = rms(found.sample - piadm.sample_sequential(mixture(VP), (8, DIM), **given).sample)
-    done = torch.tensor([status is piadm.Status.CONVERGED for status in found.status])
-    assert bool((error[done] <= 1.5e-9).all())
+    # No float32 state is that near; how far rounding has left it is what the estimate says.
+    assert bool((error > 1e-9).all())
+    assert set(found.status) == {piadm.Status.MAX_ROUNDS}
+    assert bool((found.error_estimate >= error).all()) and bool((found.error_estimate <= SINGLE).all())
 
 
 @pytest.mark.parametrize("window", [2, 5, 16, 40, 1000])
