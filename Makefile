@@ -2,6 +2,7 @@
 # make test   ruff, mypy and every test
 # make lint   ruff and mypy alone
 # make bench  every benchmark; prints its figures
+# make docs   the pages and a reference of all public names, as docs/_build/index.html
 # make clean  remove the environment and everything generated
 #
 # Needs only make and Python 3.10+. Another interpreter:  make demo PYTHON=python3.12
@@ -18,9 +19,10 @@ CREATED := $(VENV)/.created
 DEMO_READY := $(VENV)/.demo-ready
 TEST_READY := $(VENV)/.test-ready
 BENCH_READY := $(VENV)/.bench-ready
+DOCS_READY := $(VENV)/.docs-ready
 
 .DEFAULT_GOAL := help
-.PHONY: demo test lint bench clean help
+.PHONY: demo test lint bench docs clean help
 
 demo: $(DEMO_READY)
 	$(BIN)/piadm sample --out demo.png
@@ -36,6 +38,9 @@ lint: $(TEST_READY)
 
 bench: $(BENCH_READY)
 	@set -e; for script in benchmarks/[!_]*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+docs: $(DOCS_READY)
+	$(BIN)/python -m sphinx --builder html --fail-on-warning docs docs/_build
 
 clean:
 	rm -rf $(VENV) build dist docs/_build .hypothesis .mypy_cache .pytest_cache .ruff_cache demo.png piadm-sample.png
@@ -64,3 +69,7 @@ $(TEST_READY): pyproject.toml constraints.txt | $(CREATED)
 $(BENCH_READY): pyproject.toml constraints.txt | $(CREATED)
 	$(PIP) --editable '.[bench]'
 	@touch $@ $(TEST_READY) $(DEMO_READY)
+
+$(DOCS_READY): pyproject.toml constraints.txt | $(CREATED)
+	$(PIP) --editable '.[docs]'
+	@touch $@
