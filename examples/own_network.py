@@ -56,4 +56,4 @@ for method in ("ode", "sde"):
     parallel = piadm.sample(denoiser, (64, 2), tol=1e-2, **given)
     error, stats = (parallel.sample - sequential.sample).square().mean(1).sqrt(), parallel.stats
     print(f"{method}: {stats.rounds} rounds, {stats.evaluations:.0f} evaluations per sample instead of 1000")
-    print(f"     all CONVERGED: {parallel.converged}; RMS error: median {error.median():.1e}, largest {error.max():.1e}")
+    print(f"     CONVERGED: {parallel.converged}; RMS error: median {error.median():.1e}, largest {error.max():.1e}")
