@@ -104,7 +104,7 @@ def last_exponent(d: Sequence[float], fit: Fit) -> float:
 def _logs(name: str, values: Sequence[float], *, points: int, different: int) -> Tensor:
     """Logarithms of at least so many positive numbers, of which at least so many are different."""
     logs = positive_vector(name, values, minimum=points).log()
-    if (found := len(logs.unique())) < different:
+    if (found := len(set(logs.tolist()))) < different:
         raise ValueError(f"{name} must have at least {different} different entries, got {found}")
     return logs
 
