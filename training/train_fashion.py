@@ -8,7 +8,7 @@ may ``--start`` from the weights of an earlier export.  The last line of work ex
 weights in half precision to ``--export``; ``--export-only`` does just that with the checkpoint of an
 earlier or still running training.
 
-    python training/train_fashion.py --minutes 70 --peak-rate 5e-4 --run runs/distilled --start GOOD --good GOOD --bad BAD
+    python training/train_fashion.py --minutes 70 --run runs/distilled --start GOOD --good GOOD --bad BAD
 
 distils autoguidance: the network learns to predict in one call what a good network says, pushed away from
 what a bad one says.
