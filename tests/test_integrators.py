@@ -174,9 +174,8 @@ def even(kind: str, steps: int) -> tuple[piadm.NoiseSchedule, piadm.TimeGrid]:
 
 
 def sequential(
-    denoiser: piadm.Denoiser, grid: piadm.TimeGrid, method: str | Integrator, initial: Tensor,
-    noise: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    denoiser: piadm.Denoiser, grid: piadm.TimeGrid, method: object, initial: Tensor, noise: Tensor | None = None
+) -> Tensor:
     """States at every step, ``(J + 1, B, 2)``."""
     solution = piadm.sample_sequential(
         denoiser, tuple(initial.shape), grid=grid, method=method, initial=initial, noise=noise, return_states=True

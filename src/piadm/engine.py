@@ -15,14 +15,15 @@ from piadm.condense import CondensedPath, condense, weights_on_end
 from piadm.cost import TimedWindow, latency
 from piadm.draft import start_from_draft
 from piadm.executor import Asking, drive
+from piadm.interpolation import Interpolation, rough, smooth
 from piadm.iteration import turns
 from piadm.linearization import Gaussian
-from piadm.nodes import NodeSet, every_step, refine, thin
+from piadm.nodes import NodeSet, every_step
 from piadm.numerics import Table
-from piadm.path import Interpolation, ParallelPath
+from piadm.path import ParallelPath
 from piadm.problem import Problem
 from piadm.reference import free_states
-from piadm.settings import TURNS_PER_NODE, Engine, with_readings
+from piadm.settings import TURNS_PER_NODE, Engine
 from piadm.stopping import (
     FINER_ROUGH,
     FINER_SMOOTH,
@@ -34,19 +35,6 @@ from piadm.stopping import (
     Verdict,
 )
 from piadm.tally import Tally
-
-#: Estimated interpolation error per RMS of the probe, the change of the end with half of the nodes (SDE: and without
-#: averages).  For the ODE the error was 0.03 times the change on mixtures, 0.2 to 1.2 on five trained networks in the
-#: median, and up to 4 for 95 % of their samples.  Embeddings of the time have ripples that the nodes miss, and half of
-#: the nodes miss as much of them; the change with linear interpolation does not hear of such: the error was 0.05 to 14
-#: times that.  For the SDE it was 0.03 to 0.24 times, but 0.4 and more for one sample in five of a network with
-#: autoguidance; on mixtures 0.2 and 0.04.  What averages leave is of second order: with nodes far apart in log-SNR the
-#: share grows with their mean distance.
-PROBE_SHARE_SMOOTH = 3.0
-PROBE_SHARE_ROUGH, PROBE_SHARE_PER_GAP = 0.4, 0.8
-
-#: With fewer nodes the probe means nothing and the error counts as unknown: for the ODE, and for the SDE.
-UNKNOWN_SMOOTH, UNKNOWN_ROUGH = 9, 24
 
 #: Least influence of a node: one that has none, where a step does not move the state, is still evaluated once.
 FAINTEST = 1e-9
@@ -82,7 +70,7 @@ def rounds(engine: Engine, problem: Problem, tally: Tally, limit: int, return_st
     with tally.running():
         while len(left):
             if coarse is not None:
-                nodes = with_readings(refine(nodes, engine.clock, engine.order), engine.importance)
+                nodes = engine.finer(nodes)
             refinable = engine.refinable and nodes.count < engine.steps.count
             reference = condense(engine.steps, engine.prior[0], nodes, engine.prior[1])
             condensed = _condensed(engine, nodes, reference)
@@ -93,7 +81,7 @@ def rounds(engine: Engine, problem: Problem, tally: Tally, limit: int, return_st
             tally.nodes, tally.window = nodes.count, min(rows.size or nodes.count, nodes.count)
             if states is not None:
                 _keep(states, engine, problem, nodes, path)
-                if tally.interrupted:  # perhaps amid a round, of which the path has taken in a part
+                if tally.torn:  # the path may have taken in a part of a round
                     tally.end[path.numbers] = states[-1, path.numbers]
             go_on = refinable and not tally.interrupted and tally.rounds < limit
             again = (verdict == Verdict.REFINE) & go_on
@@ -270,20 +258,9 @@ def _interpolation(
     """How to estimate what interpolation leaves, carried to the end by the reference; None: every step is a node."""
     if nodes.count == engine.steps.count:
         return None
-    fewest, share = UNKNOWN_SMOOTH, PROBE_SHARE_SMOOTH
-    if engine.noisy:
-        knots = engine.clock[nodes.indices[1:]]
-        gap = float(knots[-1] - knots[0]) / max(1, len(knots) - 1)
-        fewest, share = UNKNOWN_ROUGH, max(PROBE_SHARE_ROUGH, PROBE_SHARE_PER_GAP * gap)
-    elif coarse_end is not None:
-        return Interpolation(None, coarse_end)
-    probes, every = [], weights_on_end(engine.steps, engine.prior[0])
-    for poorer in thin(nodes, engine.clock, engine.order):
-        probe = reference.response[-1, 0].clone()
-        there = torch.isin(nodes.indices, poorer.indices)
-        probe[there] -= every @ poorer.weights
-        probes.append(share * probe)
-    return Interpolation(torch.stack(probes), coarse_end, unknown=nodes.count < fewest)
+    every = weights_on_end(engine.steps, engine.prior[0])
+    estimate = rough if engine.noisy else smooth
+    return estimate(nodes, engine.clock, engine.order, reference.response[-1, 0], every, coarse_end)
 
 
 def _keep(states: Tensor, engine: Engine, problem: Problem, nodes: NodeSet, path: ParallelPath) -> None:

@@ -155,6 +155,18 @@ def thin(nodes: NodeSet, log_snr: Tensor, order: int = 1) -> list[NodeSet]:
     return [NodeSet(indices, weights(clock, indices, order)) for indices in halves]
 
 
+@kept
+def left_out(nodes: NodeSet, log_snr: Tensor, order: int = 1) -> Tensor:
+    """What each node's residual lacks of that interpolated from the others, ``(n, n)``; zeros for the two ends."""
+    knots, count = _finite(log_snr)[nodes.indices], nodes.count
+    size, inner = min(order + 1, count - 1), torch.arange(1, count - 1, device="cpu")[:, None]
+    others = (inner - size // 2).clamp(0, count - 1 - size) + torch.arange(size, device="cpu")
+    others = others + (others >= inner).long()
+    lacks = knots.new_zeros(count, count)
+    lacks[1:-1] = knots.new_zeros(count - 2, count).scatter_(1, others, -_lagrange(knots[others], knots[inner]))
+    return lacks + torch.diag(torch.nn.functional.pad(knots.new_ones(count - 2), (1, 1)))
+
+
 def weights(clock: Tensor, indices: Tensor, order: int) -> Tensor:
     """Interpolation from ``clock[indices]`` to ``clock``, constant beyond the last, shape ``(J, n)``.
 
@@ -165,13 +177,17 @@ def weights(clock: Tensor, indices: Tensor, order: int) -> Tensor:
     size = min(order + 1, len(indices))
     left = (torch.searchsorted(knots, clock, right=True) - 1).clamp(0, len(indices) - 2)
     columns = (left - (size // 2 - 1)).clamp(0, len(indices) - size)[:, None] + torch.arange(size, device="cpu")
-    near, at = knots[columns], clock.clamp(max=float(knots[-1]))[:, None]
-    others = ~torch.eye(size, dtype=torch.bool, device="cpu")
-    ones = clock.new_ones(())
+    polynomials = _lagrange(knots[columns], clock.clamp(max=float(knots[-1]))[:, None])
+    return clock.new_zeros(len(clock), len(indices)).scatter_(1, columns, polynomials)
+
+
+def _lagrange(near: Tensor, at: Tensor) -> Tensor:
+    """Lagrange's polynomials through knots ``(m, k)``, at points ``(m, 1)``, shape ``(m, k)``."""
+    others, ones = ~torch.eye(near.shape[1], dtype=torch.bool, device="cpu"), near.new_ones(())
     factors = torch.where(others, (at - near)[:, None, :], ones) / torch.where(
         others, near[:, :, None] - near[:, None, :], ones
     )
-    return clock.new_zeros(len(clock), len(indices)).scatter_(1, columns, factors.prod(2))
+    return factors.prod(2)
 
 
 def _finite(log_snr: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ a round changes is computed, through small matrices.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +21,7 @@ from torch import Tensor
 from piadm.activity import Outlook
 from piadm.condense import CondensedPath
 from piadm.executor import Asking, Executor
+from piadm.interpolation import Interpolation
 from piadm.local_model import Learning, LocalModel
 from piadm.numerics import Flags, Table, full_precision, rms
 
@@ -57,24 +57,6 @@ class Movement:
     end: Table
     interpolation: Table
     rounding: Table
-
-
-@dataclass(frozen=True)
-class Interpolation:
-    """How the error that interpolation between the nodes leaves at the end of the path is estimated.
-
-    Attributes:
-        probes: change of the end's row of ``P`` with each of some poorer interpolations, times the estimated error per
-            RMS of that change, shape ``(k, n)``, the largest of which counts; None: not asked.
-        coarse_end: end of the path on a node set of half as many nodes, shape ``(B, d)``, where that was solved: it
-            has also seen what the network made of the difference.  The error is taken to be all of the distance,
-            as if each doubling only halved it, or what a probe says if that is more.
-        unknown: there are too few nodes to tell; the error is then infinite.
-    """
-
-    probes: Tensor | None
-    coarse_end: Tensor | None = None
-    unknown: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,6 +117,7 @@ class ParallelPath:
         self.slopes, self.response = self._matrix(path.slopes), self._matrix(path.response.flatten(0, 1))
         reference = path if reference is None else reference
         self.reference_slopes, self.constants = self._matrix(reference.slopes), self._matrix(reference.constants)
+        self.left = None if interpolation is None else self._matrix(interpolation.rows)
         self.turns, self.free = 0, free
         self.reference_size = rms(free.view(-1, path.components, self.batch, self.size)[-1, 0])
         self.state = self.free.clone()
@@ -282,23 +265,25 @@ class ParallelPath:
         # Where the reference is far off, by a mean told wrong, states are small differences of large numbers.
         rounding = ROUNDINGS * torch.finfo(self.dtype).eps * size.maximum(self.reference_size)
         drift = heard[1] if self.local is None else self.local.drift(self.rows)
-        of_rows = torch.stack([*heard, drift]).flatten()
-        host = _table(torch.cat([of_rows, moved, self._interpolation(end), rounding]))
-        surprise, stride, distance = host[: len(of_rows)].reshape(3, self.path.count, self.batch)
+        parts = [*heard, drift, moved, rounding, *self._left(end)]
+        of_rows, of_end, left = np.split(_table(torch.cat(parts)), np.cumsum([3 * len(drift), 2 * self.batch]))
+        surprise, stride, distance = of_rows.reshape(3, self.path.count, self.batch)
         self.outlook.learn(active, surprise, stride)
         self.outlook.look(distance)
-        return Movement(surprise, *host[len(of_rows) :].reshape(3, self.batch))
+        moved, rounding = of_end.reshape(2, self.batch)
+        sizes, apart = np.split(left.reshape(-1, self.batch), [-1])
+        error = np.zeros_like(moved) if self.interpolation is None else self.interpolation.error(sizes, apart[0])
+        return Movement(surprise, moved, error, rounding)
 
-    def _interpolation(self, end: Tensor) -> Tensor:
-        how = self.interpolation
-        error = end.new_full((self.batch,), math.inf if how is not None and how.unknown else 0.0)
-        if how is not None and how.probes is not None:
-            with full_precision(self.device):
-                probes = self._matrix(how.probes) @ self.residual
-            error = error.maximum(rms(probes.view(-1, self.size)).view(-1, self.batch).amax(0))
-        if how is not None and how.coarse_end is not None:
-            error = error.maximum(rms(end - how.coarse_end))
-        return error
+    def _left(self, end: Tensor) -> list[Tensor]:
+        """What tells of the interpolation error: sizes of its rows ``(m B,)``, the distance of two ends ``(B,)``."""
+        if self.interpolation is None or self.left is None:
+            return []
+        with full_precision(self.device):
+            rows = self.left @ self.residual
+        coarse = self.interpolation.coarse_end
+        sizes = rows.view(-1, self.size).square_().mean(1).sqrt_()  # in place: there are twice as many as nodes
+        return [sizes, torch.zeros_like(end[:, 0]) if coarse is None else rms(end - coarse)]
 
 
 def _table(numbers: Tensor) -> Table:

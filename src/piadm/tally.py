@@ -33,6 +33,7 @@ class Tally:
         progress: show a progress bar.
 
     ``end`` is the current final state of the whole batch, ``(B, d)``; ``error`` and ``status`` are per sample.
+    ``interrupted`` says that the run was to end; ``torn`` that this was heard anywhere, perhaps amid a round.
     """
 
     problem: Problem
@@ -52,7 +53,7 @@ class Tally:
         self.error = torch.full((batch,), torch.inf, dtype=torch.float64, device="cpu")
         self.status = [Status.INTERRUPTED] * batch
         self.rounds_per_sample = torch.zeros(batch, dtype=torch.int64, device="cpu")
-        self.interrupted = False
+        self.interrupted = self.torn = False
         self.bar = tqdm(total=self.total, unit="round", disable=not self.progress, leave=False)
 
     def round(self, samples: Tensor, rows: Tensor, denoised: Tensor | None = None) -> None:
@@ -113,8 +114,10 @@ class Tally:
         """Turn an interrupt, by keyboard or callback, into an early end with the state so far."""
         try:
             yield
-        except (KeyboardInterrupt, Interrupted):
+        except Interrupted:
             self.interrupted = True
+        except KeyboardInterrupt:
+            self.interrupted = self.torn = True
 
     @contextmanager
     def running(self) -> Iterator[None]:
