@@ -15,6 +15,7 @@ from torch import Tensor
 
 import piadm
 from piadm.models import GaussianDenoiser, GaussianNetwork, MixtureDenoiser, MixtureNetwork
+from piadm.workers.base import SWITCHES
 
 Call, Kind = Callable[[], object], type[Exception] | tuple[type[Exception], ...]
 Refused = tuple[str, Any, Kind, str, str]  # argument, value, error, what is accepted, what was got
@@ -134,6 +135,7 @@ EVERYWHERE: list[Refused] = [
     ("max_batch", 1.5, TypeError, COUNT, "1.5 of type float"),
     ("max_batch", True, TypeError, COUNT, "True of type bool"),
     ("callback", 5, TypeError, "callable or None", "int"),
+    *((name, 1, TypeError, "True or False", "1 of type int") for name in sorted(SWITCHES)),
 ]
 ON_A_GRID: list[Refused] = [
     ("method", "SDE", ValueError, "'sde', 'ode', 'paper-sde', 'paper-ode'", "'SDE'"),

@@ -110,6 +110,17 @@ def positive_int(name: str, value: object, minimum: int = 1, maximum: int | None
     return number
 
 
+def switch(name: str, value: object) -> bool:
+    """Return ``value`` if it is a bool (Python or NumPy).
+
+    Raises:
+        TypeError: If it is none.
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False, got {described(value)}")
+    return bool(value)
+
+
 def choice(name: str, value: _T, accepted: Collection[_T]) -> _T:
     """Return ``value`` if it is one of ``accepted``.
 

@@ -10,7 +10,7 @@ from typing import Any, cast, final
 import torch
 from torch import Tensor
 
-from piadm._checks import described
+from piadm._checks import described, switch
 from piadm.network import Network, rows_per_call, unwrap
 
 #: Numbers of rows that calls are padded to: one, for the sequential sampler, and powers of two from where accelerators
@@ -48,10 +48,8 @@ class CompiledNetwork:
     ) -> None:
         if not callable(network):
             raise TypeError(f"network must be callable as network(x, t, **condition), got {described(network)}")
-        for name, switch in (("compile", compile), ("cuda_graph", cuda_graph)):
-            if not isinstance(switch, bool):
-                raise TypeError(f"{name} must be True or False, got {described(switch)}")
-        self.network, self.compile, self.cuda_graph, self.backend = network, compile, cuda_graph, backend
+        self.network, self.backend = network, backend
+        self.compile, self.cuda_graph = switch("compile", compile), switch("cuda_graph", cuda_graph)
         self._variants: dict[tuple[object, ...], Network] = {}
 
     @property

@@ -176,8 +176,14 @@ def schedule_slopes(schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _slope(value: Tensor, times: Tensor) -> Tensor:
-    """Derivative of each entry of ``value`` with respect to its own time; zero for a constant."""
+    """Derivative of each entry of ``value`` with respect to its own time; zero for a constant.
+
+    Raises:
+        ValueError: if it is no constant, and torch cannot differentiate it.
+    """
     if not value.requires_grad:
+        if value.device.type == "cpu" and bool((value != value.flatten()[:1]).any()):
+            raise ValueError("schedule must compute alpha and sigma by torch: prediction 'velocity' needs their slopes")
         return torch.zeros_like(times).detach()
     return torch.autograd.grad(value.sum(), times)[0]
 

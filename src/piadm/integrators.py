@@ -239,7 +239,8 @@ def steps_of(method: str | Integrator, schedule: NoiseSchedule, grid: TimeGrid) 
     steps = integrator(method).steps(schedule, grid)
     if not isinstance(steps, (AffineSteps, MultistepSteps)):
         raise TypeError(f"method.steps(schedule, grid) must return a piadm.AffineSteps, got {described(steps)}")
-    count = steps.count
+    if (count := steps.count) == 0:
+        raise ValueError("method.steps(schedule, grid) must return at least one step, got none")
     one, state = ((1,), (count, 1)) if isinstance(steps, AffineSteps) else ((), (count, count))
     shapes = {"times": (count,), "a": (*state, *one), "b": state, "c": (*state, steps.c.shape[-1])}
     for name, shape in shapes.items():

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
 
-from piadm.problem import Problem
 from piadm.reference import NOISE_CHUNK
 
 #: Copies of the node states that a run holds at most, the free path, states, residuals and what a round adds to them;
@@ -36,19 +36,24 @@ def free(device: torch.device) -> int | None:
     return min((number for number in found if number is not None), default=None)
 
 
-def refuse_excess(problem: Problem, nodes: int, kept: int = 0) -> None:
+def refuse_excess(
+    shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, nodes: int, kept: int = 0
+) -> None:
     """Refuse a run whose states do not fit into memory; what the network itself needs is not known and not counted.
 
+    Nor are the finer nodes that some samples may go on with.
+
     Args:
-        problem: the run.
-        nodes: nodes of its longest path.
+        shape: ``(B, *sample_shape)``.
+        device: where the states are to be.
+        dtype: their type.
+        nodes: nodes of the longest path.
         kept: states along the path that are kept for the caller.
 
     Raises:
         ValueError: naming what is needed, what is free, and the largest batch, or number of nodes, that fits.
     """
-    room, (batch, size) = free(problem.start.device), problem.start.shape
-    itemsize = problem.start.element_size()
+    room, batch, size, itemsize = free(device), shape[0], math.prod(shape[1:]), dtype.itemsize
     wanted = needed(nodes, batch, size, itemsize, kept)
     if room is None or wanted <= room:
         return
@@ -58,8 +63,8 @@ def refuse_excess(problem: Problem, nodes: int, kept: int = 0) -> None:
         left = room // (size * itemsize) - NOISE_CHUNK - kept
         fits = f"of one sample at most {max(0, left // COPIES)} nodes (or steps of a block) fit"
     raise ValueError(
-        f"shape {problem.shape} on {nodes} nodes needs about {_told(wanted)} for states, and {_told(room)} are free on "
-        f"{problem.start.device}: {fits}"
+        f"shape {shape} on {nodes} nodes needs about {_told(wanted)} for states, and {_told(room)} are free on "
+        f"{device}: {fits}"
     )
 
 

@@ -145,7 +145,8 @@ def seed_keys(seed: Seed, batch: int) -> Tensor:
     batch = positive_int("batch", batch)
     entries: object = seed.tolist() if isinstance(seed, (np.ndarray, Tensor)) else seed
     if isinstance(entries, Integral):
-        entries = [(entries, sample) for sample in range(batch)]
+        last = torch.tensor(_pair((entries, batch - 1)), dtype=torch.int64, device="cpu")
+        return torch.stack([last[0].expand(batch), torch.arange(batch, device="cpu")], dim=1)
     if not isinstance(entries, Sequence) or isinstance(entries, (str, bytes)):
         accepted = "an int or a sequence of ints or (seed, sample) pairs"
         raise TypeError(f"seed must be {accepted}, got {described(seed)}")

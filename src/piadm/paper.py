@@ -25,7 +25,6 @@ from piadm.grid import Blocks
 from piadm.integrators import AffineSteps, ScoreExponential, variance_preserving
 from piadm.iteration import solve
 from piadm.linearization import ScoreFrozen
-from piadm.memory import refuse_excess
 from piadm.nodes import every_step
 from piadm.noise import GivenNoise, Seed
 from piadm.path import ParallelPath
@@ -94,7 +93,7 @@ def piadm_sde(
     problem = pose(
         denoiser, shape, blocks.grid(denoiser.schedule), seed=seed, initial=initial, noise=noise,
         noise_count=steps.count, condition=condition, max_batch=max_batch, callback=callback,
-        workers=workers,
+        workers=workers, nodes=max(blocks.sizes), kept=blocks.steps + 1 if return_states else 0,
     )  # fmt: skip
     tally = Tally(problem, blocks.count * iterations, callback, progress)
     return _run(problem, tally, steps, blocks, iterations, None, return_states, raise_on_failure)
@@ -159,6 +158,8 @@ def piadm_ode(
         denoiser, shape, blocks.grid(denoiser.schedule), seed=seed, initial=initial, noise=noise,
         noise_count=blocks.count * corrector.normals if corrector else 0, condition=condition,
         max_batch=max_batch, callback=callback, workers=workers,
+        nodes=max(*blocks.sizes, 2 * corrector.block_steps if corrector else 0),
+        kept=blocks.steps + 1 if return_states else 0,
     )  # fmt: skip
     if corrector is not None and not bool(denoiser.schedule.sigma(problem.grid.times[-1]) > 0):
         raise ValueError(
@@ -191,8 +192,6 @@ def _run(
     raise_on_failure: bool,
 ) -> Solution:
     """Block after block: Picard iterations, then the corrector."""
-    longest = max(*blocks.sizes, 0 if corrector is None else 2 * corrector.block_steps)
-    refuse_excess(problem, longest, blocks.steps + 1 if return_states else 0)
     x, first, kept = problem.start[:, None], 0, [problem.start[None]]
     tally.error.fill_(torch.nan)
     with tally.running():

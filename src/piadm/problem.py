@@ -18,6 +18,7 @@ from piadm._checks import caller_level, described, positive_int, shown
 from piadm.denoiser import Denoiser
 from piadm.executor import Executor, Team
 from piadm.grid import TimeGrid
+from piadm.memory import refuse_excess
 from piadm.network import module, network_device, network_dtype
 from piadm.noise import GivenNoise, NoiseSource, Seed, SeededNoise, given_array, seed_keys
 from piadm.schedule import NoiseSchedule
@@ -65,11 +66,14 @@ def pose(
     max_batch: int | None,
     callback: Callback | None,
     workers: object = None,
+    nodes: int = 1,
+    kept: int = 0,
 ) -> Problem:
     """Check the arguments that all samplers share and lay out states and noise.
 
     The arguments are those of ``piadm.sample``; ``noise_count`` is the number of standard normals per coordinate,
-    the leading size of ``noise``, and 0 where none is taken; ``workers`` a ``Team`` that is at work, or None.
+    the leading size of ``noise``, and 0 where none is taken; ``workers`` a ``Team`` that is at work, or None; ``nodes``
+    and ``kept`` the states that will be held, as for ``refuse_excess``.
 
     Raises:
         TypeError, ValueError: naming the argument, what was received and what is accepted.
@@ -82,12 +86,13 @@ def pose(
         positive_int("max_batch", max_batch, minimum=denoiser.rows_per_call)
     if callback is not None and not callable(callback):
         raise TypeError(f"callback must be callable or None, got {type(callback).__name__}")
-    keys = seed_keys(seed, shape[0])
     given = None if initial is None else given_array("initial", initial, shape)
     if noise is not None and noise_count == 0:
         raise ValueError("noise must be None where no noise is drawn (no corrector), got an array")
     drawn = None if noise is None else given_array("noise", noise, (noise_count, *shape))
     device, dtype = _place(denoiser, given, drawn)
+    refuse_excess(shape, device, dtype, nodes, kept)
+    keys = seed_keys(seed, shape[0])
     condition = check_condition(condition, shape[0], device)
     elements = torch.Size(shape[1:]).numel()
     seeded = SeededNoise(keys, elements, dtype, device)
@@ -133,6 +138,34 @@ def check_grid(grid: object, schedule: NoiseSchedule) -> TimeGrid:
             f", got times {first:g} to {last:g}"
         )
     return grid
+
+
+def grid_of(grid: object, schedule: NoiseSchedule, steps: int) -> TimeGrid:
+    """The grid itself, or the default one where it is None, on which the schedule is a schedule.
+
+    Raises:
+        TypeError, ValueError: if it is no grid, leaves the schedule's range, or the schedule's levels are none.
+    """
+    times = TimeGrid.default(schedule, steps) if grid is None else check_grid(grid, schedule)
+    alpha, sigma = schedule.levels(times.times)
+    log_snr = schedule.log_snr(times.times)
+    for name, level in (("alpha", alpha), ("sigma", sigma), ("log_snr", log_snr)):
+        if level.shape != times.times.shape:
+            raise ValueError(f"schedule must give one {name} for every time, got shape {tuple(level.shape)}")
+        wrong = level.isnan() if name == "log_snr" else ~(level.isfinite() & (level >= 0))
+        if bool(wrong.any()):
+            accepted = "a number" if name == "log_snr" else "finite and >= 0"
+            at = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"schedule must give a {name} that is {accepted}, got {level[at].item()} at time {times.times[at]:g}"
+            )
+    if bool((falls := log_snr[1:] < log_snr[:-1]).any()):
+        at = int(falls.nonzero()[0])
+        raise ValueError(
+            f"schedule must have a log_snr that rises towards the data, got {log_snr[at].item():g} at time "
+            f"{times.times[at]:g} and {log_snr[at + 1].item():g} at {times.times[at + 1]:g}"
+        )
+    return times
 
 
 def check_shape(shape: object) -> tuple[int, ...]:

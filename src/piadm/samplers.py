@@ -13,7 +13,6 @@ from piadm.engine import KEPT, run
 from piadm.grid import TimeGrid
 from piadm.integrators import Integrator
 from piadm.linearization import Linearization
-from piadm.memory import refuse_excess
 from piadm.noise import Seed
 from piadm.problem import Callback, pose
 from piadm.settings import settle
@@ -102,9 +101,9 @@ def sample(
     problem = pose(
         denoiser, shape, engine.grid, seed=seed, initial=initial, noise=noise,
         noise_count=engine.steps.count * max(1, engine.steps.normals), condition=condition, max_batch=max_batch,
-        callback=callback, workers=workers,
+        callback=callback, workers=workers, nodes=engine.held,
+        kept=KEPT * (engine.steps.count + 1) if return_states else 0,
     )  # fmt: skip
-    refuse_excess(problem, engine.held, KEPT * (engine.steps.count + 1) if return_states else 0)
     tally = Tally(problem, None, callback, progress)
     states = run(engine, problem, tally, limit, return_states)
     return tally.solution(states, raise_on_failure=raise_on_failure)

@@ -12,7 +12,7 @@ from piadm.denoiser import Denoiser
 from piadm.grid import TimeGrid
 from piadm.integrators import AffineSteps, Integrator, steps_of
 from piadm.noise import Seed
-from piadm.problem import Callback, check_denoiser, check_grid, pose
+from piadm.problem import Callback, check_denoiser, grid_of, pose
 from piadm.reference import noise_rows
 from piadm.solution import Solution
 from piadm.tally import Tally
@@ -68,14 +68,14 @@ def sample_sequential(
         NetworkError: if the network raises or returns the wrong shape.
     """
     schedule = check_denoiser(denoiser).schedule
-    grid = TimeGrid.default(schedule, steps) if grid is None else check_grid(grid, schedule)
+    grid = grid_of(grid, schedule, steps)
     coefficients = steps_of(method, schedule, grid)
     if not isinstance(coefficients, AffineSteps):
         raise TypeError(f"method.steps(schedule, grid) must return a piadm.AffineSteps here, got {type(coefficients)}")
     problem = pose(
         denoiser, shape, grid, seed=seed, initial=initial, noise=noise,
         noise_count=coefficients.count * max(1, coefficients.normals), condition=condition, max_batch=max_batch,
-        callback=callback, workers=workers,
+        callback=callback, workers=workers, kept=coefficients.count + 1 if return_states else 0,
     )  # fmt: skip
     tally = Tally(problem, coefficients.count, callback, progress)
     x, batch = problem.start.clone(), problem.batch

@@ -18,7 +18,7 @@ from piadm.linearization import DiagonalSecant, Gaussian, Linearization, Secant,
 from piadm.local_model import Learning
 from piadm.network import resolution
 from piadm.nodes import NodeSet, averaged, every, every_step, refine, spread
-from piadm.problem import check_denoiser, check_grid
+from piadm.problem import check_denoiser, grid_of
 
 #: Degree of the interpolation between nodes, for the ODE and for the SDE, whose residuals are as rough as its noise.
 SMOOTH_ORDER, ROUGH_ORDER = 3, 1
@@ -136,7 +136,7 @@ def settle(
     deviation = math.sqrt(checked.data_variance)
     tolerance = finite_float("tol", tol, low=0.0)
     aim = min(tolerance, LOOSEST * deviation)
-    times = TimeGrid.default(schedule, steps) if grid is None else check_grid(grid, schedule)
+    times = grid_of(grid, schedule, steps)
     scheme = steps_of(method, schedule, times)
     chosen = linearization(guess, checked)
     slopes = check_slopes(chosen.slopes(schedule, scheme), scheme.count)

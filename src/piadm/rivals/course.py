@@ -13,7 +13,7 @@ from piadm.denoiser import Denoiser
 from piadm.grid import TimeGrid
 from piadm.integrators import AffineSteps, integrator
 from piadm.noise import Seed
-from piadm.problem import check_denoiser, check_grid, pose
+from piadm.problem import check_denoiser, grid_of, pose
 from piadm.sequential import sample_sequential
 from piadm.solution import RoundInfo, Solution
 
@@ -168,7 +168,7 @@ def prepare(
     """
     schedule = check_denoiser(denoiser).schedule
     choice("method", method, METHODS)
-    times = TimeGrid.default(schedule, steps) if grid is None else check_grid(grid, schedule)
+    times = grid_of(grid, schedule, steps)
     scheme = integrator(method).steps(schedule, times)
     problem = pose(
         denoiser, shape, times, seed=seed, initial=None, noise=None, noise_count=scheme.count, condition=None,

@@ -8,10 +8,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ParamSpec
 
-from piadm._checks import described
+from piadm._checks import described, switch
 from piadm.solution import Solution, timed
 
 P = ParamSpec("P")
+
+#: What every sampler takes that is on or off.
+SWITCHES = {"progress", "return_states", "raise_on_failure"}
 
 
 class Workers(ABC):
@@ -28,6 +31,9 @@ def on_workers(sampler: Callable[P, Solution]) -> Callable[P, Solution]:
     @functools.wraps(sampler)
     def call(*args: P.args, **kwargs: P.kwargs) -> Solution:
         workers, began = kwargs.get("workers"), time.perf_counter()
+        for name in SWITCHES & kwargs.keys():
+            if name != "progress" or kwargs[name] is not None:
+                switch(name, kwargs[name])
         if workers is None:
             return timed(lambda: sampler(*args, **kwargs), began)
         if not isinstance(workers, Workers):
