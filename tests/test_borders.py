@@ -40,7 +40,7 @@ def test_a_sample_that_goes_in_circles_ends_on_finer_nodes() -> None:
 
 @pytest.mark.usefixtures("no_opening")
 def test_without_finer_nodes_it_would_go_on_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stopping, "LAPS", torch.inf)
+    monkeypatch.setattr(engine, "LAPS", torch.inf)
     monkeypatch.setattr(engine, "FIRST_SMOOTH", stopping.Caution())
     found = piadm.sample(mixture(), (len(CIRCLING), 1, 8, 8), method="ode", seed=CIRCLING, max_rounds=150)
     assert not found.converged

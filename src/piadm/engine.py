@@ -29,6 +29,8 @@ from piadm.stopping import (
     FINER_SMOOTH,
     FIRST_ROUGH,
     FIRST_SMOOTH,
+    LAPS,
+    LAPS_HALF,
     SETTLED_SHARE,
     CarriedResidual,
     FixedIterations,
@@ -177,6 +179,7 @@ def _rules(
         refinable=refinable,
         caution=first if coarse is None else finer,
         exact_after=TURNS_PER_NODE * count if count == engine.steps.count else math.inf,
+        most_laps=LAPS_HALF if engine.half_precision else LAPS,
         told=None if coarse is None else coarse.rule.tell(coarse.again.numpy()),
     )
     return _active_rows(engine, problem, count, threshold), rule

@@ -49,6 +49,9 @@ ASSUMED = 0.5
 #: Rounds in which one more state is exact: the window must move on before the next one is used.
 TURNS_PER_NODE = 2
 
+#: Relative spacing of a network's numbers above which they have sixteen bits: float16's is 1e-3, float32's 1e-7.
+HALF = 1e-4
+
 
 @dataclass(frozen=True)
 class Engine:
@@ -94,11 +97,21 @@ class Engine:
         return ROUGH_ORDER if self.noisy else SMOOTH_ORDER
 
     def finer(self, nodes: NodeSet) -> NodeSet:
-        """Twice as many nodes; of the ODE every step instead of more than half, where ripples hide from even gaps."""
+        """Twice as many nodes, or every step where more would not help.
+
+        That is with the ODE instead of more than half of the steps, since ripples hide from even gaps; and with networks
+        of half precision, since what their rounding does differs from node set to node set, but at every step is what
+        it is in the sequential sampler.
+        """
         finer = refine(nodes, self.clock, self.order)
-        if not self.noisy and 2 * finer.count > self.steps.count:
+        if self.half_precision or (not self.noisy and 2 * finer.count > self.steps.count):
             return every_step(self.steps.count)
         return with_readings(finer, self.importance)
+
+    @property
+    def half_precision(self) -> bool:
+        """Whether the network computes with numbers of sixteen bits."""
+        return self.learning.resolution > HALF
 
     def rows(self, nodes: int, *, narrow: bool) -> int:
         """Rows of a round on so many nodes where no window was given; the ODE has a narrow and a wide one."""
