@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +18,7 @@ class NetworkProxy:
     """A network's stand-in, its class included; calls go to ``answer(stand-in, arguments by name)``."""
 
     def __init__(self, target: nn.Module, name: str, answer: Callable[[NetworkProxy, dict[str, Any]], Any]) -> None:
-        vars(self).update(_target=target, _name=name, _answer=answer, _signature=signature(target))
+        vars(self).update(_target=target, _name=name, _answer=answer, _signature=signature(target), _positional=0)
 
     # Pipelines ask with isinstance.
     __class__ = property(lambda self: type(self._target))
@@ -34,12 +33,24 @@ class NetworkProxy:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - the network's own
         """Hand over the arguments."""
+        vars(self)["_positional"] = len(args)
         return self._answer(self, self._signature.bind(*args, **kwargs).arguments)
 
     def run(self, arguments: dict[str, Any]) -> Any:  # noqa: ANN401 - the network's own
-        """Call the network itself."""
-        bound = inspect.BoundArguments(self._signature, OrderedDict(arguments))
-        return self._target(*bound.args, **bound.kwargs)
+        """Call the network itself, by position and by name as the pipeline does: hooks and decorators look there."""
+        count, args, kwargs = self._positional, [], {}
+        for name, parameter in self._signature.parameters.items():
+            if name not in arguments:
+                continue
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                args += arguments[name]
+            elif parameter.kind is parameter.VAR_KEYWORD:
+                kwargs.update(arguments[name])
+            elif len(args) < count and parameter.kind is not parameter.KEYWORD_ONLY:
+                args.append(arguments[name])
+            else:
+                kwargs[name] = arguments[name]
+        return self._target(*args, **kwargs)
 
 
 def take_over(scheduler: Any, step: Callable[..., Any], scaled: Callable[[Tensor], Tensor]) -> None:  # noqa: ANN401

@@ -1,0 +1,73 @@
+"""What networks are given: every argument as the pipeline itself hands it over, by name, by row and by step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import CASES
+from torch import Tensor, nn
+
+from piadm.interop.diffusers import parallelize
+from piadm.interop.diffusers.proxies import NetworkProxy
+
+FEW = dict(num_inference_steps=8, output_type="latent")
+# The tolerance of the runs below, and float32 roundings of latents of size ten.
+CLOSE = 1e-4
+
+
+def images(pipe: Any, **call: Any) -> Tensor:  # noqa: ANN401 - a pipeline
+    torch.manual_seed(0)  # encoders of images draw from it
+    return pipe(**call, generator=torch.Generator().manual_seed(1))[0]
+
+
+def apart(a: Tensor, b: Tensor) -> float:
+    return float((a - b).square().mean().sqrt())
+
+
+@pytest.mark.parametrize("name", ["Flux", "SD3, ControlNet of one block"])
+def test_the_scale_of_an_adapter_is_that_of_the_call(name: str) -> None:
+    # diffusers reads it in a decorator of ``forward``, among the arguments that are given by name.
+    peft = pytest.importorskip("peft")
+    pipe, call = CASES[name].build(), CASES[name].call | FEW
+    layers = dict(target_modules=["to_q", "to_v"], init_lora_weights=False)
+    torch.manual_seed(0)
+    pipe.transformer.add_adapter(peft.LoraConfig(r=2, lora_alpha=4, **layers))
+    scaled = call | dict(joint_attention_kwargs=dict(scale=0.1))
+    want = images(pipe, **scaled)
+    assert apart(want, images(pipe, **call)) > 100 * CLOSE
+    assert apart(images(parallelize(pipe, tol=CLOSE, nodes="all"), **scaled), want) <= CLOSE
+
+
+@pytest.mark.parametrize("name", ["Flux", "SD3, ControlNet of one block"])
+def test_hooks_of_a_network_see_its_arguments_by_name(name: str) -> None:
+    pipe, call = CASES[name].build(), CASES[name].call | FEW
+    plain = images(pipe, **call)
+
+    def hook(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401 - torch's own
+        return args, kwargs | dict(pooled_projections=0 * kwargs["pooled_projections"])
+
+    pipe.transformer.register_forward_pre_hook(hook, with_kwargs=True)
+    want = images(pipe, **call)
+    assert apart(want, plain) > 100 * CLOSE
+    assert apart(images(parallelize(pipe, tol=CLOSE, nodes="all"), **call), want) <= CLOSE
+
+
+class Takes(nn.Module):
+    """A network with arguments of every kind; it returns what it was given."""
+
+    def forward(self, sample: Any, timestep: Any, *rest: Any, flag: bool = False, **more: Any) -> Any:  # noqa: ANN401
+        return sample, timestep, rest, flag, more
+
+
+@pytest.mark.parametrize(
+    "args, kwargs",
+    [((1,), dict(timestep=2)), ((1, 2, 3, 4), dict(flag=True, other=5)), ((), dict(sample=1, timestep=2, other=3))],
+)
+def test_a_call_is_split_as_the_pipeline_splits_it(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    network, seen = Takes(), []
+    network.register_forward_pre_hook(lambda _, *given: seen.append(given), with_kwargs=True)
+    want = network(*args, **kwargs)
+    assert NetworkProxy(network, "network", lambda proxy, given: proxy.run(given))(*args, **kwargs) == want
+    assert seen[0] == seen[1]
