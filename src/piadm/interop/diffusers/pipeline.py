@@ -18,6 +18,7 @@ from piadm.interop.diffusers.probe import UnsupportedError, rebound
 from piadm.interop.diffusers.proxies import NetworkProxy, is_denoiser, take_over
 from piadm.interop.diffusers.rehearsal import Rehearsal, replaced
 from piadm.interop.diffusers.rounds import Options, Rounds
+from piadm.interop.diffusers.screen import check_network
 from piadm.interop.diffusers.standins import StandIns
 from piadm.interop.diffusers.watch import Callback
 from piadm.linearization import Linearization
@@ -74,8 +75,7 @@ class Run:
         take_over(self.scheduler, self.step, self.scale)
         parts: dict[str, Any] = {"scheduler": self.scheduler}
         for name, component in self.pipe.components.items():
-            if getattr(component, "is_cache_enabled", False):
-                raise UnsupportedError(f"{self.name}.{name} has a cache of earlier steps; disable_cache() first")
+            check_network(f"{self.name}.{name}", component)
             if is_denoiser(component):
                 parts[name], self.networks[name] = NetworkProxy(component, name, self.network), component
         parts["progress_bar"] = self.progress_bar

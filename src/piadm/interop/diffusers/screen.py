@@ -1,0 +1,39 @@
+"""What is refused on sight, before anything runs: parts of a pipeline that somebody has changed in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from piadm.interop.diffusers.probe import UnsupportedError
+
+
+def check_network(name: str, network: object) -> None:
+    """Refuse a network that keeps something of one step for the next.
+
+    Raises:
+        UnsupportedError: saying what to remove.
+    """
+    if getattr(network, "is_cache_enabled", False):
+        raise UnsupportedError(f"{name} has a cache of earlier steps; disable_cache() first")
+    if isinstance(network, nn.Module) and (found := _caches(network)):
+        names = ", ".join(found)
+        raise UnsupportedError(
+            f"{name} keeps something from one step to the next in its hooks {names}, as caches do; remove each first: "
+            "diffusers.hooks.HookRegistry.check_if_exists_or_initialize(network).remove_hook(name)"
+        )
+
+
+def _caches(network: nn.Module) -> list[str]:
+    """Names of diffusers' hooks that have a state, and of those that are installed with them and read it."""
+    hooks = dict(_hooks(network))
+    sources = {type(hook).__module__ for hook in hooks.values() if getattr(hook, "_is_stateful", False)}
+    return sorted({repr(name) for (_, name), hook in hooks.items() if type(hook).__module__ in sources})
+
+
+def _hooks(network: nn.Module) -> Iterator[tuple[tuple[int, str], Any]]:
+    for number, module in enumerate(network.modules()):
+        for name, hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).items():
+            yield (number, name), hook

@@ -1,0 +1,98 @@
+"""Parts that somebody has changed in place: refused on sight where copies of them would do something else."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tiny import CASES
+from torch import Tensor, nn
+
+from piadm.interop.diffusers import UnsupportedError, parallelize
+
+FLUX = CASES["Flux"]
+FEW = dict(num_inference_steps=6, output_type="latent")
+# The tolerance of the runs below, and float32 roundings of latents of size ten.
+CLOSE = 1e-4
+
+
+def apart(a: Tensor, b: Tensor) -> float:
+    return float((a - b).square().mean().sqrt())
+
+
+def flux_latents(pipe: Any) -> Tensor:  # noqa: ANN401 - a pipeline
+    return pipe(**FLUX.call, **FEW, generator=torch.Generator().manual_seed(0))[0]
+
+
+def first_block(network: nn.Module) -> None:
+    hooks = pytest.importorskip("diffusers.hooks")
+    hooks.apply_first_block_cache(network, hooks.FirstBlockCacheConfig(threshold=0.5))
+
+
+def magnitudes(network: nn.Module) -> None:
+    hooks = pytest.importorskip("diffusers.hooks")
+    hooks.apply_mag_cache(network, hooks.MagCacheConfig(num_inference_steps=6, mag_ratios=[1.0] * 6))
+
+
+def taylor(network: nn.Module) -> None:
+    hooks = pytest.importorskip("diffusers.hooks")
+    hooks.apply_taylorseer_cache(network, hooks.TaylorSeerCacheConfig(cache_interval=3, max_order=1))
+
+
+def broadcast(network: nn.Module) -> None:
+    hooks = pytest.importorskip("diffusers.hooks")
+    hooks.apply_pyramid_attention_broadcast(
+        network,
+        hooks.PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=2, spatial_attention_timestep_skip_range=(100, 800),
+            current_timestep_callback=lambda: 500, spatial_attention_block_identifiers=["transformer_blocks"],
+        ),
+    )  # fmt: skip
+
+
+CACHES: dict[str, tuple[Callable[[nn.Module], None], tuple[str, ...]]] = {
+    "first block": (first_block, ("FirstBlockCacheConfig", "apply_first_block_cache")),
+    "magnitudes": (magnitudes, ("MagCacheConfig", "apply_mag_cache")),
+    "Taylor": (taylor, ("TaylorSeerCacheConfig", "apply_taylorseer_cache")),
+    "broadcast": (broadcast, ("PyramidAttentionBroadcastConfig", "apply_pyramid_attention_broadcast")),
+}
+
+
+@pytest.mark.parametrize("what", CACHES)
+def test_a_cache_in_the_hooks_of_a_network_is_named_and_can_be_removed(what: str) -> None:
+    install, needed = CACHES[what]
+    hooks = pytest.importorskip("diffusers.hooks")
+    if not all(hasattr(hooks, name) for name in needed):
+        pytest.skip(f"this diffusers has no {needed[0]}")
+    from diffusers.hooks.hooks import HookRegistry
+
+    pipe = FLUX.build()
+    plain = flux_latents(pipe)
+    install(pipe.transformer)
+    with pytest.raises(UnsupportedError, match=r"FluxPipeline\.transformer keeps .* remove each first") as refused:
+        flux_latents(parallelize(pipe))
+    for name in re.findall(r"'(\w+)'", str(refused.value)):
+        HookRegistry.check_if_exists_or_initialize(pipe.transformer).remove_hook(name)
+    assert apart(flux_latents(parallelize(pipe, tol=CLOSE, nodes="all")), plain) <= CLOSE
+
+
+def cast(network: Any) -> None:  # noqa: ANN401 - a network
+    network.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+
+
+def offload(network: Any) -> None:  # noqa: ANN401 - a network
+    device = torch.device("cpu")
+    network.enable_group_offload(onload_device=device, offload_device=device, offload_type="leaf_level")
+
+
+@pytest.mark.parametrize("install", [cast, offload])
+def test_hooks_without_a_memory_keep_working(install: Callable[[Any], None]) -> None:
+    pipe = FLUX.build()
+    if not hasattr(pipe.transformer, "enable_group_offload"):
+        pytest.skip("this diffusers has no such hooks")
+    install(pipe.transformer)
+    want = flux_latents(pipe)
+    assert apart(flux_latents(parallelize(pipe, tol=CLOSE, nodes="all")), want) <= CLOSE
