@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import pytest
 import torch
-from tiny import CASES
+from tiny import CASES, SD, normals, stable_diffusion
 from torch import Tensor, nn
 
 from piadm.interop.diffusers import UnsupportedError, parallelize
 
 FLUX = CASES["Flux"]
 FEW = dict(num_inference_steps=6, output_type="latent")
+CALL = dict(SD, **FEW, latents=normals(7, 2, 4, 8, 8))
 # The tolerance of the runs below, and float32 roundings of latents of size ten.
 CLOSE = 1e-4
 
@@ -96,3 +98,40 @@ def test_hooks_without_a_memory_keep_working(install: Callable[[Any], None]) -> 
     install(pipe.transformer)
     want = flux_latents(pipe)
     assert apart(flux_latents(parallelize(pipe, tol=CLOSE, nodes="all")), want) <= CLOSE
+
+
+def replaced_step(scheduler: Any) -> None:  # noqa: ANN401 - a scheduler
+    own = scheduler.step
+    scheduler.step = lambda output, timestep, sample, **more: own(0.5 * output, timestep, sample, **more)
+
+
+def replaced_scaling(scheduler: Any) -> None:  # noqa: ANN401 - a scheduler
+    scheduler.scale_model_input = lambda sample, timestep=None: 0.7 * sample
+
+
+def replaced_times(scheduler: Any) -> None:  # noqa: ANN401 - a scheduler
+    own = scheduler.set_timesteps
+    scheduler.set_timesteps = lambda num_inference_steps, **more: own(2 * num_inference_steps, **more)
+
+
+PATCHES = [(replaced_step, "step"), (replaced_scaling, "scale_model_input"), (replaced_times, "set_timesteps")]
+
+
+@pytest.mark.parametrize("patch, name", PATCHES)
+def test_a_method_that_is_replaced_on_the_scheduler_itself_is_named(patch: Callable[[Any], None], name: str) -> None:
+    pipe = stable_diffusion()
+    patch(pipe.scheduler)
+    with pytest.raises(UnsupportedError, match=f"^{name} of this DDIMScheduler has been replaced .* in a subclass"):
+        parallelize(pipe)(**CALL)
+
+
+def test_a_bound_method_goes_with_the_copies() -> None:
+    pipe = stable_diffusion()
+
+    def later(self: Any, num_inference_steps: int, **more: Any) -> None:  # noqa: ANN401 - a scheduler
+        type(self).set_timesteps(self, num_inference_steps + 2, **more)
+
+    pipe.scheduler.set_timesteps = MethodType(later, pipe.scheduler)
+    fast = parallelize(pipe, tol=CLOSE, nodes="all")
+    assert apart(fast(**CALL).images, pipe(**CALL).images) <= CLOSE
+    assert fast.last_solution is not None and fast.last_solution.stats.nodes == 8

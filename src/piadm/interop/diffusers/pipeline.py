@@ -18,7 +18,7 @@ from piadm.interop.diffusers.probe import UnsupportedError, rebound
 from piadm.interop.diffusers.proxies import NetworkProxy, is_denoiser, take_over
 from piadm.interop.diffusers.rehearsal import Rehearsal, replaced
 from piadm.interop.diffusers.rounds import Options, Rounds
-from piadm.interop.diffusers.screen import check_network
+from piadm.interop.diffusers.screen import check_network, check_scheduler
 from piadm.interop.diffusers.standins import StandIns
 from piadm.interop.diffusers.watch import Callback
 from piadm.linearization import Linearization
@@ -61,6 +61,7 @@ class Run:
     def __init__(self, parallel: ParallelPipeline, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.parallel, self.pipe, self.name = parallel, parallel.pipe, type(parallel.pipe).__name__
         self.args, self.kwargs, self.began = args, kwargs, time.perf_counter()
+        check_scheduler(self.pipe.scheduler)
         self.scheduler = copy.deepcopy(self.pipe.scheduler)
         self.rehearsal: Rehearsal | None = None
         self.rounds: Rounds | None = None

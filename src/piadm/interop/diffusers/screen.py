@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import MethodType
 from typing import Any
 
 from torch import nn
 
 from piadm.interop.diffusers.probe import UnsupportedError
+from piadm.interop.diffusers.proxies import METHODS
 
 
 def check_network(name: str, network: object) -> None:
@@ -37,3 +39,20 @@ def _hooks(network: nn.Module) -> Iterator[tuple[tuple[int, str], Any]]:
     for number, module in enumerate(network.modules()):
         for name, hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).items():
             yield (number, name), hook
+
+
+def check_scheduler(scheduler: Any) -> None:  # noqa: ANN401 - any scheduler
+    """Refuse a scheduler with methods of its own: they would go to the original, not to the copies that run.
+
+    Raises:
+        UnsupportedError: naming them.
+    """
+    kind = type(scheduler)
+    for name, value in vars(scheduler).items():
+        if not callable(value) or not callable(getattr(kind, name, None)):
+            continue
+        if name in METHODS or not isinstance(value, MethodType) or value.__self__ is not scheduler:
+            raise UnsupportedError(
+                f"{name} of this {kind.__name__} has been replaced by another function, which copies of the scheduler "
+                "cannot use; define it in a subclass"
+            )
