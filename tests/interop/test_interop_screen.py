@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
+import diffusers as df
 import pytest
 import torch
-from tiny import CASES, SD, normals, stable_diffusion
+from tiny import CASES, SD, ddim, normals, stable_diffusion
 from torch import Tensor, nn
 
 from piadm.interop.diffusers import UnsupportedError, parallelize
@@ -135,3 +137,38 @@ def test_a_bound_method_goes_with_the_copies() -> None:
     fast = parallelize(pipe, tol=CLOSE, nodes="all")
     assert apart(fast(**CALL).images, pipe(**CALL).images) <= CLOSE
     assert fast.last_solution is not None and fast.last_solution.stats.nodes == 8
+
+
+def halves(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def halved(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - the function's own
+        return function(self, *args, **{**kwargs, "guidance_scale": 2.0})
+
+    return halved
+
+
+DECORATORS = {
+    "halved": halves,
+    "decorate_autocast": torch.autocast("cpu", dtype=torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("name", DECORATORS)
+def test_a_decorated_call_is_refused(name: str) -> None:
+    call = DECORATORS[name](df.StableDiffusionPipeline.__call__)
+    kind = type("Decorated", (df.StableDiffusionPipeline,), {"__call__": call})
+    with pytest.raises(UnsupportedError, match=rf"__call__ has a decorator \({name}\) that is not torch\.no_grad"):
+        parallelize(stable_diffusion(kind))(**CALL)
+
+
+def test_a_decorated_step_is_refused() -> None:
+    kind = type("Decorated", (df.DDIMScheduler,), {"step": halves(df.DDIMScheduler.step)})
+    with pytest.raises(UnsupportedError, match=r"step has a decorator \(halved\)"):
+        parallelize(stable_diffusion(scheduler=kind.from_config(ddim().config)))(**CALL)
+
+
+@pytest.mark.parametrize("switch", [torch.inference_mode, torch.no_grad, lambda: torch.set_grad_enabled(False)])
+def test_switches_of_gradients_are_no_matter(switch: Callable[[], Any]) -> None:
+    call = switch()(df.StableDiffusionPipeline.__call__)
+    pipe = stable_diffusion(type("Decorated", (df.StableDiffusionPipeline,), {"__call__": call}))
+    assert apart(parallelize(pipe, tol=CLOSE, nodes="all")(**CALL).images, pipe(**CALL).images) <= CLOSE

@@ -27,6 +27,9 @@ WORKS = (
     "LCM, EDMEuler, EDMDPMSolverMultistep, FlowMatchEulerDiscrete, FlowMatchHeunDiscrete"
 )
 
+#: Decorators that only switch gradients.
+GRADIENTS = (torch.no_grad, torch.inference_mode, torch.set_grad_enabled)
+
 #: Random experiments beside the unit vectors that show whether a step is affine, and the relative error that rounding
 #: may leave: some schedulers compute in single precision.
 EXPERIMENTS, ROUNDING = 4, 1e-4
@@ -53,9 +56,27 @@ class Probe:
     scales: Tensor
 
 
+def undecorated(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function without PyTorch's decorators for gradients, which change no numbers.
+
+    Raises:
+        UnsupportedError: if there are others.
+    """
+    while (inner := getattr(function, "__wrapped__", None)) is not None:
+        cells = inspect.getclosurevars(function).nonlocals if isinstance(function, FunctionType) else {}
+        if not isinstance(getattr(cells.get("ctx_factory"), "__self__", None), GRADIENTS):
+            layer = getattr(getattr(function, "__code__", None), "co_name", type(function).__name__)
+            raise UnsupportedError(
+                f"{inner.__qualname__} has a decorator ({layer}) that is not torch.no_grad or torch.inference_mode: "
+                "what it does cannot be kept; use the function without it, or do the same around the parallel call"
+            )
+        function = inner
+    return function
+
+
 def rebound(function: Callable[..., Any], **names: object) -> Callable[..., Any]:
     """A copy of a function that sees other globals: what others call at the same time stays as it is."""
-    plain = inspect.unwrap(function)
+    plain = undecorated(function)
     if not isinstance(plain, FunctionType):
         raise UnsupportedError(f"{function!r} is not a plain Python function")
     twin = FunctionType(
