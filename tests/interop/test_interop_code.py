@@ -260,3 +260,43 @@ class HandsOver(df.StableDiffusionPipeline):
 def test_a_loop_that_is_not_found_is_said_to_be_elsewhere() -> None:
     with pytest.raises(UnsupportedError, match="HandsOver calls its unet outside .* in its own __call__.*a parent's"):
         parallelize(stable_diffusion(HandsOver))(**SD)
+
+
+class Drifts(df.StableDiffusionPipeline):
+    """A pipeline whose guidance changes a little from step to step, or with the sample."""
+
+    drift, per_sample = 0.0, 0.0
+
+    @torch.no_grad()
+    def __call__(self, latents: Tensor, prompt_embeds: Tensor) -> Tensor:
+        self.scheduler.set_timesteps(8)
+        for i, t in enumerate(self.scheduler.timesteps):
+            output = self.unet(latents, t, encoder_hidden_states=prompt_embeds).sample
+            others = output.mean(0, keepdim=True)
+            output = output * (7.5 * (1 + self.drift * i)) + self.per_sample * others
+            latents = self.scheduler.step(output, t, latents).prev_sample
+        return latents
+
+
+# In half precision a smaller change than that of the last digit, of one part in 128 or 1024, still rounds some numbers
+# the other way.
+DRIFTS = [(torch.float32, 1e-4), (torch.float16, 1e-4), (torch.bfloat16, 1e-3)]
+
+
+@pytest.mark.parametrize("dtype, drift", DRIFTS)
+def test_guidance_that_changes_little_is_refused(
+    dtype: torch.dtype, drift: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = {name: value.to(dtype) for name, value in CALL.items()}
+    pipe = stable_diffusion(Drifts).to(dtype)
+    fast = parallelize(pipe, tol=1.0, nodes="all")
+    assert fast(**call).dtype == dtype and fast.last_solution is not None and fast.last_solution.converged
+    monkeypatch.setattr(Drifts, "drift", drift)
+    with pytest.raises(UnsupportedError, match="guidance changes with the steps"):
+        fast(**call)
+
+
+def test_samples_that_know_little_of_one_another_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Drifts, "per_sample", 1e-2)
+    with pytest.raises(UnsupportedError, match="or mixes them"):
+        parallelize(stable_diffusion(Drifts), nodes="all")(**CALL)

@@ -15,9 +15,9 @@ from piadm.engine import rounds
 from piadm.executor import name_rows, out_of_memory
 from piadm.grid import TimeGrid
 from piadm.integrators import Integrator
-from piadm.interop.diffusers.arguments import Rows, copied
+from piadm.interop.diffusers.arguments import Rows, copied, leaves
 from piadm.interop.diffusers.probe import UnsupportedError
-from piadm.interop.diffusers.rehearsal import Score, alike
+from piadm.interop.diffusers.rehearsal import ROUNDING, Score, alike
 from piadm.linearization import Linearization
 from piadm.problem import pose
 from piadm.schedule import FlowSchedule
@@ -112,6 +112,7 @@ class Rounds:
         # A pass with one row more than the batch has, backwards: code that tells samples apart shows before any network
         # runs, also where the engine would happen to ask for rows in the order of the batch.
         batch = len(score.initial)
+        self.rounding = ROUNDING  # means over each row, of more rows, may be rounded the other way: by the last digit
         self.trial: Tensor | None = torch.arange(batch - 1, -2, -1, device="cpu") % batch
         self._resume(lambda: next(self.asking))
 
@@ -151,6 +152,7 @@ class Rounds:
         if slot.name != name:
             raise UnsupportedError(f"the pipeline calls {name} where it called {slot.name} before")
         if self.trial is not None:
+            self.rounding = max(self.rounding, _unit(spare))
             return slot.picked(spare, self.trial)
         try:
             return slot.call(run, arguments, self.rows)
@@ -172,7 +174,7 @@ class Rounds:
         before = self.tally.rounds
         if self.trial is not None:
             self._check(output, len(self.trial))
-            if not alike(output, self._answer()[:, self.trial].flatten(0, 1)):
+            if not alike(output, self._answer()[:, self.trial].flatten(0, 1), self.rounding):
                 raise UnsupportedError("the pipeline treats the samples of a batch differently, or mixes them")
             self.trial, self.place = None, 0
         elif self.starved:
@@ -210,6 +212,12 @@ class Rounds:
     def close(self) -> None:
         """Give up: the progress bar goes."""
         self.asking.close()
+
+
+def _unit(output: Any) -> float:  # noqa: ANN401 - a network's output
+    """The last digit of numbers near one in the shortest of an output's types."""
+    tensors = [leaf for leaf in leaves(output).values() if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return max((torch.finfo(leaf.dtype).eps for leaf in tensors), default=0.0)
 
 
 @dataclass(frozen=True)
