@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import diffusers as df
 import pytest
 import torch
-from tiny import CASES
+from tiny import CASES, normals, prompts, stable_diffusion
 from torch import Tensor, nn
 
 from piadm.interop.diffusers import parallelize
@@ -71,3 +72,30 @@ def test_a_call_is_split_as_the_pipeline_splits_it(args: tuple[Any, ...], kwargs
     want = network(*args, **kwargs)
     assert NetworkProxy(network, "network", lambda proxy, given: proxy.run(given))(*args, **kwargs) == want
     assert seen[0] == seen[1]
+
+
+class Briefly(df.StableDiffusionPipeline):
+    """A pipeline with a condition that holds for a few of its steps, as ``control_guidance_start`` and ``end`` make."""
+
+    holds = range(58, 61)
+
+    @torch.no_grad()
+    def __call__(self, latents: Tensor, prompt_embeds: Tensor) -> Tensor:
+        self.scheduler.set_timesteps(120)
+        for i, t in enumerate(self.scheduler.timesteps):
+            known = prompt_embeds * (30.0 if i in self.holds else 1.0)
+            output = self.unet(latents, t, encoder_hidden_states=known).sample
+            latents = self.scheduler.step(output, t, latents).prev_sample
+        return latents
+
+
+def test_conditions_of_a_few_steps_are_not_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = stable_diffusion(Briefly)
+    call = dict(latents=normals(7, 1, 4, 8, 8), prompt_embeds=prompts(1)["prompt_embeds"])
+    fast = parallelize(pipe, tol=1e-2)
+    want = pipe(**call)
+    assert apart(fast(**call), want) <= 1e-2
+    assert fast.last_solution is not None and fast.last_solution.stats.nodes == 120
+    monkeypatch.setattr(Briefly, "holds", range(0))
+    assert apart(fast(**call), want) > 2e-2  # the condition matters
+    assert fast.last_solution.stats.nodes < 120  # nothing but the time changes

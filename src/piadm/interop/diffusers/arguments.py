@@ -138,9 +138,14 @@ class Slot:
             rest = value.clone()
             self.state.of(rest).zero_()
             return rest
-        if str(path[0]).startswith("timestep") and isinstance(value, (int, float)):
+        if _is_time(path) and isinstance(value, (int, float)):
             return torch.tensor(value, device="cpu")
         return value
+
+    @property
+    def jumps(self) -> bool:
+        """Whether an argument changes between steps that is not the time: nobody knows how far, and for how long."""
+        return any(len(values) > 1 for path, values in self.values.items() if not _is_time(path))
 
     @cached_property
     def tables(self) -> dict[Path, Tensor]:
@@ -228,6 +233,10 @@ class Slot:
             return leaf.reshape(self.state.chunks, self.batch, -1, *leaf.shape[1:])[:, samples].flatten(0, 2)
 
         return with_tensors(output, pick)
+
+
+def _is_time(path: Path) -> bool:
+    return str(path[0]).startswith("timestep")
 
 
 def _find_state(name: str, arguments: dict[Path, Any], state: Tensor) -> StateAt:

@@ -278,7 +278,8 @@ def parallelize(
             pipeline, > 0, judged per sample.
         max_batch: most network rows in one call, guidance included; None: 128 on a CPU, elsewhere what memory holds.
         nodes: steps at which the network is called, as for ``piadm.sample``: "all", a number, or None: as many as the
-            tolerance needs, which are all for up to about 100 steps, of a stochastic scheduler 440.
+            tolerance needs, which are all for up to about 100 steps, of a stochastic scheduler 440, and wherever
+            arguments other than the time change between steps.
         window: rows per sample evaluated in a round, as for ``piadm.sample``.
         linearization: as for ``piadm.sample``.
         max_rounds: most rounds; None: twice as many as steps.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -96,7 +96,11 @@ class Rounds:
         chunks = sum(slot.state.chunks for slot in score.slots if slot.denoises)
         network = PipelineNetwork(chunks, score.initial.new_empty(0, dtype=score.output.dtype))
         denoiser = Denoiser(network, score.levels, "sample", options.data_mean, options.data_variance)
-        engine = options.engine(denoiser, _Known(score.steps), TimeGrid(range(count, -1, -1)))
+        what = denoiser, _Known(score.steps), TimeGrid(range(count, -1, -1))
+        engine = options.engine(*what)
+        if options.nodes is None and engine.nodes.count < count and any(slot.jumps for slot in score.slots):
+            # Between nodes a condition that holds for a few steps would not be seen.
+            engine = replace(options, nodes="all").engine(*what)
         problem = pose(
             denoiser, tuple(score.initial.shape), engine.grid, seed=0, initial=score.initial, noise=score.noise,
             noise_count=count, condition=None, max_batch=options.max_batch, callback=None,
