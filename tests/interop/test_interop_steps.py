@@ -11,12 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import SCALED, flux, normals, pixels
+from tiny import SCALED, SD, flux, normals, pixels, stable_diffusion
 from torch import Tensor
 
 import piadm
 from piadm.condense import condense
 from piadm.integrators import AffineSteps, MultistepSteps
+from piadm.interop.diffusers import parallelize
 from piadm.interop.diffusers.levels import estimate, levels, steps
 from piadm.interop.diffusers.probe import UnsupportedError, probe
 from piadm.nodes import every_step, spread
@@ -112,6 +113,51 @@ def test_a_probed_scheduler_walks_as_the_scheduler_does(kind: type, more: dict[s
         # Some schedulers compute in single precision; sums of terms of up to ten states.
         assert torch.allclose(mine, x, rtol=1e-4, atol=1e-4 * float(torch.stack(states).abs().max()))
         states.append(x)
+
+
+# Almost no data in the first state: its estimate is some 2e4 times as large.
+FAINT = dict(beta_schedule="squaredcos_cap_v2", thresholding=True)
+CLIPPING = [df.DPMSolverMultistepScheduler, df.UniPCMultistepScheduler]
+
+
+def test_the_response_to_a_state_of_almost_no_data_is_exact() -> None:
+    scheduler = df.DPMSolverMultistepScheduler(**FAINT, solver_order=1)
+    scheduler.set_timesteps(12)
+    probed = probe(scheduler, scheduler.timesteps, {})
+    of = estimate(scheduler, scheduler.timesteps, levels(scheduler, scheduler.timesteps, probed.scales), probed, {})
+    ratio = scheduler.sigmas.double()
+    sigma = ratio / (1 + ratio**2).sqrt()
+    # x' = sigma'/sigma x + (alpha' - alpha sigma'/sigma) D.  The scheduler steps in single precision.
+    assert torch.allclose(steps(probed, of).a.flatten(), sigma[1:] / sigma[:-1], rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", CLIPPING)
+def test_a_clipping_scheduler_of_almost_no_data_has_the_fixed_point_of_the_pipeline(kind: type) -> None:
+    pipe = stable_diffusion(scheduler=kind(**FAINT))
+    call = dict(SD, num_inference_steps=12, output_type="latent", latents=normals(7, 2, 4, 8, 8))
+    want = pipe(**call).images
+    got = parallelize(pipe, tol=1e-5, nodes="all")(**call).images
+    assert float((got - want).square().mean((1, 2, 3)).sqrt().max()) <= 1e-5  # what was asked for
+
+
+class ClipsInPart(df.DDIMScheduler):
+    """Several steps, which clip what they make of the data but not of the noise."""
+
+    last: Tensor | None = None
+
+    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True) -> Any:  # noqa: ANN401
+        last, self.last = self.last, sample
+        new = super().step(model_output, timestep, sample, return_dict=False)[0]
+        return (new if last is None else new + 0.1 * last,)
+
+
+def test_steps_of_several_outputs_that_clip_in_part_are_refused() -> None:
+    scheduler = ClipsInPart(**SCALED)
+    scheduler.set_timesteps(6)
+    probed = probe(scheduler, scheduler.timesteps, {})
+    at = levels(scheduler, scheduler.timesteps, probed.scales)
+    with pytest.raises(UnsupportedError, match="ClipsInPart clips the denoised estimate in a part of its steps only"):
+        estimate(scheduler, scheduler.timesteps, at, probed, {})
 
 
 def test_a_prediction_that_says_nothing_of_the_data_is_refused() -> None:

@@ -6,8 +6,7 @@ scheduler that clips, so does what is clipped, and the levels have to be its own
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +15,12 @@ from torch import Tensor
 
 from piadm.denoiser import Denoiser
 from piadm.integrators import AffineSteps, MultistepSteps, Steps
-from piadm.interop.diffusers.probe import WORKS, Probe, UnsupportedError, on_host, rebound, unclipped
+from piadm.interop.diffusers.clipping import Clipping, clipping
+from piadm.interop.diffusers.probe import WORKS, Probe, UnsupportedError, unclipped
 from piadm.schedule import FlowSchedule, NoiseSchedule
 
 #: diffusers' names of what a network predicts, in this library's words.
 PREDICTIONS = {"epsilon": "epsilon", "sample": "sample", "v_prediction": "v", "flow_prediction": "velocity"}
-
-#: A denoised estimate that every scheduler clips, in standard deviations of the data.
-FAR = 1e3
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,22 +78,23 @@ class Estimate:
 
     Attributes:
         p, q: coefficients of the state and of the model output at each call, each ``(J,)`` float64.
-        share: how much of a step's response to the estimate is clipped, likewise.
-        clip: the scheduler's clipping; None: it does not clip.
+        clipping: how the scheduler clips; None: it does not.
     """
 
     p: Tensor
     q: Tensor
-    share: Tensor
-    clip: Callable[[Tensor], Tensor] | None
+    clipping: Clipping | None
 
     def __call__(self, output: Tensor, state: Tensor, calls: Tensor) -> Tensor:
         """Denoised estimates of rows of model outputs and states ``(r, *shape)`` at calls ``(r,)``."""
-        p, q, share = (
-            table.to(state)[calls].reshape(-1, *[1] * (state.ndim - 1)) for table in (self.p, self.q, self.share)
-        )
-        estimate = (p * state).addcmul_(q, output.to(state))
-        return estimate if self.clip is None else estimate.lerp(self.clip(estimate), share)
+
+        def own(table: Tensor) -> Tensor:
+            return table.to(state)[calls].reshape(-1, *[1] * (state.ndim - 1))
+
+        estimate = (own(self.p) * state).addcmul_(own(self.q), output.to(state))
+        if self.clipping is None:
+            return estimate
+        return estimate.lerp(self.clipping.clip(estimate), own(self.clipping.share))
 
 
 def levels(scheduler: Any, times: Tensor, scales: Tensor) -> CallLevels:  # noqa: ANN401 - any scheduler
@@ -179,10 +177,7 @@ def estimate(
     if bad.any():
         t, level = times.cpu()[bad][0].item(), "alpha" if at.alphas[:-1][bad][0] == 0 else "sigma"
         raise UnsupportedError(f"the network's {kind} says nothing of the data at timestep {t:g} ({level} = 0)")
-    clip, share = _clip(scheduler), torch.ones_like(p)
-    if clip is not None and _one_step(probed):
-        share = _clipped_share(scheduler, times, probed, q, clip, options)
-    return Estimate(p, q, share, clip)
+    return Estimate(p, q, clipping(scheduler, times, probed, p, q, options))
 
 
 def steps(probed: Probe, of: Estimate) -> Steps:
@@ -190,46 +185,10 @@ def steps(probed: Probe, of: Estimate) -> Steps:
     count = len(of.p)
     times = torch.arange(count, 0, -1, dtype=torch.float64, device="cpu")
     b = probed.outputs / of.q
-    a, c = probed.states - b * of.p, probed.noises[..., None]
+    a = probed.states - b * of.p if of.clipping is None else of.clipping.states
+    c = probed.noises[..., None]
     c = c if c.any() else c[..., :0]
-    if not _one_step(probed):
+    if not probed.one_step:
         return MultistepSteps(times, a, b, c)
     a, b, c = a.diagonal(), b.diagonal(), c.diagonal().T
     return AffineSteps(times, a[:, None, None], b[:, None], c[:, None])
-
-
-def _one_step(probed: Probe) -> bool:
-    """Whether every step sees only its own state, output and noise."""
-    return not any(matrix.tril(-1).any() for matrix in (probed.states, probed.outputs, probed.noises))
-
-
-def _clip(scheduler: Any) -> Callable[[Tensor], Tensor] | None:  # noqa: ANN401 - any scheduler
-    """The scheduler's clipping of denoised estimates ``(r, *shape)``."""
-    if scheduler.config.get("thresholding"):
-        threshold: Callable[[Tensor], Tensor] = copy.deepcopy(scheduler)._threshold_sample
-        return threshold
-    if scheduler.config.get("clip_sample"):
-        limit = scheduler.config.get("clip_sample_range") or 1.0
-        return lambda estimate: estimate.clamp(-limit, limit)
-    return None
-
-
-def _clipped_share(
-    scheduler: Any,  # noqa: ANN401 - any scheduler
-    times: Tensor,
-    probed: Probe,
-    q: Tensor,
-    clip: Callable[[Tensor], Tensor],
-    options: Mapping[str, Any],
-) -> Tensor:
-    """The share of every step that clips, from how far an estimate beyond all bounds carries it."""
-    far = torch.full((1, 1, 1, 1), FAR, dtype=torch.float64, device="cpu")
-    twin = on_host(scheduler)
-    step = rebound(type(twin).step, randn_tensor=lambda *args, **kwargs: torch.zeros_like(far))
-    gain, cut = probed.outputs.diagonal(), clip(far) - far
-    share = torch.ones_like(gain)
-    for j, t in enumerate(times.cpu()):
-        if gain[j]:
-            moved = step(twin, far / q[j], t, torch.zeros_like(far), **{**options, "return_dict": False})[0]
-            share[j] = (moved - gain[j] * far / q[j]).item() / (gain[j] / q[j] * cut).item()
-    return share

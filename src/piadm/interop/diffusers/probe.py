@@ -55,6 +55,11 @@ class Probe:
     noises: Tensor
     scales: Tensor
 
+    @property
+    def one_step(self) -> bool:
+        """Whether every step sees only its own state, output and noise."""
+        return not any(matrix.tril(-1).any() for matrix in (self.states, self.outputs, self.noises))
+
 
 def undecorated(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function without PyTorch's decorators for gradients, which change no numbers.
@@ -139,7 +144,7 @@ def probe(scheduler: Any, times: Tensor, options: Mapping[str, Any]) -> Probe:  
     for j, t in enumerate(times.cpu()):
         drawn = 0
         try:
-            scales[j] = _scale(twin, t)
+            scales[j] = scale(twin, t)
             fresh = step(twin, vector(count + j), t, vector(j), **{**options, "return_dict": False})[0].double()
         except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
             raise UnsupportedError(f"{name}.step cannot be read ({error}); what works: {WORKS}") from error
@@ -156,7 +161,7 @@ def probe(scheduler: Any, times: Tensor, options: Mapping[str, Any]) -> Probe:  
     return Probe(states, outputs, noises, scales)
 
 
-def _scale(scheduler: Any, t: Tensor) -> float:  # noqa: ANN401 - any scheduler
+def scale(scheduler: Any, t: Tensor) -> float:  # noqa: ANN401 - any scheduler
     """Factor of ``scale_model_input``."""
     if not hasattr(scheduler, "scale_model_input"):
         return 1.0
