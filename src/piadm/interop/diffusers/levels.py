@@ -116,6 +116,8 @@ def levels(scheduler: Any, times: Tensor, scales: Tensor) -> CallLevels:  # noqa
         name = type(scheduler).__name__
         raise UnsupportedError(f"{name} tells no noise levels ({error}); what works: {WORKS}") from error
     exploding = bool((found[0] == 1).all() and (scales < 1).all()) and not hasattr(scheduler, "precondition_outputs")
+    if scheduler.config.get("invert_sigmas"):  # its levels are those of the data
+        found[:, :-1] = found[:, :-1].flip(0)
     if exploding:
         found[1, :-1] = (scales.pow(-2) - 1).sqrt()
     return CallLevels(*found)
@@ -167,6 +169,7 @@ def estimate(
         raise UnsupportedError(f"prediction_type of {name} must be one of {', '.join(PREDICTIONS)}, got {kind!r}")
     elif PREDICTIONS[kind] == "velocity":
         p, q = Denoiser(torch.nn.Identity(), FlowSchedule(), "velocity").coefficients(at.sigma(clock))
+        q = -q if scheduler.config.get("invert_sigmas") else q  # velocities towards the data
     else:
         # diffusers' networks speak of states of unit variance, whatever the scheduler's own scale is.
         scale = torch.hypot(at.alphas, at.sigmas).reciprocal()
