@@ -11,6 +11,7 @@ from tiny import CASES, normals, prompts, stable_diffusion
 from torch import Tensor, nn
 
 from piadm.interop.diffusers import parallelize
+from piadm.interop.diffusers.arguments import Rows, Slot
 from piadm.interop.diffusers.proxies import NetworkProxy
 
 FEW = dict(num_inference_steps=8, output_type="latent")
@@ -99,3 +100,20 @@ def test_conditions_of_a_few_steps_are_not_skipped(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Briefly, "holds", range(0))
     assert apart(fast(**call), want) > 2e-2  # the condition matters
     assert fast.last_solution.stats.nodes < 120  # nothing but the time changes
+
+
+@pytest.mark.parametrize("layers", [2, 3, 4])
+@pytest.mark.parametrize("changes", [False, True])
+def test_conditions_of_several_layers_go_with_their_row(layers: int, changes: bool) -> None:
+    # HiDream's; two samples and guidance make four rows, as many as there may be layers.
+    state = torch.tensor([[1.0], [2.0]])
+    known = torch.arange(4.0 * layers).reshape(layers, 4, 1, 1).expand(layers, 4, 5, 3)
+    slot = Slot("network", {"sample": state.repeat(2, 1), "encoder_hidden_states_llama3": known}, state, denoises=True)
+    for k in range(3):
+        own = known + 100 * k * changes
+        slot.learn({"sample": state.repeat(2, 1), "encoder_hidden_states_llama3": own})
+    samples, calls = torch.tensor([1, 0, 1]), torch.tensor([2, 0, 0])
+    given = slot.call(lambda arguments: arguments, {}, Rows(state[samples], samples, calls))
+    rows = torch.tensor([1, 0, 1, 3, 2, 3])
+    want = known[:, rows] + 100 * changes * calls.repeat(2)[:, None, None]
+    assert torch.equal(given["encoder_hidden_states_llama3"], want)
