@@ -117,3 +117,16 @@ def test_conditions_of_several_layers_go_with_their_row(layers: int, changes: bo
     rows = torch.tensor([1, 0, 1, 3, 2, 3])
     want = known[:, rows] + 100 * changes * calls.repeat(2)[:, None, None]
     assert torch.equal(given["encoder_hidden_states_llama3"], want)
+
+
+@pytest.mark.parametrize("scales", [torch.ones(1), torch.tensor([0.3, 1.7])])
+def test_scales_of_layers_are_shared_by_all_rows(scales: Tensor) -> None:
+    # Those of Wan-VACE, of as many layers as there are rows.
+    state = torch.arange(float(len(scales)))[:, None]
+    arguments = {"hidden_states": state, "control_hidden_states_scale": scales}
+    slot = Slot("network", arguments, state, denoises=True)
+    for _ in range(3):
+        slot.learn(arguments)
+    samples = torch.zeros(5, dtype=torch.long)
+    given = slot.call(lambda arguments: arguments, {}, Rows(state[samples], samples, samples))
+    assert torch.equal(given["control_hidden_states_scale"], scales)

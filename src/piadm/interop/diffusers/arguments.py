@@ -17,11 +17,11 @@ from torch import Tensor
 
 from piadm.interop.diffusers.probe import UnsupportedError
 
-#: All that is known of single networks, by the names of their arguments.  Positions, tables of two axes that
+#: All that is known of single networks, by the names of their arguments.  Positions and scales, tables of two axes that
 #: all rows share even where the first happens to be as long as the batch; conditions with several rows per network row,
 #: one per frame; and those of several layers, whose second axis has the rows.
 SHARED = (
-    "img_ids", "txt_ids", "image_rotary_emb", "freqs_cis", "img_shapes", "txt_seq_lens",
+    "img_ids", "txt_ids", "image_rotary_emb", "freqs_cis", "img_shapes", "txt_seq_lens", "control_hidden_states_scale",
 )  # fmt: skip
 PER_FRAME = ("encoder_hidden_states", "encoder_hidden_states_image")
 PER_LAYER = ("encoder_hidden_states_llama3",)
