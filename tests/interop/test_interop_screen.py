@@ -172,3 +172,52 @@ def test_switches_of_gradients_are_no_matter(switch: Callable[[], Any]) -> None:
     call = switch()(df.StableDiffusionPipeline.__call__)
     pipe = stable_diffusion(type("Decorated", (df.StableDiffusionPipeline,), {"__call__": call}))
     assert apart(parallelize(pipe, tol=CLOSE, nodes="all")(**CALL).images, pipe(**CALL).images) <= CLOSE
+
+
+class Looks(df.StableDiffusionPipeline):
+    """A pipeline that looks at what its network has left behind, as self-attention guidance does."""
+
+    @torch.no_grad()
+    def __call__(self, latents: Tensor, prompt_embeds: Tensor, factors: Any = (1.0,) * 5, at: int = 1) -> Tensor:  # noqa: ANN401
+        self.scheduler.set_timesteps(5)
+        seen: list[Tensor] = []
+        hook = self.unet.conv_out.register_forward_hook(lambda _, given, output: seen.append(output))
+        for i, t in enumerate(self.scheduler.timesteps):
+            output = self.unet(latents, t, encoder_hidden_states=prompt_embeds).sample * factors[i]
+            output = output + 0 * seen[i] if i >= at else output
+            latents = self.scheduler.step(output, t, latents).prev_sample
+        hook.remove()
+        return latents
+
+
+OWN = dict(latents=normals(7, 2, 4, 8, 8), prompt_embeds=SD["prompt_embeds"])
+
+
+def test_what_only_a_rehearsal_fails_in_is_refused() -> None:
+    pipe = stable_diffusion(Looks)
+    pipe(**OWN)
+    with pytest.raises(UnsupportedError, match=r"Looks looks .* at step 1, .* \(IndexError: list") as refused:
+        parallelize(pipe)(**OWN)
+    assert isinstance(refused.value.__cause__, IndexError)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(
+    "wrong, kind",
+    [
+        (dict(factors=(1.0, 1.0)), IndexError),  # shows at the third step
+        (dict(factors=("1",) * 5), TypeError),
+        (dict(prompt_embeds=torch.ones(2, 5, 3)), RuntimeError),  # which the network finds
+    ],
+)
+def test_what_the_pipeline_itself_fails_in_is_its_own_error(wrong: Any, kind: type, first: bool) -> None:  # noqa: ANN401
+    pipe = stable_diffusion(Looks)
+    call = dict(OWN, at=99)
+    with pytest.raises(kind) as own:
+        pipe(**call | wrong)
+    fast = parallelize(pipe, tol=1.0)
+    if not first:
+        fast(**call)
+    with pytest.raises(kind) as found:
+        fast(**call | wrong)
+    assert type(found.value) is kind and str(found.value) == str(own.value)

@@ -14,39 +14,17 @@ from tqdm.auto import tqdm
 
 from piadm._checks import described
 from piadm.interop.diffusers._version import pipeline_class
+from piadm.interop.diffusers.loop import Loop
 from piadm.interop.diffusers.probe import UnsupportedError, rebound
 from piadm.interop.diffusers.proxies import NetworkProxy, is_denoiser, take_over
 from piadm.interop.diffusers.rehearsal import Rehearsal, replaced
 from piadm.interop.diffusers.rounds import Options, Rounds
 from piadm.interop.diffusers.screen import check_network, check_scheduler
+from piadm.interop.diffusers.sequential import own_error
 from piadm.interop.diffusers.standins import StandIns
 from piadm.interop.diffusers.watch import Callback
 from piadm.linearization import Linearization
 from piadm.solution import NetworkError, NotConvergedError, RoundInfo, Solution, timed
-
-
-class Loop:
-    """The pipeline's loop over timesteps: once through all of them, then round after round at the last one."""
-
-    def __init__(self, run: Run, timesteps: Tensor) -> None:
-        self.run, self.timesteps = run, timesteps
-
-    def __len__(self) -> int:
-        return len(self.timesteps)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (t for _, t in self.numbered())
-
-    def numbered(self) -> Iterator[tuple[int, Tensor]]:
-        """Steps and their numbers; rounds have those of the last step, whose code is that of the end."""
-        run = self.run
-        run.begin(self.timesteps)
-        yield from builtins.enumerate(self.timesteps)
-        run.turn_to_rounds()
-        last = len(self.timesteps) - 1
-        while run.going():
-            yield last, self.timesteps[last]
-        run.finish()
 
 
 class Run:
@@ -66,7 +44,7 @@ class Run:
         self.rehearsal: Rehearsal | None = None
         self.rounds: Rounds | None = None
         self.solution: Solution | None = None
-        self.ended_round = False
+        self.rehearsing = self.ended_round = False
         self.heard: Callback | None = None  # the user's, where there is one
         self.networks: dict[str, nn.Module] = {}
         self.stage = self._staged()
@@ -100,9 +78,13 @@ class Run:
         try:
             with torch.no_grad():
                 output = call(self.stage, *self.args, **kwargs)
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        except Exception as error:
             ours = isinstance(error, (NetworkError, UnsupportedError, NotConvergedError))
-            if ours or (self.heard and error is self.heard.error) or self.rounds is None or not self.rounds.going:
+            if ours or (self.heard and error is self.heard.error):
+                raise
+            if self.rehearsing:
+                self._judge(error)
+            if self.rounds is None or not self.rounds.going:
                 raise
             raise UnsupportedError(f"{self.name} does not work with rows of several steps: {error}") from error
         finally:
@@ -114,6 +96,18 @@ class Run:
                 "that does"
             )
         return output
+
+    def _judge(self, error: Exception) -> None:
+        """Tell the user's errors, which the pipeline itself raises as well, from those that stand-ins bring about."""
+        assert self.rehearsal is not None
+        number = len(self.rehearsal.noise)
+        if (own := own_error(self.pipe, self.args, self.kwargs, number + 1)) is not None:
+            raise own from None
+        what = f"{type(error).__name__}: {error}"
+        raise UnsupportedError(
+            f"{self.name} looks at its networks, or into what they return: with stand-ins for them it fails at step "
+            f"{number}, and not by itself ({what})"
+        ) from error
 
     # -- what the pipeline calls -------------------------------------------------------------------------------------
 
@@ -171,10 +165,12 @@ class Run:
         if self.rehearsal is not None:
             raise UnsupportedError(f"{self.name} loops over scheduler.timesteps more than once")
         self.rehearsal = Rehearsal(self.scheduler, timesteps, self.parallel._outputs)
+        self.rehearsing = True
 
     def turn_to_rounds(self) -> None:
         """All steps are rehearsed."""
         assert self.rehearsal is not None
+        self.rehearsing = False
         progress = not getattr(self.pipe, "_progress_bar_config", {}).get("disable", False)
         score = self.rehearsal.score()
         evaluated = self.rehearsal.evaluated.get(score.slots[-1].name, 0) // self.rehearsal.batch

@@ -1,0 +1,49 @@
+"""The loop over timesteps that a pipeline walks while it runs in parallel."""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Iterator
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Course(Protocol):
+    """What is told of the course of a loop."""
+
+    def begin(self, timesteps: Tensor) -> None:
+        """It begins, over these timesteps ``(J,)``."""
+
+    def turn_to_rounds(self) -> None:
+        """It has been through all of them."""
+
+    def going(self) -> bool:
+        """Whether it is to go on."""
+
+    def finish(self) -> None:
+        """It ends."""
+
+
+class Loop:
+    """The pipeline's loop over timesteps: once through all of them, then round after round at the last one."""
+
+    def __init__(self, run: Course, timesteps: Tensor) -> None:
+        self.run, self.timesteps = run, timesteps
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (t for _, t in self.numbered())
+
+    def numbered(self) -> Iterator[tuple[int, Tensor]]:
+        """Steps and their numbers; rounds have those of the last step, whose code is that of the end."""
+        run = self.run
+        run.begin(self.timesteps)
+        yield from builtins.enumerate(self.timesteps)
+        run.turn_to_rounds()
+        last = len(self.timesteps) - 1
+        while run.going():
+            yield last, self.timesteps[last]
+        run.finish()
