@@ -160,6 +160,36 @@ def test_steps_of_several_outputs_that_clip_in_part_are_refused() -> None:
         estimate(scheduler, scheduler.timesteps, at, probed, {})
 
 
+class HandsOver(df.EulerAncestralDiscreteScheduler):
+    """A stochastic scheduler of one's own, which lets its parent step."""
+
+    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, generator: Any = None, **more: Any) -> Any:  # noqa: ANN401
+        return super().step(0.5 * model_output, timestep, sample, generator=generator, **more)
+
+
+class Grandchild(HandsOver):
+    """Another one, with a step in between; it asks for its own type."""
+
+    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, generator: Any = None, **more: Any) -> Any:  # noqa: ANN401
+        assert isinstance(self, Grandchild)
+        return super().step(1.5 * model_output, timestep, sample, generator=generator, **more)
+
+
+class Heir(HandsOver):
+    """One that has nothing of its own."""
+
+
+@pytest.mark.parametrize("kind", [HandsOver, Grandchild, Heir])
+def test_a_stochastic_step_may_be_handed_over_to_a_parent(kind: type) -> None:
+    pipe = stable_diffusion(scheduler=kind(**SCALED))
+    call = dict(SD, num_inference_steps=12, output_type="latent")
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    want = pipe(**call, generator=generators[0]).images
+    got = parallelize(pipe, tol=1e-4, nodes="all")(**call, generator=generators[1]).images
+    assert float((got - want).square().mean().sqrt()) <= 1e-4  # what was asked for
+    assert torch.equal(generators[0].get_state(), generators[1].get_state()) and type(pipe.scheduler) is kind
+
+
 def test_a_prediction_that_says_nothing_of_the_data_is_refused() -> None:
     scheduler = df.DDIMScheduler(**SCALED, rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False)
     scheduler.set_timesteps(5)  # noise predicted where there is nothing but noise

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from piadm.interop.diffusers.probe import ROUNDING, Probe, UnsupportedError, on_host, rebound, scale
+from piadm.interop.diffusers.probe import ROUNDING, Probe, UnsupportedError, on_host, scale, stepper
 
 #: A denoised estimate that every scheduler clips, in standard deviations of the data.
 FAR = 1e3
@@ -93,11 +93,11 @@ def _held(
     """Responses of the steps to the states ``(J, J)``, and what they make of none ``(J,)``, all estimates far off."""
     twin, count = on_host(scheduler), len(times)
     seen = p.new_zeros(count, count + 1)  # one coordinate for every state, and one for none
-    step = rebound(type(twin).step, randn_tensor=lambda *args, **kwargs: p.new_zeros(1, 1, 1, count + 1))
+    step = stepper(twin, lambda own: lambda *args, **kwargs: p.new_zeros(1, 1, 1, count + 1))
     for j, t in enumerate(times.cpu()):
         scale(twin, t)
         state = p.new_zeros(1, 1, 1, count + 1)
         state[..., j] = 1
         output = (FAR - p[j] * state) / q[j]
-        seen[j] = step(twin, output, t, state, **{**options, "return_dict": False})[0].flatten()
+        seen[j] = step(output, t, state, **{**options, "return_dict": False})[0].flatten()
     return seen[:, :-1] - seen[:, -1:], seen[:, -1]

@@ -14,6 +14,7 @@ import copy
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import FunctionType
 from typing import Any
 
@@ -91,6 +92,38 @@ def rebound(function: Callable[..., Any], **names: object) -> Callable[..., Any]
     return twin
 
 
+#: What takes the place of ``randn_tensor``, given what it was there.
+Draw = Callable[[Any], Callable[..., Tensor]]
+
+
+def stepper(scheduler: Any, draw: Draw) -> Callable[..., Any]:  # noqa: ANN401 - any scheduler
+    """A scheduler's own ``step``, which draws its noise otherwise, also where it hands over to that of a parent."""
+    kind = type(scheduler)
+    owners = [owner for owner in kind.__mro__ if "step" in vars(owner)]
+    if len(owners) == 1:
+        return partial(_redrawn(owners[0], draw), scheduler)
+    # Classes of the same order with other steps: in that order each comes before the one that it stands for.
+    other: tuple[type, ...] = ()
+    for owner in reversed(owners if kind in owners else [kind, *owners]):
+        own = {"step": _redrawn(owner, draw)} if owner in owners else {}
+        other = (type(owner.__name__, (owner, *other), own),)
+
+    def step(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - the scheduler's own
+        scheduler.__class__ = other[0]
+        try:
+            return scheduler.__class__.step(scheduler, *args, **kwargs)
+        finally:
+            scheduler.__class__ = kind
+
+    return step
+
+
+def _redrawn(owner: type, draw: Draw) -> Callable[..., Any]:
+    """The step of a class, with another source of noise."""
+    step = undecorated(vars(owner)["step"])
+    return rebound(step, randn_tensor=draw(getattr(step, "__globals__", {}).get("randn_tensor")))
+
+
 def on_host(scheduler: Any) -> Any:  # noqa: ANN401 - any scheduler
     """A copy whose tables are on the CPU, wherever the pipeline has put them."""
     twin = copy.deepcopy(scheduler)
@@ -140,12 +173,12 @@ def probe(scheduler: Any, times: Tensor, options: Mapping[str, Any]) -> Probe:  
         drawn += 1
         return vector(2 * count + j)
 
-    step = rebound(type(twin).step, randn_tensor=draw)
+    step = stepper(twin, lambda own: draw)
     for j, t in enumerate(times.cpu()):
         drawn = 0
         try:
             scales[j] = scale(twin, t)
-            fresh = step(twin, vector(count + j), t, vector(j), **{**options, "return_dict": False})[0].double()
+            fresh = step(vector(count + j), t, vector(j), **{**options, "return_dict": False})[0].double()
         except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
             raise UnsupportedError(f"{name}.step cannot be read ({error}); what works: {WORKS}") from error
         rows[j] = fresh[0, 0, 0, :width]

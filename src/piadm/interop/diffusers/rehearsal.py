@@ -8,6 +8,7 @@ between two steps.  What cannot be run in parallel shows here, before any round.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from piadm.integrators import Steps
 from piadm.interop.diffusers.arguments import Slot, copied, leaves, same, with_tensors
 from piadm.interop.diffusers.levels import CallLevels, Estimate, estimate, levels, steps
-from piadm.interop.diffusers.probe import UnsupportedError, probe, rebound
+from piadm.interop.diffusers.probe import UnsupportedError, probe, stepper
 from piadm.interop.diffusers.proxies import NetworkProxy, given_back
 from piadm.interop.diffusers.standins import StandIns, denoises, kind, unknown
 from piadm.interop.diffusers.watch import Held, Settings
@@ -168,14 +169,15 @@ class Rehearsal:
     def _step(self, output: Tensor, timestep: Any, sample: Tensor, options: dict[str, Any]) -> None:  # noqa: ANN401
         """Let the scheduler step, and keep what it draws."""
         drawn: list[Tensor] = []
-        step = type(self.scheduler).step
-        draw = inspect.unwrap(step).__globals__.get("randn_tensor")
 
-        def kept(*given: Any, **more: Any) -> Tensor:  # noqa: ANN401 - randn_tensor's own
-            drawn.append(draw(*given, **more))
-            return drawn[-1].clone()
+        def keeping(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            def kept(*given: Any, **more: Any) -> Tensor:  # noqa: ANN401 - randn_tensor's own
+                drawn.append(draw(*given, **more))
+                return drawn[-1].clone()
 
-        self.result = rebound(step, randn_tensor=kept)(self.scheduler, output, timestep, sample, **options)
+            return kept
+
+        self.result = stepper(self.scheduler, keeping)(output, timestep, sample, **options)
         self.noise.append(drawn[0] if drawn else None)
         self.held = Held(self.scheduler, output, sample)
 
