@@ -9,9 +9,13 @@ import pytest
 import torch
 from tiny import CASES, normals, prompts, stable_diffusion
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from piadm.interop.diffusers import parallelize
 from piadm.interop.diffusers.arguments import Rows, Slot
+from piadm.interop.diffusers.clipping import Clipping
+from piadm.interop.diffusers.fixed import Fixed
+from piadm.interop.diffusers.levels import Estimate
 from piadm.interop.diffusers.proxies import NetworkProxy
 
 FEW = dict(num_inference_steps=8, output_type="latent")
@@ -130,3 +134,58 @@ def test_scales_of_layers_are_shared_by_all_rows(scales: Tensor) -> None:
     samples = torch.zeros(5, dtype=torch.long)
     given = slot.call(lambda arguments: arguments, {}, Rows(state[samples], samples, samples))
     assert torch.equal(given["control_hidden_states_scale"], scales)
+
+
+def test_what_the_pipeline_sets_is_put_into_its_rows() -> None:
+    mask = normals(1, 2, 3, 4) > 0.5
+    values = [normals(k, int(mask.sum())) for k in range(2, 7)]  # calls 1 to 5
+    samples, calls = torch.tensor([1, 0, 0, 1, 1]), torch.tensor([0, 0, 3, 5, 1])
+    state = normals(9, 5, 3, 4)
+    want = state.clone()
+    for row, sample, call in zip(want, samples.tolist(), calls.tolist(), strict=True):
+        if call:
+            whole = torch.zeros(2, 3, 4)
+            whole[mask] = values[call - 1]
+            row[mask[sample]] = whole[sample][mask[sample]]
+    Fixed(mask, values).put(state, samples, calls)
+    assert torch.equal(state, want)
+
+
+class Waits(TorchDispatchMode):
+    """Notes what would make a host wait for its device, or a device for numbers of the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+        if func.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero):
+            self.seen.append(str(func))
+        return func(*args, **kwargs or {})
+
+
+def test_a_round_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    state, known = normals(1, 2, 3), normals(2, 2, 5)
+    arguments = {"sample": state, "timestep": torch.tensor(5.0), "known": known, "flag": True}
+    slot = Slot("network", arguments, state, denoises=True)
+    for k in range(4):
+        slot.learn(arguments | {"timestep": torch.tensor(5.0 - k)})
+    share = torch.linspace(0.1, 0.4, 4, dtype=torch.float64)
+    clipping = Clipping(lambda estimate: estimate.clamp(-1, 1), share, torch.eye(4, dtype=torch.float64))
+    told = Estimate(share, share.flip(0), clipping)
+    fixed = Fixed(state > 0, [state[state > 0]] * 3)
+    samples, calls = torch.tensor([1, 0, 1]), torch.tensor([3, 0, 1])
+    rows = Rows(state[samples], samples, calls)
+
+    def round_() -> Tensor:
+        fixed.put(rows.state, samples, calls)
+        given = slot.call(lambda arguments: arguments, arguments, rows)
+        return near(given["sample"], given["known"][:, :3], calls)
+
+    near = told.to(state)
+    want = round_()
+    assert near.to(state) is near and torch.equal(want, told(rows.state, known[samples][:, :3], calls))
+    monkeypatch.setattr(Tensor, "tolist", None)
+    with Waits() as waits:
+        assert torch.equal(round_(), want)
+    assert not waits.seen

@@ -176,26 +176,32 @@ class Slot:
             arguments: what the pipeline hands it now, of which what came from another network is read.
             rows: the rows.
         """
-        now, count, numbers = leaves(arguments), len(rows), self.groups.to(rows.calls.device)
-        group = numbers[rows.calls] if len(numbers) > 1 else torch.zeros_like(rows.calls)
+        now, count = leaves(arguments), len(rows)
+        if len(self.groups) == 1:  # nothing is asked of the device, which may be at work yet
+            return network(rebuilt(self.pattern, self._server(rows, now, 0)))
+        group = self.groups.to(rows.calls.device)[rows.calls]
         outputs, order = [], []
         for number in sorted(set(group.tolist())):
-            at = (group == number).nonzero().squeeze(1)
+            at, step = (group == number).nonzero().squeeze(1), int((self.groups == number).nonzero()[0])
             chosen = (torch.arange(self.state.chunks, device=at.device)[:, None] * count + at).flatten()
-            outputs.append(network(rebuilt(self.pattern, self._server(rows[at], chosen, now, count))))
+            own = {path: self._chosen(now[path], chosen, count) for path in self.live}
+            outputs.append(network(rebuilt(self.pattern, self._server(rows[at], own, step))))
             order.append(chosen)
         if len(outputs) == 1:
             return outputs[0]
         back, parts = torch.cat(order).argsort(), [leaves(output) for output in outputs]
         return rebuilt(outputs[0], lambda path: torch.cat([part[path] for part in parts])[back])
 
-    def _server(self, rows: Rows, chosen: Tensor, now: dict[Path, Any], count: int) -> Callable[[Path], Any]:
-        """Gives each argument for some of a round's rows, ``chosen`` among its network rows."""
-        step = int(rows.calls[0])
+    def _chosen(self, leaf: Tensor, chosen: Tensor, count: int) -> Tensor:
+        """Some of a round's rows of what another network has returned."""
+        return leaf[chosen] if len(leaf) == self.state.chunks * count else leaf
+
+    def _server(self, rows: Rows, live: dict[Path, Any], step: int) -> Callable[[Path], Any]:
+        """Gives each argument for some of a round's rows, whose group is that of a step."""
 
         def serve(path: Path) -> Any:  # noqa: ANN401 - any value
             if path in self.live:
-                return now[path][chosen] if len(now[path]) == self.state.chunks * count else now[path]
+                return live[path]
             values = self.values[path]
             return self._rows(path, rows) if path in self.tables else values[min(step, len(values) - 1)]
 

@@ -7,7 +7,7 @@ scheduler that clips, so does what is clipped, and the levels have to be its own
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -84,6 +84,13 @@ class Estimate:
     p: Tensor
     q: Tensor
     clipping: Clipping | None
+
+    def to(self, state: Tensor) -> Estimate:
+        """The same with its tables in the type of a state, where that is."""
+        if self.p.dtype == state.dtype and self.p.device == state.device:
+            return self
+        clipping = self.clipping and replace(self.clipping, share=self.clipping.share.to(state))
+        return Estimate(self.p.to(state), self.q.to(state), clipping)
 
     def __call__(self, output: Tensor, state: Tensor, calls: Tensor) -> Tensor:
         """Denoised estimates of rows of model outputs and states ``(r, *shape)`` at calls ``(r,)``."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from piadm.integrators import Steps
 from piadm.interop.diffusers.arguments import Slot, copied, leaves, same, with_tensors
+from piadm.interop.diffusers.fixed import Fixed
 from piadm.interop.diffusers.levels import CallLevels, Estimate, estimate, levels, steps
 from piadm.interop.diffusers.probe import UnsupportedError, probe, stepper
 from piadm.interop.diffusers.proxies import NetworkProxy, given_back
@@ -34,27 +35,6 @@ ROUNDING = 1e-5
 
 #: Standard deviations by which values that the pipeline sets may go along with the random state that they replace.
 CHANCE = 8
-
-
-@dataclass(frozen=True)
-class Fixed:
-    """Coordinates that the pipeline sets itself after every step, as in inpainting.
-
-    Attributes:
-        mask: which, shape ``(L, *shape)`` bool.
-        values: what they are when the network reads them, at each call from the second on, each ``(count,)``.
-    """
-
-    mask: Tensor
-    values: list[Tensor]
-
-    def put(self, state: Tensor, samples: Tensor, calls: Tensor) -> None:
-        """Set them in rows ``(r, *shape)`` of states, in place."""
-        for call in sorted(set(calls.tolist()) - {0}):
-            at = (calls == call).nonzero().squeeze(1)
-            whole = state.new_zeros(self.mask.shape)
-            whole[self.mask] = self.values[call - 1].to(state)
-            state[at] = torch.where(self.mask[samples[at]], whole[samples[at]], state[at])
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,7 @@ class Rounds:
 
     def __init__(self, score: Score, options: Options, evaluated: int, progress: bool) -> None:
         self.score, self.options = score, options
+        self.scales, self.estimate, self.sources = score.scales, score.estimate, score.sources
         count = score.levels.count
         chunks = sum(slot.state.chunks for slot in score.slots if slot.denoises)
         network = PipelineNetwork(chunks, score.initial.new_empty(0, dtype=score.output.dtype))
@@ -135,7 +136,9 @@ class Rounds:
         self.state = states.reshape(-1, *self.score.initial.shape[1:])
         if self.score.fixed is not None:
             self.score.fixed.put(self.state, samples, calls)
-        scales = self.score.scales.to(self.state)[calls].reshape(-1, *[1] * (self.state.ndim - 1))
+        # Moved once: afterwards they are where the state is, and nothing waits for them.
+        self.scales, self.estimate = self.scales.to(self.state), self.estimate.to(self.state)
+        scales = self.scales[calls].reshape(-1, *[1] * (self.state.ndim - 1))
         self.rows = Rows(self.state * scales, samples, calls)
 
     def stop(self) -> None:
@@ -185,7 +188,7 @@ class Rounds:
             self._resume(lambda: self.asking.send(None))
         elif self.going:
             self._check(output, len(self.rows))
-            found = self.score.estimate(output[: len(self.rows)], self.state, self.rows.calls)
+            found = self.estimate(output[: len(self.rows)], self.state, self.rows.calls)
             if self.score.fixed is not None:  # what the network says there is not listened to
                 found.masked_fill_(self.score.fixed.mask[self.rows.samples], 0.0)
             self._resume(lambda: self.asking.send(found.flatten(1)))
@@ -207,7 +210,8 @@ class Rounds:
     def end(self) -> Tensor:
         """The current final state of all the scheduler's rows, shape ``(N, *shape)``."""
         end = self.tally.end.reshape(self.tally.problem.shape)
-        return end[self.score.sources.to(end.device)]
+        self.sources = self.sources.to(end.device)
+        return end[self.sources]
 
     def solution(self) -> Solution:
         """The result of the run."""
