@@ -190,6 +190,14 @@ def test_a_stochastic_step_may_be_handed_over_to_a_parent(kind: type) -> None:
     assert torch.equal(generators[0].get_state(), generators[1].get_state()) and type(pipe.scheduler) is kind
 
 
+def test_times_of_tokens_are_named() -> None:
+    # LTX with conditions gives every token of its state a time of its own.
+    scheduler = df.FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(4)
+    with pytest.raises(UnsupportedError, match="gives FlowMatchEuler.*step other per_token_timesteps for other parts"):
+        probe(scheduler, scheduler.timesteps, dict(per_token_timesteps=torch.full((1, 6), 500.0)))
+
+
 def test_a_prediction_that_says_nothing_of_the_data_is_refused() -> None:
     scheduler = df.DDIMScheduler(**SCALED, rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False)
     scheduler.set_timesteps(5)  # noise predicted where there is nothing but noise

@@ -180,6 +180,10 @@ def probe(scheduler: Any, times: Tensor, options: Mapping[str, Any]) -> Probe:  
             scales[j] = scale(twin, t)
             fresh = step(vector(count + j), t, vector(j), **{**options, "return_dict": False})[0].double()
         except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+            tables = [key for key, value in options.items() if isinstance(value, Tensor) and value.ndim]
+            if tables:
+                what = f"the pipeline gives {name}.step other {tables[0]} for other parts of the state"
+                raise UnsupportedError(f"{what}, whose coefficients are then not one per step") from error
             raise UnsupportedError(f"{name}.step cannot be read ({error}); what works: {WORKS}") from error
         rows[j] = fresh[0, 0, 0, :width]
         known = rows[j, :-1, None] * mixed

@@ -193,8 +193,10 @@ class Rehearsal:
         """A later step: it may differ from the first one only in ways in which rows can differ."""
         if self.held.overwritten:
             raise UnsupportedError("the pipeline writes into a state or model output that its scheduler has kept")
-        if options.keys() != self.options.keys() or not all(same(options[key], self.options[key]) for key in options):
-            raise UnsupportedError("the pipeline gives the scheduler other arguments at some steps than at others")
+        if others := sorted(key for key in options | self.options if not self._as_before(key, options)):
+            raise UnsupportedError(
+                f"the pipeline gives the scheduler other arguments at some steps than at others: {', '.join(others)}"
+            )
         if not alike(output, self.output):
             raise UnsupportedError(
                 "guidance changes with the steps or reads the state: the same network outputs were combined to "
@@ -210,6 +212,10 @@ class Rehearsal:
             raise UnsupportedError("the pipeline changes other parts of the state after some steps than after others")
         if self.fixed is not None:
             self._set(self.fixed, marker[mask].float())
+
+    def _as_before(self, key: str, options: dict[str, Any]) -> bool:
+        """Whether an argument of the scheduler is what it was at the first step."""
+        return key in options and key in self.options and same(options[key], self.options[key])
 
     def _set(self, fixed: Fixed, replaced: Tensor) -> None:
         """Keep the values that the pipeline has set, if they do not depend on the state that they replace."""
