@@ -9,14 +9,14 @@ import torch
 
 import piadm
 from piadm.models import GaussianDenoiser
-from piadm.nodes import FLOOR, REACH, crowded
+from piadm.nodes import FLOOR, NOISY_SIDE, REACH, crowded
 from piadm.settings import settle
 
 LEVELS = torch.linspace(-12, 12, 4801, dtype=torch.float64)
 
 
 def test_the_clock_runs_at_the_stated_rate() -> None:
-    level = LEVELS + math.log(9.0)  # the log-SNR of the data themselves
+    level = LEVELS + math.log(9.0) + NOISY_SIDE
     rate = torch.gradient(crowded(LEVELS, 3.0), spacing=(LEVELS,))[0][1:-1]
     stated = FLOOR + 1 / torch.cosh(level / REACH)
     torch.testing.assert_close(rate, stated[1:-1], rtol=1e-5, atol=0)  # differences of second order: 0.005^2/r^2

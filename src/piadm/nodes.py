@@ -17,6 +17,10 @@ from piadm.kept import kept
 #: networks.  With a smaller floor or reach the far nodes are felt: little is missed there, but networks make it grow.
 FLOOR, REACH = 0.1, 3.0
 
+#: How far on the noisy side of there the clock runs fastest, in log-SNR: of 32 samples of the U-Net 29 were within the
+#: tolerance with it, and 25 without.
+NOISY_SIDE = 0.348
+
 
 @dataclass(frozen=True)
 class NodeSet:
@@ -75,7 +79,7 @@ def spread(log_snr: Tensor, count: int, order: int = 1, deviation: float | None 
 def crowded(log_snr: Tensor, deviation: float) -> Tensor:
     """A clock that runs faster where noise and data are alike: nodes that are even on it crowd there.
 
-        u = f l + 2 r atan(tanh(l/(2 r))),    du/dl = f + sech(l/r),    l = log_snr + log(deviation^2)
+        u = f l + 2 r atan(tanh(l/(2 r))),    du/dl = f + sech(l/r),    l = log_snr + log(deviation^2) + s
 
     Far from there the estimate hardly depends on the state (noise) or is nearly the state (data), and little is missed
     between nodes.
@@ -84,7 +88,7 @@ def crowded(log_snr: Tensor, deviation: float) -> Tensor:
         log_snr: as for ``spread``.
         deviation: standard deviation of the data.
     """
-    level = _finite(log_snr) + 2 * math.log(deviation)
+    level = _finite(log_snr) + 2 * math.log(deviation) + NOISY_SIDE
     return FLOOR * level + 2 * REACH * torch.atan(torch.tanh(level / (2 * REACH)))
 
 

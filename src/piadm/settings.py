@@ -99,9 +99,8 @@ class Engine:
     def finer(self, nodes: NodeSet) -> NodeSet:
         """Twice as many nodes, or every step where more would not help.
 
-        That is with the ODE instead of more than half of the steps, since ripples hide from even gaps; and with networks
-        of half precision, since what their rounding does differs from node set to node set, but at every step is what
-        it is in the sequential sampler.
+        With the ODE that is instead of more than half of the steps, since ripples hide from even gaps; and with half
+        precision, whose rounding differs from node set to node set and at every step is the sequential sampler's.
         """
         finer = refine(nodes, self.clock, self.order)
         if self.half_precision or (not self.noisy and 2 * finer.count > self.steps.count):
