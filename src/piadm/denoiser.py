@@ -249,7 +249,9 @@ def _stack(name: str, given: Any, null: Any, rows: int) -> Any:  # noqa: ANN401 
         return given
     accepted = f"null[{name!r}] must be a number or a tensor of one row, {(1, *given.shape[1:])}"
     try:
-        null = torch.as_tensor(null, dtype=given.dtype, device=given.device)
+        null = null if isinstance(null, Tensor) else torch.as_tensor(null, device="cpu")
+        # A blocking copy to an accelerator would wait for it; one from there to the host has to.
+        null = null.to(given.device, given.dtype, non_blocking=given.device.type != "cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{accepted}, got {described(null)}") from error
     if null.ndim == given.ndim and len(null) != 1:

@@ -86,9 +86,9 @@ class Run:
                 self._judge(error)
             if self.rounds is None or not self.rounds.going:
                 raise
-            hint = "; if it has a number of its own for each sample, as in guidance, one sample per call may do"
-            hint *= self.rehearsal is not None and self.rehearsal.batch > 1
-            what = f"{self.name} does not work with rows of several steps: {error}{hint}"
+            what = f"{self.name} does not work with rows of several steps: {error}"
+            if self.rehearsal is not None and self.rehearsal.batch > 1:
+                what += "; if it has a number of its own for each sample, as in guidance, one sample per call may do"
             raise UnsupportedError(what) from error
         finally:
             if self.rounds is not None:
