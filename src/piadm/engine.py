@@ -261,18 +261,17 @@ def _interpolation(
     """How to estimate what interpolation leaves, carried to the end by the reference; None: every step is a node."""
     if nodes.count == engine.steps.count:
         return None
-    every = weights_on_end(engine.steps, engine.prior[0])
-    estimate = rough if engine.noisy else smooth
-    return estimate(nodes, engine.clock, engine.order, reference.response[-1, 0], every, coarse_end)
+    estimate, on_end = rough if engine.noisy else smooth, weights_on_end(engine.steps, engine.prior[0])
+    return estimate(nodes, engine.clock, engine.order, reference.response[-1, 0], on_end, coarse_end)
 
 
 def _keep(states: Tensor, engine: Engine, problem: Problem, nodes: NodeSet, path: ParallelPath) -> None:
     """Write the states of a path at every step into those of the batch, ``(J + 1, B, d)``."""
     if nodes.count < engine.steps.count:
-        every = every_step(engine.steps.count)
-        reference = condense(engine.steps, engine.prior[0], every, engine.prior[1])
+        steps = every_step(engine.steps.count)
+        reference = condense(engine.steps, engine.prior[0], steps, engine.prior[1])
         free = _free(problem, path.samples, [reference])[0]
-        fine = _guess(engine, every, path.samples, reference, free, learns=False)
+        fine = _guess(engine, steps, path.samples, reference, free, learns=False)
         fine.interpolate(nodes.weights, path.residual)
         path = fine
     states[:-1, path.numbers], states[-1, path.numbers] = path.nodes, path.end[:, 0]

@@ -21,14 +21,14 @@ from piadm.activity import AllRows
 from piadm.condense import condense
 from piadm.corrector import Corrector
 from piadm.denoiser import Denoiser
-from piadm.grid import Blocks
+from piadm.grid import Blocks, TimeGrid
 from piadm.integrators import AffineSteps, ScoreExponential, variance_preserving
 from piadm.iteration import solve
 from piadm.linearization import ScoreFrozen
 from piadm.nodes import every_step
 from piadm.noise import GivenNoise, Seed
 from piadm.path import ParallelPath
-from piadm.problem import Callback, Problem, check_denoiser, pose
+from piadm.problem import Callback, Problem, check_denoiser, grid_of, pose
 from piadm.reference import Draw, free_states
 from piadm.solution import Solution
 from piadm.stopping import FixedIterations
@@ -77,7 +77,7 @@ def piadm_sde(
             is in a list or dict is such a value, handed over whole.
         max_batch: most rows in one network call; None chooses.
         callback: called with a ``RoundInfo`` after each round; a true return value ends the run.
-        progress: show a progress bar.
+        progress: show a progress bar; None: no.
         return_states: keep the states at every step (of an interrupted run: of the blocks that were finished).
         raise_on_failure: raise ``NotConvergedError`` unless every sample is CONVERGED.
         workers: who evaluates the network: ``piadm.Devices``, ``piadm.Ranks``, or None: this process.
@@ -88,10 +88,14 @@ def piadm_sde(
     Raises:
         TypeError, ValueError: for bad input, before any network call.
         NetworkError: if the network raises or returns the wrong shape.
+        NotConvergedError: with ``raise_on_failure``, if a sample is not CONVERGED.
+        RuntimeError: if ``workers`` are ``Ranks`` and no process group is there.
+
+    Reference: Chen, Ren, Ying & Rotskoff 2024 (arXiv 2405.15986), Algorithm 1.
     """
-    steps = _predictor(denoiser, blocks, iterations, eta=1.0)
+    grid, steps = _predictor(denoiser, blocks, iterations, eta=1.0)
     problem = pose(
-        denoiser, shape, blocks.grid(denoiser.schedule), seed=seed, initial=initial, noise=noise,
+        denoiser, shape, grid, seed=seed, initial=initial, noise=noise,
         noise_count=steps.count, condition=condition, max_batch=max_batch, callback=callback,
         workers=workers, nodes=max(blocks.sizes), kept=blocks.steps + 1 if return_states else 0,
     )  # fmt: skip
@@ -120,7 +124,10 @@ def piadm_ode(
 ) -> Solution:
     """PIADM-ODE, Algorithm 2: Picard iterations of the probability-flow ODE, then Langevin, on each block.
 
-    The predictor is ``piadm_sde``'s formula without noise and with ``e^{eps_j/2} - 1`` for ``2 (e^{eps_j/2} - 1)``.
+    On a block that starts at ``t_n``, with steps ``eps_j`` and inner times ``tau_j``, all ``m`` at once, K times:
+
+        y_m <- e^{tau_m/2} y_0 + sum_{j<m} e^{(tau_m - tau_{j+1})/2} (e^{eps_j/2} - 1) s(y_j, t_n + tau_j)
+
     After each block the corrector runs underdamped Langevin dynamics at the block's end time, its own blocks
     solved by Picard iterations too (see ``Corrector``).
 
@@ -131,7 +138,8 @@ def piadm_ode(
         iterations: Picard iterations ``K`` per predictor block.
         corrector: settings of the corrector; None leaves it out.
         seed: one int, or one per sample (an int, or a pair (seed, sample)).
-        initial: state at the first time, ``(B, *sample_shape)``; None draws it.
+        initial: state at the first time, ``(B, *sample_shape)``, on the schedule's scale; None draws
+            ``N(0, alpha^2 + sigma^2)``.
         noise: standard normals of the corrector, ``(blocks.count * corrector.normals, B, *sample_shape)``: for
             each block ``v_0``, then per step one normal that drives the velocity and one for what is left of the
             position's noise.  None draws them.
@@ -139,7 +147,7 @@ def piadm_ode(
             is in a list or dict is such a value, handed over whole.
         max_batch: most rows in one network call; None chooses.
         callback: called with a ``RoundInfo`` after each round; a true return value ends the run.
-        progress: show a progress bar.
+        progress: show a progress bar; None: no.
         return_states: keep the predictor's states at every step (of an interrupted run: of the finished blocks).
         raise_on_failure: raise ``NotConvergedError`` unless every sample is CONVERGED.
         workers: who evaluates the network: ``piadm.Devices``, ``piadm.Ranks``, or None: this process.
@@ -150,12 +158,16 @@ def piadm_ode(
     Raises:
         TypeError, ValueError: for bad input, before any network call.
         NetworkError: if the network raises or returns the wrong shape.
+        NotConvergedError: with ``raise_on_failure``, if a sample is not CONVERGED.
+        RuntimeError: if ``workers`` are ``Ranks`` and no process group is there.
+
+    Reference: Chen, Ren, Ying & Rotskoff 2024 (arXiv 2405.15986), Algorithm 2.
     """
-    steps = _predictor(denoiser, blocks, iterations, eta=0.0)
+    grid, steps = _predictor(denoiser, blocks, iterations, eta=0.0)
     if corrector is not None and not isinstance(corrector, Corrector):
         raise TypeError(f"corrector must be a piadm.Corrector or None, got {type(corrector).__name__}")
     problem = pose(
-        denoiser, shape, blocks.grid(denoiser.schedule), seed=seed, initial=initial, noise=noise,
+        denoiser, shape, grid, seed=seed, initial=initial, noise=noise,
         noise_count=blocks.count * corrector.normals if corrector else 0, condition=condition,
         max_batch=max_batch, callback=callback, workers=workers,
         nodes=max(*blocks.sizes, 2 * corrector.block_steps if corrector else 0),
@@ -171,13 +183,14 @@ def piadm_ode(
     return _run(problem, tally, steps, blocks, iterations, corrector, return_states, raise_on_failure)
 
 
-def _predictor(denoiser: object, blocks: object, iterations: object, eta: float) -> AffineSteps:
-    """Check the arguments of the paper's own and give the predictor's steps over all blocks."""
+def _predictor(denoiser: object, blocks: object, iterations: object, eta: float) -> tuple[TimeGrid, AffineSteps]:
+    """Check the arguments of the paper's own and give the grid of all blocks and the predictor's steps on it."""
     schedule = check_denoiser(denoiser).schedule
     if not isinstance(blocks, Blocks):
         raise TypeError(f"blocks must be a piadm.Blocks, got {type(blocks).__name__}; see piadm.Blocks.paper")
     positive_int("iterations", iterations)
-    return ScoreExponential(eta).steps(schedule, blocks.grid(schedule))
+    grid = grid_of(blocks.grid(schedule), schedule, blocks.steps)
+    return grid, ScoreExponential(eta).steps(schedule, grid)
 
 
 @torch.no_grad()

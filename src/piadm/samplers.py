@@ -79,7 +79,7 @@ def sample(
         max_rounds: most network rounds; None: twice as many as the path has steps, or nodes where you have set these.
         max_batch: most rows in one network call; None chooses.
         callback: called with a ``RoundInfo`` after each round; a true return value ends the run.
-        progress: show a progress bar.
+        progress: show a progress bar; None: no.
         return_states: keep the states at every step.
         raise_on_failure: raise ``NotConvergedError`` unless every sample is CONVERGED.
         workers: who evaluates the network: ``piadm.Devices``, ``piadm.Ranks``, or None: this process.
@@ -90,6 +90,8 @@ def sample(
     Raises:
         TypeError, ValueError: for bad input, before any network call.
         NetworkError: if the network raises or returns the wrong shape.
+        NotConvergedError: with ``raise_on_failure``, if a sample is not CONVERGED.
+        RuntimeError: if ``workers`` are ``Ranks`` and no process group is there.
 
     Reference: Chen et al. 2024 (arXiv 2405.15986) for the blocks' Picard iteration; Shih et al. 2023
         (arXiv 2305.16317) for Picard iterations on DDPM and DDIM.

@@ -54,7 +54,7 @@ def sample_sequential(
             is in a list or dict is such a value, handed over whole.
         max_batch: most rows in one network call; None chooses.
         callback: called with a ``RoundInfo`` after each step; a true return value ends the run.
-        progress: show a progress bar.
+        progress: show a progress bar; None: no.
         return_states: keep every state (of an interrupted run: those that were reached).
         raise_on_failure: raise ``NotConvergedError`` unless every sample is CONVERGED.
         workers: who evaluates the network: ``piadm.Devices``, ``piadm.Ranks``, or None: this process.
@@ -66,6 +66,11 @@ def sample_sequential(
     Raises:
         TypeError, ValueError: for bad input, before any network call.
         NetworkError: if the network raises or returns the wrong shape.
+        NotConvergedError: with ``raise_on_failure``, if a sample is not CONVERGED.
+        RuntimeError: if ``workers`` are ``Ranks`` and no process group is there.
+
+    Reference: Ho et al. 2020 (arXiv 2006.11239) for DDPM; Song et al. 2020 (arXiv 2010.02502) for DDIM; Chen et al.
+        2024 (arXiv 2405.15986) for the exponential integrators of "paper-sde" and "paper-ode".
     """
     schedule = check_denoiser(denoiser).schedule
     grid = grid_of(grid, schedule, steps)

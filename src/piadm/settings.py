@@ -161,8 +161,8 @@ def settle(
     bounds = chosen.bounds(schedule, scheme) if isinstance(chosen, Secant) else (slopes, slopes)
     # The mean of what Gaussian data answer and the bound 1/alpha, sqrt(G/alpha), finite where alpha is 0.
     alpha, sigma = schedule.levels(scheme.times)
-    spread = alpha.square() * checked.data_variance + sigma.square()
-    rate = ASSUMED * (checked.data_variance / spread).sqrt()
+    total = alpha.square() * checked.data_variance + sigma.square()
+    rate = ASSUMED * (checked.data_variance / total).sqrt()
     return Engine(
         grid=times,
         steps=scheme,
