@@ -26,7 +26,7 @@ SMOOTH_ORDER, ROUGH_ORDER = 3, 1
 #: Nodes of the first node set that the library chooses: ``factor (std of the data/aim)^power``, so that few samples
 #: need a second one; with a fifth fewer for the SDE half of a U-Net's samples did, with these four in ten.  Grids of
 #: fewer than twice as many steps are solved with every step a node.
-FACTOR_SMOOTH, POWER_SMOOTH = 1.5, 0.75
+FACTOR_SMOOTH, POWER_SMOOTH = 1.65, 0.75
 FACTOR_ROUGH, POWER_ROUGH = 2.2, 1.0
 
 #: Nodes of the first round, where the library chooses them: so many times fewer than an aim takes, but at least.  The
