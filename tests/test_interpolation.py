@@ -9,7 +9,7 @@ from torch import Tensor
 
 import piadm
 from piadm.condense import weights_on_end
-from piadm.interpolation import RoughInterpolation, SmoothInterpolation, smooth
+from piadm.interpolation import RoughInterpolation, SmoothInterpolation, smooth_rows
 from piadm.models import GaussianDenoiser
 from piadm.nodes import left_out
 from piadm.settings import Engine, settle
@@ -36,7 +36,7 @@ def test_nothing_is_lacking_of_a_cubic(nodes: int | None) -> None:
 def test_independent_ripples_do_to_the_end_what_they_are_said_to(nodes: int) -> None:
     given = engine(nodes)
     every, chosen = weights_on_end(given.steps, given.prior[0]), given.nodes
-    rows = smooth(chosen, given.clock, given.order, torch.zeros(nodes).double(), every, None).rows[2 : 2 + nodes]
+    rows = smooth_rows(chosen, given.clock, given.order, torch.zeros(nodes).double(), every)[2 : 2 + nodes]
     # The variance at the end of independent ripples of variance one at every step, some interpolated from the nodes.
     functional = every.clone()
     functional[chosen.indices] -= every @ chosen.weights

@@ -15,7 +15,7 @@ from piadm.condense import CondensedPath, condense, weights_on_end
 from piadm.cost import TimedWindow, latency
 from piadm.draft import start_from_draft
 from piadm.executor import Asking, drive
-from piadm.interpolation import Interpolation, rough, smooth
+from piadm.interpolation import Interpolation, RoughInterpolation, SmoothInterpolation, rough_rows, smooth_rows
 from piadm.iteration import turns
 from piadm.linearization import Gaussian
 from piadm.nodes import NodeSet, every_step
@@ -48,7 +48,6 @@ BOUNDLESS = 1e12
 #: it: on finer nodes its aim is so many times smaller.  Of two such samples half ended on the wrong side with the aim
 #: of all, none with a quarter of it.
 CARE = 16
-
 
 #: Copies of the states at every step that are held while they are found: those of the caller, and of a path its free
 #: states, states and residuals.
@@ -261,8 +260,10 @@ def _interpolation(
     """How to estimate what interpolation leaves, carried to the end by the reference; None: every step is a node."""
     if nodes.count == engine.steps.count:
         return None
-    estimate, on_end = rough if engine.noisy else smooth, weights_on_end(engine.steps, engine.prior[0])
-    return estimate(nodes, engine.clock, engine.order, reference.response[-1, 0], on_end, coarse_end)
+    acting, on_end = reference.response[-1, 0], weights_on_end(engine.steps, engine.prior[0])
+    if engine.noisy:
+        return RoughInterpolation(rough_rows(nodes, engine.clock, engine.order, acting, on_end), coarse_end)
+    return SmoothInterpolation(smooth_rows(nodes, engine.clock, engine.order, acting, on_end), coarse_end)
 
 
 def _keep(states: Tensor, engine: Engine, problem: Problem, nodes: NodeSet, path: ParallelPath) -> None:

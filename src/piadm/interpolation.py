@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from piadm.kept import kept
 from piadm.nodes import NodeSet, left_out, thin
 from piadm.numerics import Table
 
@@ -106,10 +107,9 @@ class SmoothInterpolation(Interpolation):
         return together
 
 
-def rough(
-    nodes: NodeSet, clock: Tensor, order: int, acting: Tensor, every: Tensor, coarse_end: Tensor | None
-) -> RoughInterpolation:
-    """That of the SDE.
+@kept
+def rough_rows(nodes: NodeSet, clock: Tensor, order: int, acting: Tensor, every: Tensor) -> Tensor:
+    """The rows of a ``RoughInterpolation``.
 
     Args:
         nodes: the nodes.
@@ -117,25 +117,23 @@ def rough(
         order: degree of the interpolation.
         acting: how the residual at each node acts on the end, shape ``(n,)``.
         every: how one at every step would, shape ``(J,)``.
-        coarse_end: as in ``Interpolation``.
     """
     knots = clock[nodes.indices[1:]]
     gap = float(knots[-1] - knots[0]) / max(1, len(knots) - 1)
     share = max(ROUGH_SHARE, ROUGH_SHARE_PER_GAP * gap)
-    return RoughInterpolation(share * _changes(nodes, thin(nodes, clock, order), acting, every), coarse_end)
+    return share * _changes(nodes, thin(nodes, clock, order), acting, every)
 
 
-def smooth(
-    nodes: NodeSet, clock: Tensor, order: int, acting: Tensor, every: Tensor, coarse_end: Tensor | None
-) -> SmoothInterpolation:
-    """That of the ODE; arguments as ``rough``."""
+@kept
+def smooth_rows(nodes: NodeSet, clock: Tensor, order: int, acting: Tensor, every: Tensor) -> Tensor:
+    """The rows of a ``SmoothInterpolation``; arguments as ``rough_rows``."""
     halves = thin(nodes, clock, order)
     rows = [_changes(nodes, halves, acting, every), _ripples(nodes, clock, order, every)]
     for half in halves:
         among = torch.zeros(half.count, nodes.count, dtype=torch.float64, device="cpu")
         among[:, torch.isin(nodes.indices, half.indices)] = _ripples(half, clock, order, every)
         rows.append(among)
-    return SmoothInterpolation(torch.cat(rows), coarse_end)
+    return torch.cat(rows)
 
 
 def _changes(nodes: NodeSet, halves: list[NodeSet], acting: Tensor, every: Tensor) -> Tensor:

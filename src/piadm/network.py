@@ -30,11 +30,17 @@ def unwrap(output: Any) -> Tensor:  # noqa: ANN401 - anything a network may retu
     return output
 
 
+def layers(network: object) -> Iterator[object]:
+    """A network and, where it wraps one as ``GuidedNetwork`` does, its ``network``, and so on."""
+    yield network
+    while callable(network := getattr(network, "network", None)):
+        yield network
+
+
 def module(network: object) -> object:
-    """What a wrapper, such as ``GuidedNetwork``, has as its ``network``, through all wrappers; else the network."""
-    while not isinstance(network, nn.Module) and callable(getattr(network, "network", None)):
-        network = network.network  # type: ignore[attr-defined]
-    return network
+    """The first module among a network's layers, else the innermost."""
+    found = list(layers(network))
+    return next((one for one in found if isinstance(one, nn.Module)), found[-1])
 
 
 def tensors(network: object) -> Iterator[Tensor]:
@@ -57,9 +63,7 @@ def network_device(network: object) -> torch.device | None:
 
 def rows_per_call(network: object) -> int:
     """Rows that a network makes of one that it is given, as a wrapper says: two under guidance, else one."""
-    while not hasattr(network, "rows_per_call") and callable(getattr(network, "network", None)):
-        network = network.network  # type: ignore[attr-defined]
-    return int(getattr(network, "rows_per_call", 1))
+    return next((int(one.rows_per_call) for one in layers(network) if hasattr(one, "rows_per_call")), 1)
 
 
 def resolution(network: object) -> float:

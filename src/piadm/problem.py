@@ -254,12 +254,9 @@ def check_condition(condition: object, batch: int, device: torch.device) -> dict
 
 def _tensor(array: NDArray[Any]) -> Tensor:
     """An array of numbers as a tensor of its own; types that torch does not know, or hardly, as int64 or float64."""
-    kind, size = array.dtype.kind, array.dtype.itemsize
-    near = (
-        np.int64
-        if kind == "u" and size > 1
-        else np.float64
-        if kind == "f" and size > 8
-        else array.dtype.newbyteorder("=")
-    )
+    near = array.dtype.newbyteorder("=")
+    if near.kind == "u" and near.itemsize > 1:
+        near = np.dtype(np.int64)
+    elif near.kind == "f" and near.itemsize > 8:
+        near = np.dtype(np.float64)
     return torch.from_numpy(array.astype(near, order="C"))

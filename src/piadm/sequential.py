@@ -76,7 +76,8 @@ def sample_sequential(
     grid = grid_of(grid, schedule, steps)
     coefficients = steps_of(method, schedule, grid)
     if not isinstance(coefficients, AffineSteps):
-        raise TypeError(f"method.steps(schedule, grid) must return a piadm.AffineSteps here, got {type(coefficients)}")
+        kind = type(coefficients).__name__
+        raise TypeError(f"method.steps(schedule, grid) must return a piadm.AffineSteps here, got a {kind}")
     problem = pose(
         denoiser, shape, grid, seed=seed, initial=initial, noise=noise,
         noise_count=coefficients.count * max(1, coefficients.normals), condition=condition, max_batch=max_batch,
