@@ -15,7 +15,7 @@ from piadm.activity import SlidingWindow
 from piadm.cli.compare_model import mixture
 from piadm.models import MixtureDenoiser
 from piadm.numerics import Table
-from piadm.path import Movement
+from piadm.turn import Movement
 
 #: Of 256 samples of this mixture the two that go in circles on 33 nodes for as long as they are let, if all their rows
 #: are evaluated from the first round.

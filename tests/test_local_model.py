@@ -10,7 +10,7 @@ import piadm
 from piadm.condense import first_moved
 from piadm.local_model import Learning, LocalModel
 from piadm.models import GaussianDenoiser
-from piadm.path import _Rows
+from piadm.turn import _Rows
 
 NODES, BATCH, SIZE = 5, 3, 7
 SCHEDULE = piadm.VPSchedule(0.1, 20.0)

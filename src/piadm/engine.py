@@ -1,4 +1,4 @@
-"""The engine of ``sample``: node set after node set, each with its path, its active rows and its stopping rule."""
+"""The engine of ``sample``: its samples on node sets, each with a path, its active rows and its stopping rule."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from piadm.cost import TimedWindow, latency
 from piadm.draft import start_from_draft
 from piadm.executor import Asking, drive
 from piadm.interpolation import Interpolation, RoughInterpolation, SmoothInterpolation, rough_rows, smooth_rows
-from piadm.iteration import turns
+from piadm.iteration import Course, one_round, turns
 from piadm.linearization import Gaussian
 from piadm.nodes import NodeSet, every_step
-from piadm.numerics import Table
+from piadm.numerics import Flags, Table
 from piadm.path import ParallelPath
 from piadm.problem import Problem
 from piadm.reference import free_states
@@ -34,6 +34,7 @@ from piadm.stopping import (
     SETTLED_SHARE,
     CarriedResidual,
     FixedIterations,
+    Told,
     Verdict,
 )
 from piadm.tally import Tally
@@ -62,126 +63,159 @@ def run(engine: Engine, problem: Problem, tally: Tally, limit: int, return_state
 
 @torch.no_grad()
 def rounds(engine: Engine, problem: Problem, tally: Tally, limit: int, return_states: bool) -> Asking[Tensor | None]:
-    """Solve on one node set after the other; a sample stays in the batch until it is judged."""
-    nodes, left, coarse = engine.nodes, torch.arange(problem.batch, device="cpu"), None
-    aim = np.full(problem.batch, engine.aim)
+    """Solve; a sample stays in the batch until it is judged, on the nodes that it needs."""
     states = None
     if return_states:
         states = problem.start.new_full((engine.steps.count + 1, *problem.start.shape), math.nan)
+    batch = _Batch(engine, problem, tally, limit, states)
     with tally.running():
-        while len(left):
-            if coarse is not None:
-                nodes = engine.finer(nodes)
-            refinable = engine.refinable and nodes.count < engine.steps.count
-            reference = condense(engine.steps, engine.prior[0], nodes, engine.prior[1])
-            condensed = _condensed(engine, nodes, reference)
-            rows, rule = _rules(engine, problem, condensed, nodes, refinable, coarse, aim[left.numpy()])
-            path = yield from _path(engine, problem, nodes, left, coarse, reference, rule, tally, limit)
-            coarse = None  # its states are not needed any more
-            verdict = yield from turns(tally, path, rows, rule, limit)
-            tally.nodes, tally.window = nodes.count, min(rows.size or nodes.count, nodes.count)
-            if states is not None:
-                _keep(states, engine, problem, nodes, path)
-                if tally.torn:  # the path may have taken in a part of a round
-                    tally.end[path.numbers] = states[-1, path.numbers]
-            go_on = refinable and not tally.interrupted and tally.rounds < limit
-            again = (verdict == Verdict.REFINE) & go_on
-            aim[left.numpy()[rule.circling]] = engine.aim / CARE
-            coarse = _Coarse(nodes, path, rule, torch.from_numpy(again))
-            tally.close(left[~coarse.again], verdict[~again] == Verdict.DONE)
-            left = left[coarse.again]
+        levels = [(yield from batch.first())]
+        while levels:
+            if not batch.over:
+                with tally.stoppable():
+                    yield from one_round(tally, [level.course for level in levels])
+            levels = batch.onward(levels)
     return None if states is None else states.reshape(-1, *problem.shape)
 
 
 @dataclass(frozen=True)
-class _Coarse:
-    """A solved path on a coarser node set, and which of its samples go on."""
+class _Level:
+    """Some samples on one node set."""
 
     nodes: NodeSet
-    path: ParallelPath
+    rows: SlidingWindow | TimedWindow
     rule: CarriedResidual
-    again: Tensor
+    course: Course
+
+    @property
+    def path(self) -> ParallelPath:
+        """Their path."""
+        return self.course.path
 
 
-def _path(
-    engine: Engine,
-    problem: Problem,
-    nodes: NodeSet,
-    samples: Tensor,
-    coarse: _Coarse | None,
-    reference: CondensedPath,
-    rule: CarriedResidual,
-    tally: Tally,
-    limit: int,
-) -> Asking[ParallelPath]:
-    """The path of some samples, from where the coarser node set, the draft or the first rounds have brought it."""
-    opening = engine.opening if coarse is None and problem.denoiser.draft is None else ()
-    few = [condense(engine.steps, engine.prior[0], one, engine.prior[1]) for one in opening]
-    free = _free(problem, samples, [*few, reference])
-    last = yield from _open(engine, few, free, samples, rule, tally, limit)
-    keep = None if coarse is None else coarse.again.to(coarse.path.device)
-    judged = _interpolation(engine, nodes, reference, None if coarse is None else coarse.path.end[keep, 0])
-    path = _guess(engine, nodes, samples, reference, free.pop(), judged)
-    if coarse is not None and keep is not None:
-        _take_over(path, nodes, coarse.nodes, coarse.path, keep)
-    elif last is not None:
-        _take_over(path, nodes, *last)
-        tally.end[path.numbers] = path.end[:, 0]
-    elif problem.denoiser.draft is not None:
-        tally.draft = start_from_draft(problem, path, rule)
-    return path
+@dataclass(frozen=True)
+class _Batch:
+    """All samples of a run, each on a level: on the first node set, or beside the others on a finer one.
 
+    Attributes:
+        engine: the settings.
+        problem: what is sampled.
+        tally: counts, and takes the results.
+        limit: number of rounds after which to give up.
+        states: takes the states at every step, shape ``(J + 1, B, d)``; None: they are not asked for.
+    """
 
-def _open(
-    engine: Engine,
-    references: Sequence[CondensedPath],
-    free: list[Tensor],
-    samples: Tensor,
-    rule: CarriedResidual,
-    tally: Tally,
-    limit: int,
-) -> Asking[tuple[NodeSet, ParallelPath] | None]:
-    """A round each on more and more of the nodes: a draft made by the network itself.  It uses up its free states."""
-    last: tuple[NodeSet, ParallelPath] | None = None
-    for nodes, reference in zip(engine.opening, references, strict=False):  # there may be none
-        path = _guess(engine, nodes, samples, reference, free.pop(0))
-        if last is not None:
-            _take_over(path, nodes, *last)
-        size = engine.rows(nodes.count, narrow=True)
-        size = min(size, engine.window) if isinstance(engine.window, int) else size
-        rows = SlidingWindow(size, rule.threshold[torch.isin(engine.nodes.indices, nodes.indices).numpy()])
-        yield from turns(tally, path, rows, FixedIterations(1, estimate=math.inf), limit)
-        last = nodes, path
-    return last
+    engine: Engine
+    problem: Problem
+    tally: Tally
+    limit: int
+    states: Tensor | None
 
+    @property
+    def over(self) -> bool:
+        """Whether there are to be no more rounds."""
+        return self.tally.interrupted or self.tally.rounds >= self.limit
 
-def _rules(
-    engine: Engine,
-    problem: Problem,
-    path: CondensedPath,
-    nodes: NodeSet,
-    refinable: bool,
-    coarse: _Coarse | None,
-    aim: Table,
-) -> tuple[SlidingWindow | TimedWindow, CarriedResidual]:
-    """Which rows are evaluated, and when a sample is finished, ``aim`` being that of each, shape ``(B,)``."""
-    count = path.count
-    influence = _influence(engine, problem, path, nodes)
-    # Rows that have settled may together leave this share of the tolerance.
-    threshold = SETTLED_SHARE * aim / count / influence[:, None]
-    first, finer = (FIRST_ROUGH, FINER_ROUGH) if engine.noisy else (FIRST_SMOOTH, FINER_SMOOTH)
-    rule = CarriedResidual(
-        influence,
-        threshold,
-        engine.tol,
-        aim=aim,
-        refinable=refinable,
-        caution=first if coarse is None else finer,
-        exact_after=TURNS_PER_NODE * count if count == engine.steps.count else math.inf,
-        most_laps=LAPS_HALF if engine.half_precision else LAPS,
-        told=None if coarse is None else coarse.rule.tell(coarse.again.numpy()),
-    )
-    return _active_rows(engine, problem, count, threshold), rule
+    def first(self) -> Asking[_Level]:
+        """All samples on the first node set, from where the draft or the first rounds have brought them."""
+        engine, problem = self.engine, self.problem
+        samples, drafted = torch.arange(problem.batch, device="cpu"), problem.denoiser.draft is not None
+        opening = () if drafted else engine.opening
+        few = [condense(engine.steps, engine.prior[0], one, engine.prior[1]) for one in opening]
+        reference = condense(engine.steps, engine.prior[0], engine.nodes, engine.prior[1])
+        free = _free(problem, samples, [*few, reference])
+        rule = self._rule(engine.nodes, reference, None, np.full(problem.batch, engine.aim))
+        opened = yield from self._open(few, free, samples, rule)
+        judged = _interpolation(engine, engine.nodes, reference, None)
+        path = _guess(engine, engine.nodes, samples, reference, free.pop(), judged)
+        if opened is not None:
+            _take_over(path, engine.nodes, *opened)
+            self.tally.end[path.numbers] = path.end[:, 0]
+        elif drafted:
+            self.tally.draft = start_from_draft(problem, path, rule)
+        return self._level(engine.nodes, path, rule)
+
+    def _open(
+        self, references: Sequence[CondensedPath], free: list[Tensor], samples: Tensor, rule: CarriedResidual
+    ) -> Asking[tuple[NodeSet, ParallelPath] | None]:
+        """A round each on more and more of the nodes: a draft by the network itself.  It uses up its free states."""
+        engine, last = self.engine, None
+        for nodes, reference in zip(engine.opening, references, strict=False):  # there may be none
+            path = _guess(engine, nodes, samples, reference, free.pop(0))
+            if last is not None:
+                _take_over(path, nodes, *last)
+            size = engine.rows(nodes.count, narrow=True)
+            size = min(size, engine.window) if isinstance(engine.window, int) else size
+            rows = SlidingWindow(size, rule.threshold[torch.isin(engine.nodes.indices, nodes.indices).numpy()])
+            yield from turns(self.tally, path, rows, FixedIterations(1, estimate=math.inf), self.limit)
+            last = nodes, path
+        return last
+
+    def onward(self, levels: Sequence[_Level]) -> list[_Level]:
+        """The levels of the next round: those that are not finished, and finer ones of samples that need more nodes."""
+        following = []
+        for level in levels:
+            again = (level.course.verdict == Verdict.REFINE) & ~level.course.handed
+            if again.any() and not self.over and self._refinable(level.nodes):
+                level.course.handed |= again
+                following.append(self._finer(level, again))
+            if level.course.going.any() and not self.over:
+                following.append(level)
+            else:
+                self._close(level)
+        return following
+
+    def _refinable(self, nodes: NodeSet) -> bool:
+        return self.engine.refinable and nodes.count < self.engine.steps.count
+
+    def _finer(self, coarse: _Level, again: Flags) -> _Level:
+        """Some samples of a level on finer nodes, ``again (B,)``, from where they are on its own."""
+        engine, keep = self.engine, torch.from_numpy(again)
+        nodes, samples = engine.finer(coarse.nodes), coarse.path.samples[keep]
+        reference = condense(engine.steps, engine.prior[0], nodes, engine.prior[1])
+        aim = np.where(coarse.rule.circling, engine.aim / CARE, coarse.rule.aim)[again]
+        rule = self._rule(nodes, reference, coarse.rule.tell(again), aim)
+        there = keep.to(coarse.path.device)
+        judged = _interpolation(engine, nodes, reference, coarse.path.end[there, 0])
+        free = _free(self.problem, samples, [reference])
+        path = _guess(engine, nodes, samples, reference, free.pop(), judged)
+        _take_over(path, nodes, coarse.nodes, coarse.path, there)
+        return self._level(nodes, path, rule)
+
+    def _rule(self, nodes: NodeSet, reference: CondensedPath, told: Told | None, aim: Table) -> CarriedResidual:
+        """When a sample is finished, ``aim`` being that of each, ``(B,)``, and ``told`` from coarser nodes."""
+        engine, count = self.engine, nodes.count
+        influence = _influence(engine, self.problem, _condensed(engine, nodes, reference), nodes)
+        first, finer = (FIRST_ROUGH, FINER_ROUGH) if engine.noisy else (FIRST_SMOOTH, FINER_SMOOTH)
+        return CarriedResidual(
+            influence,
+            # Rows that have settled may together leave this share of the tolerance.
+            SETTLED_SHARE * aim / count / influence[:, None],
+            engine.tol,
+            aim=aim,
+            refinable=self._refinable(nodes),
+            caution=first if told is None else finer,
+            exact_after=TURNS_PER_NODE * count if count == engine.steps.count else math.inf,
+            most_laps=LAPS_HALF if engine.half_precision else LAPS,
+            told=told,
+        )
+
+    def _level(self, nodes: NodeSet, path: ParallelPath, rule: CarriedResidual) -> _Level:
+        rows = _active_rows(self.engine, self.problem, nodes.count, rule.threshold)
+        return _Level(nodes, rows, rule, Course(path, rows, rule, self.tally.failed[path.samples.numpy()]))
+
+    def _close(self, level: _Level) -> None:
+        """The results of the samples of a level that have not been handed on to another."""
+        course, tally, own = level.course, self.tally, ~level.course.handed
+        kept = torch.from_numpy(own)
+        if self.states is not None and own.any():
+            _keep(self.states, self.engine, self.problem, level, kept)
+            if tally.torn:  # the path may have taken in a part of a round
+                numbers = level.path.numbers[kept.to(level.path.device)]
+                tally.end[numbers] = self.states[-1, numbers]
+        if tally.nodes is None or level.nodes.count >= tally.nodes:
+            tally.nodes, tally.window = level.nodes.count, min(level.rows.size or level.nodes.count, level.nodes.count)
+        tally.close(level.path.samples[kept], course.verdict[own] == Verdict.DONE)
 
 
 def _active_rows(engine: Engine, problem: Problem, count: int, threshold: Table) -> SlidingWindow | TimedWindow:
@@ -214,9 +248,9 @@ def _influence(engine: Engine, problem: Problem, path: CondensedPath, nodes: Nod
 
 def _free(problem: Problem, samples: Tensor, references: Sequence[CondensedPath]) -> list[Tensor]:
     """The reference model's own states of some samples."""
-    numbers = samples.to(problem.start.device)
-    start, noise = problem.start[numbers][:, None], problem.noise
-    return free_states(references, start, lambda first, last: noise.path(first, last)[:, numbers])
+    start = problem.start[samples.to(problem.start.device)][:, None]
+    some = None if len(samples) == problem.batch else samples
+    return free_states(references, start, lambda first, last: problem.noise.path(first, last, some))
 
 
 def _condensed(engine: Engine, nodes: NodeSet, reference: CondensedPath) -> CondensedPath:
@@ -266,13 +300,16 @@ def _interpolation(
     return SmoothInterpolation(smooth_rows(nodes, engine.clock, engine.order, acting, on_end), coarse_end)
 
 
-def _keep(states: Tensor, engine: Engine, problem: Problem, nodes: NodeSet, path: ParallelPath) -> None:
-    """Write the states of a path at every step into those of the batch, ``(J + 1, B, d)``."""
-    if nodes.count < engine.steps.count:
-        steps = every_step(engine.steps.count)
+def _keep(states: Tensor, engine: Engine, problem: Problem, level: _Level, own: Tensor) -> None:
+    """Write the states at every step of some samples of a level, ``own (B,)``, into those of the batch."""
+    path, there = level.path, own.to(level.path.device)
+    nodes, end = path.nodes[:, there], path.end[there, 0]
+    if level.nodes.count < engine.steps.count:
+        steps, samples = every_step(engine.steps.count), path.samples[own]
         reference = condense(engine.steps, engine.prior[0], steps, engine.prior[1])
-        free = _free(problem, path.samples, [reference])[0]
-        fine = _guess(engine, steps, path.samples, reference, free, learns=False)
-        fine.interpolate(nodes.weights, path.residual)
-        path = fine
-    states[:-1, path.numbers], states[-1, path.numbers] = path.nodes, path.end[:, 0]
+        fine = _guess(engine, steps, samples, reference, _free(problem, samples, [reference])[0], learns=False)
+        residual = path.residual.view(level.nodes.count, path.batch, path.size)[:, there]
+        fine.interpolate(level.nodes.weights, residual.flatten(1))
+        nodes, end = fine.nodes, fine.end[:, 0]
+    numbers = path.numbers[there]
+    states[:-1, numbers], states[-1, numbers] = nodes, end

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any, TypeVar, final
 
 import torch
@@ -40,6 +42,23 @@ def drive(asking: Asking[_T], answer: Callable[[Tensor, Tensor, Tensor], Tensor 
             resume = partial(asking.send, answer(*rows))
         except BaseException as error:
             resume = partial(asking.throw, error)
+
+
+@dataclass(frozen=True)
+class Request:
+    """Rows to be evaluated.
+
+    Attributes:
+        samples: sample number of every row, shape ``(R,)`` int64 on the state's device.
+        times: schedule time of every row, shape ``(R,)`` float64 on the state's device.
+        fetch: gives the states of a slice of the rows, shape ``(r, d)``.
+        store: takes the denoised estimates of that slice, shape ``(r, d)``.
+    """
+
+    samples: Tensor
+    times: Tensor
+    fetch: Callable[[slice], Tensor]
+    store: Callable[[slice, Tensor], None]
 
 
 class Team(ABC):
@@ -101,50 +120,41 @@ class Executor:
         self.peak_batch = 0
         self.evaluations = torch.zeros(shape[0], dtype=torch.int64, device="cpu")
 
-    def run(
-        self,
-        samples: Tensor,
-        times: Tensor,
-        fetch: Callable[[slice], Tensor],
-        store: Callable[[slice, Tensor], None],
-    ) -> None:
+    def run(self, request: Request) -> None:
         """Evaluate one round: ``ask``, answered by the network.
 
         Raises:
             NetworkError: if the network fails, naming the times and samples of the rows it was given.
         """
-        drive(self.ask(samples, times, fetch, store), self.answer)
+        drive(self.ask([request]), self.answer)
 
-    def ask(
-        self,
-        samples: Tensor,
-        times: Tensor,
-        fetch: Callable[[slice], Tensor],
-        store: Callable[[slice, Tensor], None],
-    ) -> Asking[None]:
-        """Ask for one round, micro-batch by micro-batch.
-
-        Args:
-            samples: sample number of every row, shape ``(R,)`` int64 on the state's device.
-            times: schedule time of every row, shape ``(R,)`` float64 on the state's device.
-            fetch: gives the states of a slice of the rows, shape ``(r, d)``.
-            store: takes the denoised estimates of that slice, shape ``(r, d)``.
-        """
-        rows, first = len(samples), 0
+    def ask(self, requests: Sequence[Request]) -> Asking[None]:
+        """Ask for one round, the rows of all requests in one batch, micro-batch by micro-batch."""
+        starts = [0, *accumulate(len(request.samples) for request in requests)]
+        rows, first = starts[-1], 0
         usual = rows * self.denoiser.rows_per_call
-        if samples.device.type == "cpu":
+        if rows and requests[0].samples.device.type == "cpu":
             usual = min(max(CPU_ROWS, CPU_NUMBERS // math.prod(self.shape[1:])), MOST_CPU_ROWS)
         while first < rows:
             most = usual if self.max_batch is None else self.max_batch
-            part = slice(first, min(rows, first + self.team.count * max(1, most // self.denoiser.rows_per_call)))
-            estimate = yield fetch(part), samples[part], times[part]
+            last = min(rows, first + self.team.count * max(1, most // self.denoiser.rows_per_call))
+            parts = [
+                (request, slice(max(first, begin) - begin, min(last, end) - begin))
+                for request, begin, end in zip(requests, starts, starts[1:], strict=False)
+                if first < end and begin < last
+            ]
+            samples = _joined([request.samples[part] for request, part in parts])
+            times = _joined([request.times[part] for request, part in parts])
+            estimate = yield _joined([request.fetch(part) for request, part in parts]), samples, times
             if estimate is None:
-                self.max_batch = max(1, (part.stop - part.start) * self.denoiser.rows_per_call // 2)
+                self.max_batch = max(1, (last - first) * self.denoiser.rows_per_call // 2)
                 continue
             if self.team.count == 1:  # several note themselves what each of them was handed
-                self.peak_batch = max(self.peak_batch, (part.stop - part.start) * self.denoiser.rows_per_call)
-            store(part, estimate)
-            first = part.stop
+                self.peak_batch = max(self.peak_batch, (last - first) * self.denoiser.rows_per_call)
+            found = torch.split(estimate, [part.stop - part.start for _, part in parts])
+            for (request, part), own in zip(parts, found, strict=True):
+                request.store(part, own)
+            first = last
 
     def count(self, samples: Tensor) -> None:
         """Add one evaluation for every entry of ``samples`` (on the CPU)."""
@@ -179,7 +189,7 @@ class Executor:
             NetworkError: if the network fails, naming the times and samples of the rows it was given.
         """
         found = torch.empty_like(x)
-        self.run(samples, times, x.__getitem__, found.__setitem__)
+        self.run(Request(samples, times, x.__getitem__, found.__setitem__))
         return found
 
     def evaluate(self, x: Tensor, samples: Tensor, times: Tensor) -> Tensor | None:
@@ -202,6 +212,11 @@ class Executor:
             named = name_rows(samples + self.team.first, times)
             raise NetworkError(f"the network failed on {named}: {error}") from error
         return estimate.reshape(len(samples), -1)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """One after the other; the only one as it is."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -1,75 +1,125 @@
-"""The loop: turn after turn on one path, until a stopping rule has judged every sample."""
+"""The loop: round after round on paths, until a stopping rule has judged every sample."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from piadm.activity import ActiveRows
 from piadm.executor import Asking, drive
-from piadm.numerics import Flags, Table
-from piadm.path import Movement, ParallelPath
-from piadm.stopping import StoppingRule, Verdict, Verdicts
+from piadm.numerics import Flags, Table, host
+from piadm.path import ParallelPath
+from piadm.stopping import StoppingRule, Verdict
 from piadm.tally import Tally
+from piadm.turn import Movement, Turn
 
 
-def solve(tally: Tally, path: ParallelPath, rows: ActiveRows, rule: StoppingRule, limit: int) -> Verdicts:
-    """Iterate a path with the problem's network: ``turns``, answered by it."""
-    return drive(turns(tally, path, rows, rule, limit), tally.problem.executor.answer)
-
-
-def turns(tally: Tally, path: ParallelPath, rows: ActiveRows, rule: StoppingRule, limit: int) -> Asking[Verdicts]:
-    """Iterate a path; every sample leaves the batch as soon as it is judged.
+class Course:
+    """A path on its way: which rows it has evaluated, who judges its samples, and what was said of them so far.
 
     Args:
-        tally: counts the rounds and holds the errors and the current end of every sample.
         path: the path, its node states set to the starting guess.
         rows: chooses the rows of every round.
         rule: judges every sample after every round.
-        limit: number of rounds, of the whole run, after which to give up.
+        failed: which of the samples had failed before, shape ``(B,)``.
 
-    Returns:
-        The last ``Verdict`` of every sample of the path, shape ``(B,)``; GO_ON where the limit or an interrupt
-        cut it off, NONFINITE for one that had failed before.
+    Attributes:
+        verdict: the last ``Verdict`` of every sample, shape ``(B,)``; GO_ON for those that were cut off.
+        handed: which of them have been handed on to another path, shape ``(B,)``.
+        rounds: rounds that the path has had.
     """
-    samples, count = path.samples.numpy(), path.path.count
-    verdict = np.where(tally.failed[samples], Verdict.NONFINITE, Verdict.GO_ON)
-    tally.peak_states = max(tally.peak_states, count * len(samples))
-    before = tally.rounds
+
+    def __init__(self, path: ParallelPath, rows: ActiveRows, rule: StoppingRule, failed: Flags) -> None:
+        self.path, self.rows, self.rule, self.rounds = path, rows, rule, 0
+        self.samples = path.samples.numpy()
+        self.verdict = np.where(failed, Verdict.NONFINITE, Verdict.GO_ON)
+        self.handed = np.zeros_like(failed)
+        self.spent = False
+
+    @property
+    def going(self) -> Flags:
+        """Which samples take part in the next round, shape ``(B,)``."""
+        found: Flags = (self.verdict == Verdict.GO_ON) & (not self.spent)
+        return found
+
+    def choose(self) -> Flags:
+        """The rows of the next round, ``(n, B)``."""
+        chosen: Flags = self.rows.choose(self.path.outlook.expected * self.rule.growth, self.rounds) & self.going
+        return chosen
+
+    def judge(self, tally: Tally, active: Flags, movement: Movement) -> None:
+        """Judge a round, and hand errors, ends and failures to the tally."""
+        going = self.going
+        error, judged = self.rule.judge(movement, self.path.outlook.expected)
+        self.verdict = np.where(going, judged, self.verdict)
+        self.rounds += 1
+        self.spent = not active.any()  # nothing left to evaluate: the rule has judged all there is
+        tally.error.numpy()[self.samples[going]] = error[going]
+        self._record_ends(tally)
+        for sample in (going & (self.verdict == Verdict.NONFINITE)).nonzero()[0]:
+            tally.fail(int(self.samples[sample]), self._where(movement, sample))
+
+    def _record_ends(self, tally: Tally) -> None:
+        """Those of the samples that have not been handed on."""
+        if not self.handed.any():
+            tally.end[self.path.numbers] = self.path.end[:, 0]
+        else:
+            kept = torch.from_numpy((~self.handed).nonzero()[0]).to(self.path.device, non_blocking=True)
+            tally.end[self.path.numbers[kept]] = self.path.end[kept, 0]
+
+    def _where(self, movement: Movement, sample: int) -> str:
+        """Where a sample's values first stopped being finite."""
+        bad = (~np.isfinite(movement.surprise[:, sample])).nonzero()[0]
+        if len(bad) == 0:
+            return "the states overflowed although the network's values were finite"
+        return f"the network returned a value that is not finite at time {self.path.path.times[bad[0]]:g}"
+
+
+def one_round(tally: Tally, courses: Sequence[Course]) -> Asking[None]:
+    """One round of several paths at once: the network is called on the rows of all of them in one batch.
+
+    Args:
+        tally: counts it, and holds the errors and the current end of every sample.
+        courses: the paths, no sample of which takes part in two of them.
+    """
+    chosen = [course.choose() for course in courses]
+    tally.peak_states = max(tally.peak_states, sum(active.size for active in chosen))
+    began = time.perf_counter()
+    turns = [Turn(course.path, active) for course, active in zip(courses, chosen, strict=True)]
+    yield from tally.problem.executor.ask([turn.request for turn in turns])
+    heard = _hear(turns)
+    seconds = time.perf_counter() - began
+    rows = []
+    for course, turn, numbers in zip(courses, turns, heard, strict=True):
+        course.judge(tally, turn.active, turn.hear(numbers))
+        rows.append(np.broadcast_to(course.samples, turn.active.shape)[turn.active])
+    evaluated = torch.from_numpy(np.concatenate(rows))
+    if len(evaluated) == 0:
+        return
+    for course in courses:
+        course.rows.took(len(evaluated), seconds)
+    tally.residuals.append(tally.error.clone())
+    tally.round(torch.unique(evaluated), evaluated)
+
+
+def _hear(turns: Sequence[Turn]) -> list[Table]:
+    """What the paths have to tell the host, in the round's only synchronisation."""
+    told = [turn.follow() for turn in turns]
+    return np.split(host(torch.cat(told)), np.cumsum([len(numbers) for numbers in told[:-1]]))
+
+
+def turns(tally: Tally, path: ParallelPath, rows: ActiveRows, rule: StoppingRule, limit: int) -> Asking[Course]:
+    """Iterate one path until every sample is judged, or for so many rounds of the whole run, or to an interrupt."""
+    course = Course(path, rows, rule, tally.failed[path.samples.numpy()])
     with tally.stoppable():
-        while not tally.interrupted and tally.rounds < limit and (going := verdict == Verdict.GO_ON).any():
-            active = rows.choose(path.outlook.expected * rule.growth, tally.rounds - before) & going
-            began = time.perf_counter()
-            movement = yield from path.turn(tally.problem.executor, active)  # ends with the round's synchronisation
-            seconds = time.perf_counter() - began
-            error, judged = rule.judge(movement, path.outlook.expected)
-            verdict = np.where(going, judged, verdict)
-            _record(tally, path, movement, error, going, verdict)
-            if not active.any():
-                break  # nothing left to evaluate: the rule has judged all there is
-            rows.took(int(active.sum()), seconds)
-            tally.residuals.append(tally.error.clone())
-            evaluated = np.broadcast_to(samples, active.shape)[active]
-            tally.round(torch.from_numpy(samples[active.any(0)]), torch.from_numpy(evaluated))
-    return verdict
+        while not tally.interrupted and tally.rounds < limit and course.going.any():
+            yield from one_round(tally, [course])
+    return course
 
 
-def _record(
-    tally: Tally, path: ParallelPath, movement: Movement, error: Table, going: Flags, verdict: Verdicts
-) -> None:
-    """Hand the errors, the ends and the failures of a round to the tally."""
-    samples = path.samples.numpy()
-    tally.error.numpy()[samples[going]] = error[going]
-    tally.end[path.numbers] = path.end[:, 0]
-    for sample in (going & (verdict == Verdict.NONFINITE)).nonzero()[0]:
-        tally.fail(int(samples[sample]), _where(movement, path, sample))
-
-
-def _where(movement: Movement, path: ParallelPath, sample: int) -> str:
-    """Where a sample's values first stopped being finite."""
-    bad = (~np.isfinite(movement.surprise[:, sample])).nonzero()[0]
-    if len(bad) == 0:
-        return "the states overflowed although the network's values were finite"
-    return f"the network returned a value that is not finite at time {path.path.times[bad[0]]:g}"
+def solve(tally: Tally, path: ParallelPath, rows: ActiveRows, rule: StoppingRule, limit: int) -> Course:
+    """Iterate a path with the problem's network: ``turns``, answered by it."""
+    return drive(turns(tally, path, rows, rule, limit), tally.problem.executor.answer)

@@ -66,11 +66,8 @@ def measure_moments(
         PAIRS, 2, math.prod(size), dtype=torch.float32, generator=generator, device="cpu"
     )
     rows = inputs.flatten(0, 2).to(device)
-    found = torch.empty_like(rows)
     first = torch.zeros(len(rows), dtype=torch.int64, device=device)  # every row has the first sample's condition
-    Executor(denoiser, (1, *size), given).run(
-        first, times.repeat_interleave(2 * PAIRS).to(device), rows.__getitem__, found.__setitem__
-    )
+    found = Executor(denoiser, (1, *size), given).whole(rows, first, times.repeat_interleave(2 * PAIRS).to(device))
     outputs = found.view_as(inputs).cpu().double()
 
     dx, dd = inputs.double().diff(dim=2), outputs.diff(dim=2)

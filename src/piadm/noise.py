@@ -159,8 +159,8 @@ class NoiseSource(ABC):
     """The standard normals of one run: fixed before it starts, served in pieces of any size."""
 
     @abstractmethod
-    def path(self, first: int, last: int) -> Tensor:
-        """Noise of the steps ``first .. last - 1``: ``(last - first, B, elements)``."""
+    def path(self, first: int, last: int, samples: Tensor | None = None) -> Tensor:
+        """Noise of the steps ``first .. last - 1``, of all samples or some: ``(last - first, B, elements)``."""
 
     @abstractmethod
     def initial(self) -> Tensor:
@@ -181,9 +181,9 @@ class SeededNoise(NoiseSource):
     dtype: torch.dtype = torch.float32
     device: torch.device | str = "cpu"
 
-    def path(self, first: int, last: int) -> Tensor:
-        """Noise of the steps ``first .. last - 1``: ``(last - first, B, elements)``."""
-        return self._draw(Stream.PATH, first, last)
+    def path(self, first: int, last: int, samples: Tensor | None = None) -> Tensor:
+        """Noise of the steps ``first .. last - 1``, of all samples or some: ``(last - first, B, elements)``."""
+        return self._draw(Stream.PATH, first, last, samples)
 
     def initial(self) -> Tensor:
         """Noise of the starting state, before any scaling: ``(B, elements)``."""
@@ -193,9 +193,9 @@ class SeededNoise(NoiseSource):
         """Draws ``first .. last - 1`` of the corrector after ``block``: ``(last - first, B, elements)``."""
         return self._draw(Stream.CORRECTOR + positive_int("block", block, 0), first, last)
 
-    def _draw(self, stream: int, first: int, last: int) -> Tensor:
-        steps = range(first, last)
-        return normals(self.keys, stream, steps, self.elements, dtype=self.dtype, device=self.device)
+    def _draw(self, stream: int, first: int, last: int, samples: Tensor | None = None) -> Tensor:
+        keys, steps = self.keys if samples is None else self.keys[samples], range(first, last)
+        return normals(keys, stream, steps, self.elements, dtype=self.dtype, device=self.device)
 
 
 @final
@@ -217,11 +217,13 @@ class GivenNoise(NoiseSource):
         self._noise = given_array("noise", noise, shape).reshape(*shape[:2], fallback.elements)
         self._fallback = fallback
 
-    def path(self, first: int, last: int) -> Tensor:
-        """Noise of the steps ``first .. last - 1``: ``(last - first, B, elements)``."""
+    def path(self, first: int, last: int, samples: Tensor | None = None) -> Tensor:
+        """Noise of the steps ``first .. last - 1``, of all samples or some: ``(last - first, B, elements)``."""
         if not 0 <= first <= last <= len(self._noise):
             raise ValueError(f"noise holds {len(self._noise)} steps, got a request for {first} to {last}")
-        return self._noise[first:last].to(device=self._fallback.device, dtype=self._fallback.dtype)
+        part = self._noise[first:last]
+        part = part if samples is None else part[:, samples.to(part.device)]
+        return part.to(device=self._fallback.device, dtype=self._fallback.dtype)
 
     def initial(self) -> Tensor:
         """Noise of the starting state, before any scaling: ``(B, elements)``."""

@@ -23,6 +23,12 @@ def rms(rows: Tensor) -> Tensor:
     return rows.square().mean(1).sqrt()
 
 
+def host(numbers: Tensor) -> Table:
+    """Numbers on the host."""
+    found: Table = numbers.cpu().double().numpy()
+    return found
+
+
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What an autocast around the caller computes in on a device; None: there is none, or PyTorch is older than 2.4."""
     if not hasattr(torch, "get_autocast_dtype") or not torch.is_autocast_enabled(device.type):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from piadm.denoiser import Denoiser
+from piadm.executor import Request
 from piadm.grid import TimeGrid
 from piadm.integrators import AffineSteps, Integrator, steps_of
 from piadm.noise import Seed
@@ -94,14 +95,11 @@ def sample_sequential(
     failed_at = torch.full((batch,), coefficients.count, device=x.device)
     chunk, ahead = x[None], max(1, noise_rows(x.device, x.numel()) // max(1, normals))
 
-    def store(part: slice, value: Tensor) -> None:
-        estimate[part] = value
-
     with tally.running():
         for j in range(coefficients.count):
             if normals and j % ahead == 0:
                 chunk = problem.noise.path(normals * j, normals * min(j + ahead, coefficients.count))
-            problem.executor.run(rows, nodes[j].expand(batch), lambda part, x=x: x[part], store)  # type: ignore[misc]
+            problem.executor.run(Request(rows, nodes[j].expand(batch), x.__getitem__, estimate.__setitem__))
             failed_at = torch.where(estimate.isfinite().all(1), failed_at, failed_at.clamp(max=j))
             x = a[j] * x + b[j] * estimate
             for row, weight in enumerate(c[j], normals * (j % ahead)):

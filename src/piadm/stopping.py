@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from piadm.activity import NARROW
 from piadm.numerics import Flags, Table
-from piadm.path import Movement
+from piadm.turn import Movement
 
 #: A ``Verdict`` for every sample.
 Verdicts = NDArray[np.int64]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from piadm.executor import Executor
+from piadm.executor import Executor, Request
 from piadm.rivals.course import Course, Lane
 from piadm.solution import Solution, Status
 
@@ -108,10 +108,7 @@ def _call(course: Course, executor: Executor, asked: dict[int, tuple[Tensor, Ten
     times = course.steps.times[steps.cpu()].to(device)
     estimates = torch.empty_like(states)
 
-    def store(part: slice, estimate: Tensor) -> None:
-        estimates[part] = estimate
-
-    executor.run(samples.to(device), times, lambda part: states[part], store)
+    executor.run(Request(samples.to(device), times, states.__getitem__, estimates.__setitem__))
     executor.count(samples)
     if not bool(estimates.isfinite().all()):
         raise GaveUp("diverged")

@@ -1,0 +1,136 @@
+"""One round of one path: the rows that the network is asked for, and what follows from its answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from piadm.executor import Request
+from piadm.numerics import Flags, Table, full_precision, rms
+from piadm.path import ParallelPath
+
+#: Relative roundings of the end that two ways of computing it may be apart: up to 5 were seen on a trained network.
+ROUNDINGS = 5
+
+
+@dataclass(frozen=True)
+class Movement:
+    """What one round changed, on the CPU.
+
+    Attributes:
+        surprise: RMS difference of every row's residual from what its local model had said, shape ``(n, B)``;
+            0 where not evaluated.
+        end: RMS change of the end of the path, shape ``(B,)``.
+        interpolation: estimated RMS error at the end of the path that interpolation between the nodes leaves,
+            shape ``(B,)``.
+        rounding: what rounding of the states may leave at the end of the path, shape ``(B,)``.
+    """
+
+    surprise: Table
+    end: Table
+    interpolation: Table
+    rounding: Table
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of a round, in the order of the nodes, and their places in a table of as many for every sample.
+
+    Attributes:
+        node: their nodes, shape ``(r,)``.
+        sample: their samples, shape ``(r,)``.
+        place: their places among those of their sample, shape ``(r,)``.
+        places: the nodes of every sample's rows, and where these are fewer some that are no rows, shape ``(B, a)``.
+    """
+
+    node: Tensor
+    sample: Tensor
+    place: Tensor
+    places: Tensor
+
+    @staticmethod
+    def of(active: Flags, device: torch.device) -> _Rows:
+        """Those that are true in a table ``(n, B)``."""
+        number = active.cumsum(0)
+        rows = np.stack([*active.nonzero(), number[active] - 1])
+        places = (~active).argsort(axis=0, kind="stable")[: number[-1].max()].T
+        # A blocking copy would wait for the device once more.
+        (node, sample, place), there = (torch.from_numpy(t).to(device, non_blocking=True) for t in (rows, places))
+        return _Rows(node, sample, place, there)
+
+
+class Turn:
+    """A round of a path, under way: ``request`` is to be answered, then ``follow`` called, then ``hear``.
+
+    Args:
+        path: the path.
+        active: which rows to evaluate, shape ``(n, B)``.
+
+    Attributes:
+        request: the rows, for the executor.
+    """
+
+    def __init__(self, path: ParallelPath, active: Flags) -> None:
+        self.path, self.active = path, active
+        self.rows = rows = _Rows.of(active, path.device)
+        self.numbers = rows.node * path.batch + rows.sample
+        # What the rows told beyond ``R(x)``, as in ``LocalModel.follow``; the surprise and the stride of every row.
+        self.told = path.state.new_zeros(*rows.places.shape, path.size)
+        self.heard = path.state.new_zeros(2, path.path.count * path.batch)
+        self.request = Request(path.numbers[rows.sample], path.times[rows.node], self._fetch, self._store)
+
+    def _fetch(self, part: slice) -> Tensor:
+        return self.path.nodes[self.rows.node[part], self.rows.sample[part]]
+
+    def _store(self, part: slice, estimate: Tensor) -> None:
+        # In place: on an accelerator a part is the whole round, and six copies of it must do.
+        path, at, sample, row = self.path, self.rows.node[part], self.rows.sample[part], self.numbers[part]
+        x, model, residual = self._fetch(part), path.reference_nodes[at, sample], path.residual.view(-1, path.size)
+        fresh = estimate.sub_(path.constants[at, None]).addcmul_(path.reference_slopes[at, None], model, value=-1)
+        fresh.addcmul_(path.slopes[at, None], model.sub_(x))
+        del model
+        beyond = fresh - residual[row]
+        residual[row], self.told[sample, self.rows.place[part]] = fresh, beyond
+        if path.local is None:
+            self.heard[0, row] = rms(beyond)
+        else:
+            self.heard[:, row] = path.local.observe(row, x, beyond)
+
+    def follow(self) -> Tensor:
+        """Solve; what the host is to hear of it, one row of numbers on the device."""
+        path = self.path
+        before = path.end.clone()
+        path.follow(self.rows.places, self.told, int(self.active.any(1).argmax()))
+        del self.told
+        end = path.end[:, 0]
+        moved, size = torch.stack([end - before[:, 0], end]).square_().mean(2).sqrt_()
+        # Where the reference is far off, by a mean told wrong, states are small differences of large numbers.
+        rounding = ROUNDINGS * torch.finfo(path.dtype).eps * size.maximum(path.reference_size)
+        drift = self.heard[1] if path.local is None else path.local.drift(path.rows)
+        return torch.cat([*self.heard, drift, moved, rounding, *self._left(end)])
+
+    def _left(self, end: Tensor) -> list[Tensor]:
+        """What tells of the interpolation error: sizes of its rows ``(m B,)``, the distance of two ends ``(B,)``."""
+        path = self.path
+        if path.interpolation is None or path.left is None:
+            return []
+        with full_precision(path.device):
+            rows = path.left @ path.residual
+        coarse = path.interpolation.coarse_end
+        sizes = rows.view(-1, path.size).square_().mean(1).sqrt_()  # in place: there are twice as many as nodes
+        return [sizes, torch.zeros_like(end[:, 0]) if coarse is None else rms(end - coarse)]
+
+    def hear(self, numbers: Table) -> Movement:
+        """Take in what ``follow`` has told, on the host."""
+        path = self.path
+        of_rows, of_end, left = np.split(numbers, np.cumsum([3 * self.active.size, 2 * path.batch]))
+        surprise, stride, distance = of_rows.reshape(3, path.path.count, path.batch)
+        path.outlook.learn(self.active, surprise, stride)
+        path.outlook.look(distance)
+        moved, rounding = of_end.reshape(2, path.batch)
+        sizes, apart = np.split(left.reshape(-1, path.batch), [-1])
+        error = np.zeros_like(moved) if path.interpolation is None else path.interpolation.error(sizes, apart[0])
+        return Movement(surprise, moved, error, rounding)
