@@ -92,6 +92,11 @@ LAPS = 16
 #: network in bfloat16 took a quarter to two fifths fewer rounds with it, and as many evaluations.
 LAPS_HALF = 8
 
+#: Iteration error, in the aim, from which on a path has arrived as far as finer nodes ask.  With 1 the samples of a
+#: mixture took 8.1 rounds and 134 evaluations on average instead of 7.8 and 127, those of rough networks 0.1 rounds
+#: more.
+ARRIVED = 4.0
+
 #: Times that the interpolation error of a slow sample may double.
 MOST_DOUBLINGS = 6
 
@@ -256,7 +261,7 @@ class CarriedResidual:
 
         ripe = still | (self.rounds >= self.caution.earliest)
         # Finer nodes are for paths that have arrived: one that still goes to and fro would take its errors along.
-        enough = np.minimum(0.5 * interpolation, self.aim) if self.refinable else SETTLED_SHARE * self.aim
+        enough = np.minimum(0.5 * interpolation, ARRIVED * self.aim) if self.refinable else SETTLED_SHARE * self.aim
         coarse = ripe & (iteration <= enough) & (interpolation > 0.5 * self.aim)
         coarse |= self.circling & self.refinable
         within = ripe & (iteration <= self.aim) & (error <= (self.aim if self.refinable else self.tol))
