@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
 import piadm
 from piadm import memory
+from piadm.models import MixtureDenoiser
 
 GIGA = 1_000_000_000
 
@@ -63,3 +65,20 @@ def test_where_nothing_is_known_nothing_is_refused(monkeypatch: pytest.MonkeyPat
 def test_what_is_free_on_this_machine_is_a_sensible_number() -> None:
     found = memory.free(torch.device("cpu"))
     assert found is None or 1e6 < found < 1e14
+
+
+def test_finer_nodes_are_taken_by_turns_where_not_all_fit_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes = torch.randn(10, 8, generator=torch.Generator().manual_seed(0))
+    rough = MixtureDenoiser(piadm.DiscreteSchedule.ddpm(), modes, 0.1)
+    network = rough.network
+    # Waves in the time, of which the first nodes know nothing.
+    denoiser = replace(rough, network=lambda x, t: network(x, t) + 0.05 * torch.sin(0.31 * t)[:, None])
+    given = dict(method="ode", steps=400, tol=3e-3)
+    at_once = piadm.sample(denoiser, (6, 8), **given)
+    assert at_once.stats.nodes == 400  # they had to go on
+    room = [4 * GIGA]  # for the run itself, then for none but the one that may always go on
+    monkeypatch.setattr(memory, "free", lambda device: room.pop() if room else 0)
+    by_turns = piadm.sample(denoiser, (6, 8), **given)
+    assert by_turns.stats.rounds > at_once.stats.rounds
+    assert torch.equal(by_turns.stats.evaluations_per_sample, at_once.stats.evaluations_per_sample)
+    torch.testing.assert_close(by_turns.sample, at_once.sample, atol=1e-5, rtol=0)

@@ -111,7 +111,7 @@ def _hear(turns: Sequence[Turn]) -> list[Table]:
     return np.split(host(torch.cat(told)), np.cumsum([len(numbers) for numbers in told[:-1]]))
 
 
-def turns(tally: Tally, path: ParallelPath, rows: ActiveRows, rule: StoppingRule, limit: int) -> Asking[Course]:
+def iterate(tally: Tally, path: ParallelPath, rows: ActiveRows, rule: StoppingRule, limit: int) -> Asking[Course]:
     """Iterate one path until every sample is judged, or for so many rounds of the whole run, or to an interrupt."""
     course = Course(path, rows, rule, tally.failed[path.samples.numpy()])
     with tally.stoppable():
@@ -121,5 +121,5 @@ def turns(tally: Tally, path: ParallelPath, rows: ActiveRows, rule: StoppingRule
 
 
 def solve(tally: Tally, path: ParallelPath, rows: ActiveRows, rule: StoppingRule, limit: int) -> Course:
-    """Iterate a path with the problem's network: ``turns``, answered by it."""
-    return drive(turns(tally, path, rows, rule, limit), tally.problem.executor.answer)
+    """Iterate a path with the problem's network: ``iterate``, answered by it."""
+    return drive(iterate(tally, path, rows, rule, limit), tally.problem.executor.answer)

@@ -36,12 +36,18 @@ def free(device: torch.device) -> int | None:
     return min((number for number in found if number is not None), default=None)
 
 
+def fitting(samples: int, device: torch.device, dtype: torch.dtype, nodes: int, size: int) -> int:
+    """How many of some samples of ``size`` coordinates fit beside what is there, on so many nodes."""
+    room = free(device)
+    return samples if room is None else min(samples, room // needed(nodes, 1, size, dtype.itemsize))
+
+
 def refuse_excess(
     shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, nodes: int, kept: int = 0
 ) -> None:
     """Refuse a run whose states do not fit into memory; what the network itself needs is not known and not counted.
 
-    Nor are the finer nodes that some samples may go on with.
+    Nor are the finer nodes that some samples may go on with: where they do not fit, these samples go on by turns.
 
     Args:
         shape: ``(B, *sample_shape)``.

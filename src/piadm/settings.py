@@ -111,6 +111,10 @@ class Engine:
             return every_step(self.steps.count)
         return with_readings(finer, self.importance)
 
+    def refines(self, nodes: NodeSet) -> bool:
+        """Whether samples that need it go on from these nodes to finer ones."""
+        return self.refinable and nodes.count < self.steps.count
+
     @property
     def half_precision(self) -> bool:
         """Whether the network computes with numbers of sixteen bits."""

@@ -1,0 +1,216 @@
+"""Samples on a node set: their path, its active rows and its stopping rule, and the way on to finer nodes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from piadm.activity import SlidingWindow
+from piadm.condense import CondensedPath, condense, weights_on_end
+from piadm.cost import TimedWindow, latency
+from piadm.interpolation import Interpolation, RoughInterpolation, SmoothInterpolation, rough_rows, smooth_rows
+from piadm.iteration import Course
+from piadm.linearization import Gaussian
+from piadm.nodes import NodeSet, every_step
+from piadm.numerics import Flags, Table
+from piadm.path import ParallelPath
+from piadm.problem import Problem
+from piadm.reference import free_states
+from piadm.settings import TURNS_PER_NODE, Engine
+from piadm.stopping import (
+    FINER_ROUGH,
+    FINER_SMOOTH,
+    FIRST_ROUGH,
+    FIRST_SMOOTH,
+    LAPS,
+    LAPS_HALF,
+    SETTLED_SHARE,
+    CarriedResidual,
+    Told,
+    Verdict,
+)
+
+#: Least influence of a node: one that has none, where a step does not move the state, is still evaluated once.
+FAINTEST = 1e-9
+
+#: Variance, in that of the data, of data whose noise hides nothing of them.
+BOUNDLESS = 1e12
+
+#: A sample that went in circles is nearly undecided between two outcomes, and all but the smallest errors choose for
+#: it: on finer nodes its aim is so many times smaller.  Of two such samples half ended on the wrong side with the aim
+#: of all, none with a quarter of it.
+CARE = 16
+
+
+@dataclass(frozen=True)
+class Builder:
+    """Builds what a level is made of: paths on a node set, their active rows, their stopping rule.
+
+    Attributes:
+        engine: the settings.
+        problem: what is sampled.
+    """
+
+    engine: Engine
+    problem: Problem
+
+    def reference(self, nodes: NodeSet) -> CondensedPath:
+        """The path of the reference model, noise included."""
+        return condense(self.engine.steps, self.engine.prior[0], nodes, self.engine.prior[1])
+
+    def condensed(self, nodes: NodeSet, reference: CondensedPath) -> CondensedPath:
+        """The path with the iteration's own linearization; often that is the reference's."""
+        if torch.equal(self.engine.slopes, self.engine.prior[0]):
+            return reference
+        return condense(self.engine.steps.silent(), self.engine.slopes, nodes)
+
+    def free(self, samples: Tensor, references: Sequence[CondensedPath]) -> list[Tensor]:
+        """The reference model's own states of some samples."""
+        problem = self.problem
+        start = problem.start[samples.to(problem.start.device)][:, None]
+        some = None if len(samples) == problem.batch else samples
+        return free_states(references, start, lambda first, last: problem.noise.path(first, last, some))
+
+    def guess(
+        self,
+        nodes: NodeSet,
+        samples: Tensor,
+        reference: CondensedPath,
+        free: Tensor,
+        interpolation: Interpolation | None = None,
+        *,
+        learns: bool = True,
+    ) -> ParallelPath:
+        """The path of some samples, at the reference model's own solution."""
+        learning = self.engine.learning.at(nodes.indices) if learns else None
+        return ParallelPath(self.condensed(nodes, reference), free, samples, reference, interpolation, learning)
+
+    def interpolation(
+        self, nodes: NodeSet, reference: CondensedPath, coarse_end: Tensor | None = None
+    ) -> Interpolation | None:
+        """How to estimate what interpolation leaves, carried to the end by the reference; None: all steps are nodes."""
+        engine = self.engine
+        if nodes.count == engine.steps.count:
+            return None
+        acting, on_end = reference.response[-1, 0], weights_on_end(engine.steps, engine.prior[0])
+        if engine.noisy:
+            return RoughInterpolation(rough_rows(nodes, engine.clock, engine.order, acting, on_end), coarse_end)
+        return SmoothInterpolation(smooth_rows(nodes, engine.clock, engine.order, acting, on_end), coarse_end)
+
+    def rule(self, nodes: NodeSet, reference: CondensedPath, aim: Table, told: Told | None = None) -> CarriedResidual:
+        """When a sample is finished, ``aim`` being that of each, ``(B,)``, and ``told`` from coarser nodes."""
+        engine, count = self.engine, nodes.count
+        influence = self._influence(nodes, reference)
+        first, finer = (FIRST_ROUGH, FINER_ROUGH) if engine.noisy else (FIRST_SMOOTH, FINER_SMOOTH)
+        return CarriedResidual(
+            influence,
+            # Rows that have settled may together leave this share of the tolerance.
+            SETTLED_SHARE * aim / count / influence[:, None],
+            engine.tol,
+            aim=aim,
+            refinable=engine.refines(nodes),
+            caution=first if told is None else finer,
+            exact_after=TURNS_PER_NODE * count if count == engine.steps.count else math.inf,
+            most_laps=LAPS_HALF if engine.half_precision else LAPS,
+            told=told,
+        )
+
+    def _influence(self, nodes: NodeSet, reference: CondensedPath) -> Table:
+        """How strongly each node's residual acts on the end, shape ``(n,)``: the larger of two models' answers.
+
+        One is the iteration's own.  It may see no way from an early residual to the end, as a frozen denoised estimate
+        does, or a short-sighted one: what the network answers may be wider than what is told of the data, or
+        correlated, and forgets less.  The other is that of data without bounds, of which nothing is forgotten.
+        """
+        steps, denoiser = self.engine.steps, self.problem.denoiser
+        leading = weights_on_end(steps, Gaussian(BOUNDLESS * denoiser.data_variance).slopes(denoiser.schedule, steps))
+        own = self.condensed(nodes, reference).response[-1, 0].abs()
+        influence: Table = torch.maximum(own, (leading @ nodes.weights).abs()).clamp(min=FAINTEST).numpy()
+        return influence
+
+    def active_rows(self, count: int, threshold: Table) -> SlidingWindow | TimedWindow:
+        """Which rows of a path on so many nodes are evaluated."""
+        engine, denoiser, executor = self.engine, self.problem.denoiser, self.problem.executor
+        if engine.window == "auto":
+            known = latency(denoiser.network, self.problem.start.device, self.problem.shape[1:])
+            most = executor.given_max_batch
+            return TimedWindow(threshold, known, None if most is None else most // denoiser.rows_per_call)
+        if engine.window is None:
+            some = engine.rows(count, narrow=denoiser.draft is not None)
+            return SlidingWindow(count if count == engine.steps.count else some, threshold)
+        return SlidingWindow(int(engine.window), threshold)
+
+
+class Level:
+    """Some samples on one node set.
+
+    Args:
+        builder: of this run.
+        nodes: the node set.
+        path: their path on it.
+        rule: judges them.
+        failed: which of the batch have failed already, shape ``(B,)``.
+    """
+
+    def __init__(
+        self, builder: Builder, nodes: NodeSet, path: ParallelPath, rule: CarriedResidual, failed: Flags
+    ) -> None:
+        self.builder, self.nodes, self.path, self.rule = builder, nodes, path, rule
+        self.rows = builder.active_rows(nodes.count, rule.threshold)
+        self.course = Course(path, self.rows, rule, failed[path.samples.numpy()])
+
+    @property
+    def going(self) -> bool:
+        """Whether any of them take part in the next round."""
+        return bool(self.course.going.any())
+
+    @property
+    def waiting(self) -> Flags:
+        """Which of them are to go on with finer nodes, shape ``(B,)``."""
+        refines, course = self.builder.engine.refines(self.nodes), self.course
+        found: Flags = (course.verdict == Verdict.REFINE) & ~course.handed & refines
+        return found
+
+    def finer(self, again: Flags, failed: Flags) -> Level:
+        """Some of them, ``again (B,)``, on finer nodes, from where they are on these."""
+        builder, keep, path = self.builder, torch.from_numpy(again), self.path
+        nodes, samples = builder.engine.finer(self.nodes), path.samples[keep]
+        reference = builder.reference(nodes)
+        aim = np.where(self.rule.circling, builder.engine.aim / CARE, self.rule.aim)[again]
+        rule = builder.rule(nodes, reference, aim, self.rule.tell(again))
+        there = keep.to(path.device)
+        judged = builder.interpolation(nodes, reference, path.end[there, 0])
+        free = builder.free(samples, [reference]).pop()
+        fine = builder.guess(nodes, samples, reference, free, judged)
+        take_over(fine, nodes, self.nodes, path, there)
+        self.course.handed |= again
+        return Level(builder, nodes, fine, rule, failed)
+
+    def states(self, own: Tensor) -> tuple[Tensor, Tensor]:
+        """States of some of them, ``own (B,)``, at every step and at the end, ``(J, B', d)`` and ``(B', d)``."""
+        path, builder, there = self.path, self.builder, own.to(self.path.device)
+        if self.nodes.count == builder.engine.steps.count:
+            return path.nodes[:, there], path.end[there, 0]
+        steps, samples = every_step(builder.engine.steps.count), path.samples[own]
+        reference = builder.reference(steps)
+        fine = builder.guess(steps, samples, reference, builder.free(samples, [reference]).pop(), learns=False)
+        residual = path.residual.view(self.nodes.count, path.batch, path.size)[:, there]
+        fine.interpolate(self.nodes.weights, residual.flatten(1))
+        return fine.nodes, fine.end[:, 0]
+
+
+def take_over(
+    path: ParallelPath,
+    nodes: NodeSet,
+    coarse_nodes: NodeSet,
+    coarse: ParallelPath,
+    keep: Tensor | slice = slice(None),  # noqa: B008
+) -> None:
+    """Bring a path to where one of the same samples, or of more of which some are kept, is on some of its nodes."""
+    old = torch.isin(nodes.indices, coarse_nodes.indices)
+    path.take_over(coarse, keep, old, coarse_nodes.weights[nodes.indices])
