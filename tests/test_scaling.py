@@ -13,7 +13,7 @@ import torch
 import piadm
 from piadm import theory
 from piadm.cli import app
-from piadm.theory.families import Engine, PaperODE, PaperSDE, Target
+from piadm.theory.families import FastEngine, PaperODE, PaperSDE, Target
 from piadm.theory.scaling import searches
 from piadm.theory.search import Expansion, candidates
 
@@ -51,7 +51,7 @@ def test_the_errors_of_a_fit_are_those_of_least_squares() -> None:
 
 def test_settled_laws_are_smooth_in_the_step() -> None:
     target = Target(theory.Spectrum.repeated(VARIANCES, 1))
-    for family in (PaperSDE(), PaperODE(4), Engine("ode", "gaussian")):
+    for family in (PaperSDE(), PaperODE(4), FastEngine("ode", "gaussian")):
         expansion = Expansion.of(family, target, 6.0, 6, 0.1)
         for step in (0.03, 3e-3):
             exact = family.settled(target, 6.0, 6, step)
@@ -82,7 +82,7 @@ def test_settings_found_reach_the_divergence(name: str, curves: dict[str, theory
 
 def test_settings_carried_over_from_a_coarse_grid_are_nearly_exact() -> None:
     target = Target(theory.Spectrum.repeated(VARIANCES, 10**5))
-    family = Engine("sde", "secant")
+    family = FastEngine("sde", "secant")
     one = next(candidates(family, target, 0.1, [6.0], lambda _: [1], 12))
     exact = target.kl(family.iterates(target, 6.0, 1, one.step, one.iterations))[-1]
     assert float(exact) == pytest.approx(one.kl, rel=0.1)

@@ -6,8 +6,9 @@ kept from its last evaluation.  The fixed point does not depend on G; the number
 
 from __future__ import annotations
 
+from abc import ABC
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, final
 
 import torch
 from torch import Tensor
@@ -89,7 +90,31 @@ def gaussian_slopes(schedule: NoiseSchedule, times: Tensor, variance: float | Te
 
 
 @dataclass(frozen=True)
-class Secant:
+class LearnedSlopes(ABC):
+    """``Gaussian`` first, and from a node's second evaluation on what its evaluations show; at no network call.
+
+    Args:
+        variance: ``v`` of ``Gaussian``.
+    """
+
+    variance: float
+
+    def __post_init__(self) -> None:
+        float_field(self, "variance", low=0.0)
+
+    def slopes(self, schedule: NoiseSchedule, steps: Steps) -> Tensor:
+        """The slopes of ``Gaussian``."""
+        return Gaussian(self.variance).slopes(schedule, steps)
+
+    def bounds(self, schedule: NoiseSchedule, steps: Steps) -> tuple[Tensor, Tensor]:
+        """Least and largest slope of every step, each ``(J,)``."""
+        top = 1 / schedule.alpha(steps.times)
+        return torch.zeros_like(top), top
+
+
+@final
+@dataclass(frozen=True)
+class Secant(LearnedSlopes):
     """``Gaussian`` first, and from a node's second evaluation on the slope that its last two show, sample by sample.
 
         G = <dx, dD> / <dx, dx>,   kept within [0, 1/alpha]
@@ -104,20 +129,10 @@ class Secant:
     Reference: Barzilai & Borwein 1988 (IMA J. Numer. Anal. 8, 141-148) for the scalar secant.
     """
 
-    variance: float
 
-    def slopes(self, schedule: NoiseSchedule, steps: Steps) -> Tensor:
-        """The slopes of ``Gaussian``."""
-        return Gaussian(self.variance).slopes(schedule, steps)
-
-    def bounds(self, schedule: NoiseSchedule, steps: Steps) -> tuple[Tensor, Tensor]:
-        """Least and largest slope of every step, each ``(J,)``."""
-        top = 1 / schedule.alpha(steps.times)
-        return torch.zeros_like(top), top
-
-
+@final
 @dataclass(frozen=True)
-class DiagonalSecant(Secant):
+class DiagonalSecant(LearnedSlopes):
     """``Secant``, and on top of it a slope of its own for every coordinate, from all its evaluations.
 
         G = diag(g),   g <- g + dx (dD - g dx) / (dx^2 + r mean(dx^2)),   kept within [0, 1/alpha]

@@ -14,7 +14,7 @@ from piadm.activity import NARROW, ROUGH, WIDE
 from piadm.condense import weights_on_end
 from piadm.grid import TimeGrid
 from piadm.integrators import Integrator, Steps, steps_of
-from piadm.linearization import DiagonalSecant, Gaussian, Linearization, Secant, check_slopes, linearization
+from piadm.linearization import DiagonalSecant, Gaussian, LearnedSlopes, Linearization, check_slopes, linearization
 from piadm.local_model import Learning
 from piadm.network import resolution
 from piadm.nodes import NodeSet, averaged, every, every_step, refine, spread
@@ -166,7 +166,7 @@ def settle(
     first, refinable = _first_nodes(nodes, clock, deviation, aim / deviation, noisy=noisy)
     importance = _importance(scheme, jacobian) if noisy else None
     opening = _opening(first, clock, aim / deviation, noisy=noisy) if nodes is None else ()
-    bounds = chosen.bounds(schedule, scheme) if isinstance(chosen, Secant) else (slopes, slopes)
+    bounds = chosen.bounds(schedule, scheme) if isinstance(chosen, LearnedSlopes) else (slopes, slopes)
     # The mean of what Gaussian data answer and the bound 1/alpha, sqrt(G/alpha), finite where alpha is 0.
     alpha, sigma = schedule.levels(scheme.times)
     total = alpha.square() * checked.data_variance + sigma.square()

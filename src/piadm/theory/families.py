@@ -237,7 +237,7 @@ class PaperODE(_InBlocks):
 
 
 @dataclass(frozen=True)
-class Engine:
+class FastEngine:
     """The fast engine with every step a node: one window, started from the reference model's path.
 
     It is told one variance for all modes, and a mean of zero.

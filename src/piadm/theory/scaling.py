@@ -10,7 +10,7 @@ from functools import partial
 from typing import TypeAlias
 
 from piadm._checks import finite_float, positive_int
-from piadm.theory.families import Engine, Family, PaperODE, PaperSDE, Target
+from piadm.theory.families import Family, FastEngine, PaperODE, PaperSDE, Target
 from piadm.theory.fits import Fit, against_power, last_exponent, log_polynomial_fit, power_fit
 from piadm.theory.pathwise import path_kl
 from piadm.theory.search import (
@@ -105,7 +105,9 @@ Search: TypeAlias = Callable[[Target, float], "tuple[Found, int | None, float] |
 def searches() -> dict[str, tuple[str, Search]]:
     """Every sampler that is compared: its name, its title and how its settings are searched."""
     engines = {
-        f"engine-{method}-{guess}": (f"fast engine, {method.upper()}, {guess}", partial(_engine, Engine(method, guess)))
+        f"engine-{method}-{guess}": (
+            f"fast engine, {method.upper()}, {guess}", partial(_engine, FastEngine(method, guess))
+        )
         for method in ("sde", "ode")
         for guess in ("gaussian", "secant")
     }
@@ -212,7 +214,7 @@ def _best_of(
     found: Found | None
     for family in families:
         promising = sorted(candidates(family, target, allowed, horizons, counts, most), key=lambda one: one.crossing)
-        walked = isinstance(family, Engine) and family.linearization == "secant"
+        walked = isinstance(family, FastEngine) and family.linearization == "secant"
         if walked and promising and family.steps(target, *promising[0].settings) > LONGEST_WALK:
             found = promising[0]
         else:
