@@ -7,8 +7,10 @@ from piadm.rivals.course import Course
 from piadm.rivals.drive import Budget, Outcome
 from piadm.rivals.rival import Ladder, Rival, Setting
 
-#: Tolerances that ``piadm.sample`` is tried with.
+#: Tolerances that ``piadm.sample`` is tried with, and numbers of rounds after which it is stopped, as solvers of few
+#: steps are told how many to take; rows are then evaluated for as long as a small tolerance asks.
 _TOLERANCES = tuple(10.0 ** (-1 - k / 4) for k in range(17))
+_ROUNDS, _SMALL = (2, 3, 4, 5, 6, 7, 8, 10, 12), 1e-3
 
 
 def _sequential(course: Course) -> list[Ladder]:
@@ -16,24 +18,27 @@ def _sequential(course: Course) -> list[Ladder]:
 
 
 def _sample(course: Course) -> list[Ladder]:
-    """A ladder of tolerances with the library's own choice of nodes, and one per number of nodes and per window."""
+    """Ladders of tolerances, with the library's own nodes and window and with others, and ladders of rounds."""
 
-    def rung(nodes: str | int | None, window: int | str | None, tolerance: float) -> Setting:
+    def rung(nodes: str | int | None, window: int | str | None, tolerance: float, rounds: int | None = None) -> Setting:
         def run(course: Course, budget: Budget) -> Outcome:
             solution = piadm.sample(
-                course.denoiser, course.shape, method=course.method, grid=course.grid, tol=tolerance,
-                seed=course.seed, nodes=nodes, window=window, max_batch=course.max_batch, max_rounds=course.count,
+                course.denoiser, course.shape, method=course.method, grid=course.grid, tol=tolerance, seed=course.seed,
+                nodes=nodes, window=window, max_batch=course.max_batch, max_rounds=rounds or course.count,
             )  # fmt: skip
             return Outcome.of(solution)
 
         chosen = [f"{name} {value}" for name, value in (("nodes", nodes), ("window", window)) if value]
-        return Setting(", ".join([f"tol {tolerance:.1e}", *chosen, *begun]), run)
+        until = f"tol {tolerance:.1e}" if rounds is None else f"{rounds} rounds"
+        return Setting(", ".join([until, *chosen, *begun]), run)
 
     # The draft's calls are no network's and not among the rounds: the table says that there were some.
     begun = [] if course.denoiser.draft is None else ["from a draft"]
-    counts = [(count, window) for count in (16, 32, 64, 128) if count < course.count for window in (None, "all")]
+    some = [count for count in (16, 32, 64, 128) if count < course.count]
+    counts = [(count, window) for count in some for window in (None, "all")]
     pairs = [(None, None), ("all", None), *counts, (None, "all"), (None, 32), (None, 8)]
-    return [[rung(nodes, window, tolerance) for tolerance in _TOLERANCES] for nodes, window in pairs]
+    tolerances = [[rung(nodes, window, tolerance) for tolerance in _TOLERANCES] for nodes, window in pairs]
+    return tolerances + [[rung(count, "all", _SMALL, rounds) for rounds in _ROUNDS] for count in some]
 
 
 SEQUENTIAL = Rival("sequential", lambda method: "sequential", _sequential, "what the others are measured against")
