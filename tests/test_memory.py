@@ -10,6 +10,7 @@ import torch
 
 import piadm
 from piadm import memory
+from piadm.executor import Here
 from piadm.models import MixtureDenoiser
 
 GIGA = 1_000_000_000
@@ -82,3 +83,8 @@ def test_finer_nodes_are_taken_by_turns_where_not_all_fit_and_change_nothing(mon
     assert by_turns.stats.rounds > at_once.stats.rounds
     assert torch.equal(by_turns.stats.evaluations_per_sample, at_once.stats.evaluations_per_sample)
     torch.testing.assert_close(by_turns.sample, at_once.sample, atol=1e-5, rtol=0)
+
+    # Ranks that share out rows have to do the same, whatever room each of them has.
+    room.append(4 * GIGA)
+    monkeypatch.setattr(Here, "lockstep", True)
+    assert piadm.sample(denoiser, (6, 8), **given).stats.rounds == at_once.stats.rounds

@@ -124,6 +124,8 @@ class _Batch:
         waiting, path = level.waiting, level.path
         if self.over or not waiting.any():
             return np.zeros_like(waiting)
+        if self.builder.problem.executor.team.lockstep:  # others may have less room
+            return waiting
         nodes = self.builder.engine.finer(level.nodes).count
         most = fitting(int(waiting.sum()), path.device, path.dtype, nodes, path.size)
         return waiting & (waiting.cumsum() <= (most if busy else max(1, most)))

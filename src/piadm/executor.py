@@ -67,10 +67,12 @@ class Team(ABC):
     Attributes:
         count: number of workers among whom the rows of a call are shared out.
         first: number of this run's first sample in the whole batch, for messages.
+        lockstep: whether other processes run the same program on the same samples, and must decide alike.
     """
 
     count: int
     first: int
+    lockstep: bool = False
 
     @abstractmethod
     def answer(self, executor: Executor, x: Tensor, samples: Tensor, times: Tensor) -> Tensor | None:

@@ -44,7 +44,7 @@ class Stats:
         rounds_per_sample: rounds in which each sample took part, shape ``(B,)`` int64.
         evaluations_per_sample: network rows of each sample, shape ``(B,)`` int64.
         peak_batch: most rows handed to the network in one call, after micro-batching.
-        peak_states: most states, samples x nodes, on one path.
+        peak_states: most states, samples x nodes, on the paths of one round.
         nodes: nodes of the last node set of ``sample``; None for the other samplers, which call the network at every
             step.
         window: most rows per sample and round on it, likewise.

@@ -20,6 +20,7 @@ class RowTeam(Team):
     """The ranks of a group at work on one run, of which each evaluates a share of the rows."""
 
     first = 0
+    lockstep = True
 
     def __init__(self, exchange: Exchange) -> None:
         self.exchange, self.rank, self.count = exchange, exchange.pulse.rank, exchange.count
