@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from piadm._checks import caller_level
+from piadm._checks import caller_level, described
 from piadm.numerics import Flags
 from piadm.problem import Callback, Problem
 from piadm.solution import RoundInfo, Solution, Stats, Status, demand
@@ -66,6 +66,7 @@ class Tally:
 
         Raises:
             Interrupted: if the callback returned a true value.
+            TypeError: if it returned what is neither true nor false.
         """
         self.rounds += 1
         self.rounds_per_sample[samples] += 1
@@ -81,7 +82,12 @@ class Tally:
             error_estimate=self.error.clone(),
             active_rows=len(rows),
         )
-        if self.callback(info):
+        wanted = self.callback(info)
+        try:
+            stop = bool(wanted)
+        except (RuntimeError, ValueError) as error:  # a tensor or an array of several
+            raise TypeError(f"callback must return a true or false value, got {described(wanted)}") from error
+        if stop:
             raise Interrupted
 
     def fail(self, sample: int, message: str) -> None:
