@@ -208,3 +208,10 @@ def test_the_network_that_must_not_be_called_fails_where_it_is() -> None:
     # The guard of all these tests is alive: with good arguments it is reached, through the executor.
     with pytest.raises(pytest.fail.Exception, match="the network was called"):
         run("sample", denoiser=DENOISER, steps=STEPS)
+
+
+@pytest.mark.parametrize("name", ["sample", "sample_sequential"])
+@pytest.mark.parametrize("several", [torch.ones(2) > 0, np.ones(2) > 0])
+def test_a_callback_that_answers_neither_yes_nor_no_is_told(name: str, several: object) -> None:
+    with pytest.raises(TypeError, match="callback must return a true or false value, got"):
+        run(name, denoiser=WORKING, steps=STEPS, callback=lambda info: several)

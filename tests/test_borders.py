@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import piadm
-from piadm import engine, settings, stopping
+from piadm import level, settings, stopping
 from piadm.activity import SlidingWindow
 from piadm.cli.compare_model import mixture
 from piadm.models import MixtureDenoiser
@@ -40,8 +40,8 @@ def test_a_sample_that_goes_in_circles_ends_on_finer_nodes() -> None:
 
 @pytest.mark.usefixtures("no_opening")
 def test_without_finer_nodes_it_would_go_on_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "LAPS", torch.inf)
-    monkeypatch.setattr(engine, "FIRST_SMOOTH", stopping.Caution())
+    monkeypatch.setattr(level, "LAPS", torch.inf)
+    monkeypatch.setattr(level, "FIRST_SMOOTH", stopping.Caution())
     found = piadm.sample(mixture(), (len(CIRCLING), 1, 8, 8), method="ode", seed=CIRCLING, max_rounds=150)
     assert not found.converged
 
@@ -131,7 +131,7 @@ def test_rows_settle_later_where_errors_grow() -> None:
                 self.growth = np.full_like(interpolation, growth)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(engine, "CarriedResidual", Grown)
+            patch.setattr(level, "CarriedResidual", Grown)
             found = piadm.sample(mixture(), (4, 1, 8, 8), method="sde", steps=200, nodes=50)
         return int(found.stats.evaluations)
 
