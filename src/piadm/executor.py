@@ -143,7 +143,7 @@ class Executor:
             parts = [
                 (request, slice(max(first, begin) - begin, min(last, end) - begin))
                 for request, begin, end in zip(requests, starts, starts[1:], strict=False)
-                if first < end and begin < last
+                if max(first, begin) < min(last, end)
             ]
             samples = _joined([request.samples[part] for request, part in parts])
             times = _joined([request.times[part] for request, part in parts])
