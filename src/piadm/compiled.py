@@ -12,6 +12,7 @@ from torch import Tensor
 
 from piadm._checks import described, switch
 from piadm.network import Network, rows_per_call, unwrap
+from piadm.numerics import joined
 
 #: Numbers of rows that calls are padded to: one, for the sequential sampler, and powers of two from where accelerators
 #: begin to be busy; larger calls are cut.
@@ -73,7 +74,7 @@ class CompiledNetwork:
             output = unwrap(self._variant(size, x, given)(*rows_given, **given))
             # CUDA graphs write the next output where this one lies.
             parts.append(output[:rows].clone() if self.cuda_graph else output[:rows])
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return joined(parts)
 
     def _variant(self, size: int, x: Tensor, condition: Mapping[str, Any]) -> Network:
         """What runs such a number of such rows, compiled when it is first called."""

@@ -72,7 +72,7 @@ class _Batch:
     @property
     def over(self) -> bool:
         """Whether there are to be no more rounds."""
-        return self.tally.interrupted or self.tally.rounds >= self.limit
+        return self.tally.over(self.limit)
 
     def first(self) -> Asking[Level]:
         """All samples on the first node set, from where the draft or the first rounds have brought them."""
@@ -111,7 +111,7 @@ class _Batch:
         for level in levels:
             again = self._next(level, busy)
             if again.any():
-                following.append(level.finer(again, self.tally.failed))
+                following.append(level.finer(again))
                 busy = True
             if not self.over and (level.going or level.waiting.any()):
                 following.append(level)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from piadm.denoiser import Denoiser
+from piadm.numerics import joined
 from piadm.solution import NetworkError
 
 #: Rows per network call on a CPU where the caller sets no ``max_batch``: large enough to fill the cores, small
@@ -122,14 +123,6 @@ class Executor:
         self.peak_batch = 0
         self.evaluations = torch.zeros(shape[0], dtype=torch.int64, device="cpu")
 
-    def run(self, request: Request) -> None:
-        """Evaluate one round: ``ask``, answered by the network.
-
-        Raises:
-            NetworkError: if the network fails, naming the times and samples of the rows it was given.
-        """
-        drive(self.ask([request]), self.answer)
-
     def ask(self, requests: Sequence[Request]) -> Asking[None]:
         """Ask for one round, the rows of all requests in one batch, micro-batch by micro-batch."""
         starts = [0, *accumulate(len(request.samples) for request in requests)]
@@ -145,9 +138,9 @@ class Executor:
                 for request, begin, end in zip(requests, starts, starts[1:], strict=False)
                 if max(first, begin) < min(last, end)
             ]
-            samples = _joined([request.samples[part] for request, part in parts])
-            times = _joined([request.times[part] for request, part in parts])
-            estimate = yield _joined([request.fetch(part) for request, part in parts]), samples, times
+            samples = joined([request.samples[part] for request, part in parts])
+            times = joined([request.times[part] for request, part in parts])
+            estimate = yield joined([request.fetch(part) for request, part in parts]), samples, times
             if estimate is None:
                 self.max_batch = max(1, (last - first) * self.denoiser.rows_per_call // 2)
                 continue
@@ -191,7 +184,7 @@ class Executor:
             NetworkError: if the network fails, naming the times and samples of the rows it was given.
         """
         found = torch.empty_like(x)
-        self.run(Request(samples, times, x.__getitem__, found.__setitem__))
+        drive(self.ask([Request(samples, times, x.__getitem__, found.__setitem__)]), self.answer)
         return found
 
     def evaluate(self, x: Tensor, samples: Tensor, times: Tensor) -> Tensor | None:
@@ -214,11 +207,6 @@ class Executor:
             named = name_rows(samples + self.team.first, times)
             raise NetworkError(f"the network failed on {named}: {error}") from error
         return estimate.reshape(len(samples), -1)
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    """One after the other; the only one as it is."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -92,9 +92,10 @@ def one_round(tally: Tally, courses: Sequence[Course]) -> Asking[None]:
     yield from tally.problem.executor.ask([turn.request for turn in turns])
     heard = _hear(turns)
     seconds = time.perf_counter() - began
-    rows = []
+    samples, rows = [], []
     for course, turn, numbers in zip(courses, turns, heard, strict=True):
         course.judge(tally, turn.active, turn.hear(numbers))
+        samples.append(course.samples[turn.active.any(0)])
         rows.append(np.broadcast_to(course.samples, turn.active.shape)[turn.active])
     evaluated = torch.from_numpy(np.concatenate(rows))
     if len(evaluated) == 0:
@@ -102,7 +103,7 @@ def one_round(tally: Tally, courses: Sequence[Course]) -> Asking[None]:
     for course in courses:
         course.rows.took(len(evaluated), seconds)
     tally.residuals.append(tally.error.clone())
-    tally.round(torch.unique(evaluated), evaluated)
+    tally.round(torch.from_numpy(np.concatenate(samples)), evaluated)
 
 
 def _hear(turns: Sequence[Turn]) -> list[Table]:
@@ -115,7 +116,7 @@ def iterate(tally: Tally, path: ParallelPath, rows: ActiveRows, rule: StoppingRu
     """Iterate one path until every sample is judged, or for so many rounds of the whole run, or to an interrupt."""
     course = Course(path, rows, rule, tally.failed[path.samples.numpy()])
     with tally.stoppable():
-        while not tally.interrupted and tally.rounds < limit and course.going.any():
+        while course.going.any() and not tally.over(limit):
             yield from one_round(tally, [course])
     return course
 

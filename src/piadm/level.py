@@ -141,8 +141,7 @@ class Builder:
             most = executor.given_max_batch
             return TimedWindow(threshold, known, None if most is None else most // denoiser.rows_per_call)
         if engine.window is None:
-            some = engine.rows(count, narrow=denoiser.draft is not None)
-            return SlidingWindow(count if count == engine.steps.count else some, threshold)
+            return SlidingWindow(engine.rows(count, narrow=denoiser.draft is not None), threshold)
         return SlidingWindow(int(engine.window), threshold)
 
 
@@ -154,7 +153,7 @@ class Level:
         nodes: the node set.
         path: their path on it.
         rule: judges them.
-        failed: which of the batch have failed already, shape ``(B,)``.
+        failed: which of them have failed already, shape ``(B,)``.
     """
 
     def __init__(
@@ -162,7 +161,7 @@ class Level:
     ) -> None:
         self.builder, self.nodes, self.path, self.rule = builder, nodes, path, rule
         self.rows = builder.active_rows(nodes.count, rule.threshold)
-        self.course = Course(path, self.rows, rule, failed[path.samples.numpy()])
+        self.course = Course(path, self.rows, rule, failed)
 
     @property
     def going(self) -> bool:
@@ -176,8 +175,8 @@ class Level:
         found: Flags = (course.verdict == Verdict.REFINE) & ~course.handed & refines
         return found
 
-    def finer(self, again: Flags, failed: Flags) -> Level:
-        """Some of them, ``again (B,)``, on finer nodes, from where they are on these."""
+    def finer(self, again: Flags) -> Level:
+        """Some of them that have not failed, ``again (B,)``, on finer nodes, from where they are on these."""
         builder, keep, path = self.builder, torch.from_numpy(again), self.path
         nodes, samples = builder.engine.finer(self.nodes), path.samples[keep]
         reference = builder.reference(nodes)
@@ -189,7 +188,7 @@ class Level:
         fine = builder.guess(nodes, samples, reference, free, judged)
         take_over(fine, nodes, self.nodes, path, there)
         self.course.handed |= again
-        return Level(builder, nodes, fine, rule, failed)
+        return Level(builder, nodes, fine, rule, np.zeros(len(samples), np.bool_))
 
     def states(self, own: Tensor) -> tuple[Tensor, Tensor]:
         """States of some of them, ``own (B,)``, at every step and at the end, ``(J, B', d)`` and ``(B', d)``."""

@@ -23,6 +23,11 @@ def rms(rows: Tensor) -> Tensor:
     return rows.square().mean(1).sqrt()
 
 
+def joined(parts: list[Tensor]) -> Tensor:
+    """Rows one after the other; the only part as it is."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def host(numbers: Tensor) -> Table:
     """Numbers on the host."""
     found: Table = numbers.cpu().double().numpy()

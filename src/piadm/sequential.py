@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from piadm.denoiser import Denoiser
-from piadm.executor import Request
 from piadm.grid import TimeGrid
 from piadm.integrators import AffineSteps, Integrator, steps_of
 from piadm.noise import Seed
@@ -91,7 +90,6 @@ def sample_sequential(
     a, b, c = coefficients.a[:, 0, 0].tolist(), coefficients.b[:, 0].tolist(), coefficients.c[:, 0].tolist()
     normals = coefficients.normals
     states = [x] if return_states else []
-    estimate = torch.empty_like(x)
     failed_at = torch.full((batch,), coefficients.count, device=x.device)
     chunk, ahead = x[None], max(1, noise_rows(x.device, x.numel()) // max(1, normals))
 
@@ -99,7 +97,7 @@ def sample_sequential(
         for j in range(coefficients.count):
             if normals and j % ahead == 0:
                 chunk = problem.noise.path(normals * j, normals * min(j + ahead, coefficients.count))
-            problem.executor.run(Request(rows, nodes[j].expand(batch), x.__getitem__, estimate.__setitem__))
+            estimate = problem.executor.whole(x, rows, nodes[j].expand(batch))
             failed_at = torch.where(estimate.isfinite().all(1), failed_at, failed_at.clamp(max=j))
             x = a[j] * x + b[j] * estimate
             for row, weight in enumerate(c[j], normals * (j % ahead)):

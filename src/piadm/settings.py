@@ -122,6 +122,8 @@ class Engine:
 
     def rows(self, nodes: int, *, narrow: bool) -> int:
         """Rows of a round on so many nodes where no window was given; the ODE has a narrow and a wide one."""
+        if nodes == self.steps.count:
+            return nodes
         return math.ceil((ROUGH if self.noisy else NARROW if narrow else WIDE) * nodes)
 
     @property

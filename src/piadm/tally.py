@@ -98,6 +98,10 @@ class Tally:
         self.error[sample] = torch.inf
         self.failures.append(f"sample {self.problem.executor.team.first + sample}: {message}")
 
+    def over(self, limit: int) -> bool:
+        """Whether a run of at most ``limit`` rounds is at its end, or was interrupted."""
+        return self.interrupted or self.rounds >= limit
+
     @property
     def failed(self) -> Flags:
         """Which samples have been given up, shape ``(B,)``."""

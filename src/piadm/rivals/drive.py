@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from piadm.executor import Executor, Request
+from piadm.executor import Executor
 from piadm.rivals.course import Course, Lane
 from piadm.solution import Solution, Status
 
@@ -106,9 +106,7 @@ def _call(course: Course, executor: Executor, asked: dict[int, tuple[Tensor, Ten
     states = torch.cat([states for states, _ in asked.values()]).to(dtype)
     steps = torch.cat([steps for _, steps in asked.values()])
     times = course.steps.times[steps.cpu()].to(device)
-    estimates = torch.empty_like(states)
-
-    executor.run(Request(samples.to(device), times, states.__getitem__, estimates.__setitem__))
+    estimates = executor.whole(states, samples.to(device), times)
     executor.count(samples)
     if not bool(estimates.isfinite().all()):
         raise GaveUp("diverged")
