@@ -32,10 +32,12 @@ from _common import Row, options, print_table, write_json
 from _networks import SHAPE, SIZES, unet
 
 import piadm
+from piadm.cost import Latency
 from piadm.rivals import chosen, prepare, study
 from piadm.rivals.course import Course
 from piadm.rivals.drive import Budget
 from piadm.rivals.rival import Rival
+from piadm.timing import median_seconds, seconds
 
 ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256]
 RIVALS = {"ode": ("sequential", "dpm-solver", "paradigms", "sample"), "sde": ("sequential", "paradigms", "sample")}
@@ -57,24 +59,6 @@ def wrapped(found: Network, mode: str, device: str) -> Network:
     return found if mode == "eager" else piadm.CompiledNetwork(found, cuda_graph=device != "cpu")
 
 
-def timed(call: Callable[[], object], device: str, repeats: int = 3) -> float:
-    """Median seconds of a call, after one that is not counted; the device's work included."""
-    call()
-    took = []
-    for _ in range(repeats):
-        synchronise(device)
-        began = time.perf_counter()
-        call()
-        synchronise(device)
-        took.append(time.perf_counter() - began)
-    return statistics.median(took)
-
-
-def synchronise(device: str) -> None:
-    if device != "cpu":
-        torch.cuda.synchronize(device)
-
-
 @torch.no_grad()
 def latencies(name: str, mode: str, device: str, sizes: list[int]) -> list[Row]:
     """Seconds of a call, by its rows."""
@@ -82,7 +66,7 @@ def latencies(name: str, mode: str, device: str, sizes: list[int]) -> list[Row]:
     table: list[Row] = []
     for rows in sizes:
         x, t = torch.randn(rows, *shape, device=device), torch.full((rows,), 500.0, device=device)
-        took = timed(lambda x=x, t=t: found(x, t), device)
+        took = median_seconds(lambda x=x, t=t: found(x, t), device)
         table.append({"network": name, "mode": mode, "rows": rows, "ms": 1e3 * took, "rows/s": rows / took})
         if took > LONGEST:
             break
@@ -114,14 +98,16 @@ def samplers(
 def again(course: Course, rival: Rival, label: str, device: str) -> float:
     """Time of a setting once everything is warm; the sequential sampler's, which the course keeps, anew."""
     rung = next(rung for ladder in rival.ladders(course) for rung in ladder if rung.label == label)
-    synchronise(device)
-    began = time.perf_counter()
-    if rival.name == "sequential":
-        piadm.sample_sequential(course.denoiser, course.shape, method=course.method, grid=course.grid, seed=course.seed)
-    else:
-        rung.run(course, Budget())
-    synchronise(device)
-    return time.perf_counter() - began
+
+    def run() -> None:
+        if rival.name == "sequential":
+            piadm.sample_sequential(
+                course.denoiser, course.shape, method=course.method, grid=course.grid, seed=course.seed
+            )
+        else:
+            rung.run(course, Budget())
+
+    return seconds(run, device)[0]
 
 
 class Stopwatch:
@@ -134,11 +120,8 @@ class Stopwatch:
         return self.inner.parameters()
 
     def __call__(self, x: torch.Tensor, t: torch.Tensor) -> object:
-        synchronise(self.device)
-        began = time.perf_counter()
-        output = self.inner(x, t)
-        synchronise(self.device)
-        self.seconds += time.perf_counter() - began
+        took, output = seconds(lambda: self.inner(x, t), self.device)
+        self.seconds += took
         return output
 
 
@@ -168,25 +151,16 @@ def computed(measured: list[Row], calls: list[Row], names: list[str]) -> list[Ro
     table: list[Row] = []
     for name in names:
         for row in measured:
-            known = {one["rows"]: one["ms"] for one in calls if (one["network"], one["mode"]) == (name, row["mode"])}
-            if row["rounds"] is None or not known:
+            known = Latency()
+            for one in calls:
+                if (one["network"], one["mode"]) == (name, row["mode"]):
+                    known.add(one["rows"], one["ms"] / 1e3)
+            if row["rounds"] is None or not known.seconds:
                 continue
-            took = row["rounds"] * latency(known, row["batch"] * row["evaluations"] / row["rounds"]) / 1e3
+            took = row["rounds"] * known.of(row["batch"] * row["evaluations"] / row["rounds"])
             kept = {key: row[key] for key in ("method", "batch", "mode", "sampler", "rounds", "evaluations")}
             table.append({"network": f"{name} (rounds of the shipped)", **kept, "network seconds": took})
     return table
-
-
-def latency(known: dict[int, float], rows: float) -> float:
-    """Milliseconds of a call, linear between those timed and in proportion beyond."""
-    sizes = sorted(known)
-    if rows <= sizes[0]:
-        return known[sizes[0]]
-    if rows >= sizes[-1]:
-        return known[sizes[-1]] * rows / sizes[-1]
-    above = next(size for size in sizes if size >= rows)
-    below = sizes[sizes.index(above) - 1]
-    return known[below] + (known[above] - known[below]) * (rows - below) / (above - below)
 
 
 def draw(path: Path, calls: list[Row], title: str) -> None:
