@@ -62,6 +62,12 @@ def test_the_fastest_round_counts_for_the_first_may_have_to_warm_up() -> None:
     assert found.of(1) == 1.0
 
 
+def test_the_width_is_where_time_per_row_stops_falling() -> None:
+    assert known(r1=1.0, r2=1.0, r4=1.0, r8=1.0, r16=2.0, r32=4.0).width() == 8
+    assert known(r1=1.0, r2=2.0, r4=4.0).width() == 1
+    assert known(r1=1.0, r2=1.0, r4=1.0).width() == 4
+
+
 @pytest.mark.parametrize("most", [8, 64])
 def test_max_batch_bounds_the_rows_of_a_round(most: int) -> None:
     flat = known(r1=1.0, r1000=1.0)

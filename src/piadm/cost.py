@@ -18,7 +18,8 @@ from piadm.numerics import Flags, Table
 #: first call may have to warm up.
 TIMED = (1, 1, 4, 16, 64)
 
-#: Of windows whose expected times are apart by no more than this factor the widest is taken: it needs fewest rounds.
+#: Times that are apart by no more than this factor count as the same: of windows that take so long the widest is taken,
+#: which needs fewest rounds.
 INDIFFERENT = 1.25
 
 #: Rounds of a path of ``n`` nodes with a window of ``w`` rows, ``ROUNDS + ROUNDS_PER_WINDOW n/w``: about right for 33
@@ -53,6 +54,11 @@ class Latency:
             return known[0][1]
         (low, fast), (high, slow) = known[above - 1], known[above]
         return fast + (slow - fast) * (rows - low) / (high - low)
+
+    def width(self) -> int:
+        """Rows that a device has room for: the fewest whose time per row is (nearly) the least that was seen."""
+        per_row = {rows: taken / rows for rows, taken in self.seconds.items()}
+        return min(rows for rows, taken in per_row.items() if taken <= INDIFFERENT * min(per_row.values()))
 
     def best_window(self, nodes: int, batch: int, max_rows: int | None) -> int:
         """Window of (nearly) the least expected time: a power of two, or all of the nodes.
