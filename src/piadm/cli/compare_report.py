@@ -9,6 +9,7 @@ from rich import box
 from rich.table import Table
 
 from piadm.cli import files
+from piadm.cli.device import told
 from piadm.rivals import Result, Run
 
 _HEAD = ("", "rounds", "evaluations", "seconds", "worst", "median", "setting")
@@ -30,10 +31,9 @@ class Report:
     def headline(self) -> str:
         """Return what was run, on one line."""
         s = self.settings
-        where = f"cpu x {s['threads']}" if s["device"] == "cpu" else s["device"]
         return (
             f"{s['model']}: {s['num']} sample{'s' * (s['num'] != 1)}, {s['method'].upper()}, {s['steps']} steps, "
-            f"seed {s['seed']}, {where}"
+            f"seed {s['seed']}, {told(s['device'], s['threads'])}"
         )
 
     def table(self, target: float) -> Table:

@@ -1,4 +1,4 @@
-"""What ``--device`` means."""
+"""What ``--device`` means, and how a device is told."""
 
 from __future__ import annotations
 
@@ -24,3 +24,8 @@ def resolve_device(name: str) -> str:
     except (RuntimeError, NotImplementedError) as error:
         raise ValueError(f"--device {name}: torch cannot use it here ({str(error).splitlines()[0][:100]})") from error
     return name
+
+
+def told(device: str, threads: int) -> str:
+    """A device in a headline: of a CPU the threads too."""
+    return f"cpu x {threads}" if device == "cpu" else device

@@ -47,3 +47,16 @@ def positives(option: str, text: str) -> tuple[float, ...]:
     if not found or not all(0 < number < float("inf") for number in found):
         raise ValueError(f"{option} must be positive numbers with commas, such as 0.05,0.3,1, got {text!r}")
     return found
+
+
+def window_rows(option: str, text: str) -> int | str:
+    """Return a window, as ``piadm.sample`` takes it.
+
+    Raises:
+        ValueError: If it is neither "all" nor "auto" nor a number of at least 2.
+    """
+    if text in ("all", "auto"):
+        return text
+    if not text.isdecimal() or int(text) < 2:
+        raise ValueError(f"{option} must be all, auto or a number of at least 2, got {text!r}")
+    return int(text)

@@ -13,6 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 from piadm.cli import files
+from piadm.cli.device import told
 from piadm.solution import Status
 
 if TYPE_CHECKING:
@@ -138,10 +139,9 @@ class Report:
     def headline(self) -> str:
         """Return what was run, on one line."""
         s = self.settings
-        where = f"cpu x {s['threads']}" if s["device"] == "cpu" else s["device"]
         return (
             f"{s['num']} garment{'s' * (s['num'] != 1)}, {s['method'].upper()}, {s['steps']} steps, "
-            f"tolerance {s['tol']:g}, seed {s['seed']}, {where}"
+            f"tolerance {s['tol']:g}, seed {s['seed']}, {told(s['device'], s['threads'])}"
         )
 
     def write_json(self, stream: BinaryIO) -> None:

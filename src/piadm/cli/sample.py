@@ -15,6 +15,7 @@ from piadm._checks import finite_float, positive_int
 from piadm.cli import files, long_run, progress
 from piadm.cli.app import INTERRUPTED
 from piadm.cli.device import resolve_device
+from piadm.cli.numbers import window_rows
 from piadm.cli.report import Report, RunFigures, Spread, Trace, rms_difference, warnings_of
 from piadm.solution import Status
 
@@ -108,11 +109,7 @@ class Settings:
         Raises:
             ValueError: If it is neither "all" nor "auto" nor a number of at least 2.
         """
-        if self.window in (None, "all", "auto"):
-            return self.window
-        if not self.window.isdecimal() or int(self.window) < 2:
-            raise ValueError(f"--window must be all, auto or a number of at least 2, got {self.window!r}")
-        return int(self.window)
+        return None if self.window is None else window_rows("--window", self.window)
 
 
 def sample(

@@ -179,8 +179,7 @@ def prepare(
     )
     if truth.stats.rounds < scheme.count:
         raise KeyboardInterrupt
-    if not bool(truth.sample.isfinite().all()):
-        raise ValueError("denoiser must give finite values; " + "; ".join(truth.failures or ("the states overflowed",)))
+    finite(truth)
     device = problem.start.device
     noisy, (alpha, sigma) = scheme.normals > 0, schedule.levels(times.times)
     c = scheme.c[:, 0, 0] if noisy else scheme.c.new_zeros(scheme.count)
@@ -202,6 +201,17 @@ def prepare(
         noise=problem.noise.path(0, scheme.count) if noisy else None,
         truth=truth,
     )
+
+
+def finite(truth: Solution) -> Solution:
+    """The right answer itself.
+
+    Raises:
+        ValueError: if the network's values, and so the answer, are not finite.
+    """
+    if not bool(truth.sample.isfinite().all()):
+        raise ValueError("denoiser must give finite values; " + "; ".join(truth.failures or ("the states overflowed",)))
+    return truth
 
 
 def _spread(noise: Tensor) -> Tensor:
