@@ -25,7 +25,7 @@ def build() -> typer.Typer:
     """
     import typer
 
-    from piadm.cli import compare, plan, sample, scaling, verify
+    from piadm.cli import bench, compare, plan, sample, scaling, verify
 
     app = typer.Typer(
         name="piadm",
@@ -49,6 +49,7 @@ def build() -> typer.Typer:
 
     app.command("sample", epilog=sample.EXAMPLES)(sample.sample)
     app.command("compare", epilog=compare.EXAMPLES)(compare.compare)
+    app.command("bench", epilog=bench.EXAMPLES)(bench.bench)
     app.command("plan", epilog=plan.EXAMPLES)(plan.plan)
     app.command("scaling", epilog=scaling.EXAMPLES)(scaling.scaling)
     app.command("verify", epilog=verify.EXAMPLES)(verify.verify)

@@ -1,4 +1,4 @@
-"""The model of ``piadm compare``: a shipped one, a closed-form mixture, or an object of the user's."""
+"""The model of ``piadm compare`` and ``piadm bench``: a shipped one, a mixture, or an object of the user's."""
 
 from __future__ import annotations
 
