@@ -70,9 +70,9 @@ def test_help_has_examples_and_every_option(capsys: pytest.CaptureFixture[str]) 
         assert f"--{option}" in text
 
 
-WRONG = ["--steps 0", "--tol 0", "--tol nan", "--batch 0", "--windows auto,1", "--windows wide", "--rows 0", "--repeats 0"]
-WRONG += ["--seed -1", "--method euler", "--threads 0", "--device abacus", "--model mnist", "--shape 3,32,32"]
-WRONG += ["--json figures.txt", "--json missing/figures.json", "--figure picture.jpg", "--colour red"]
+WRONG = ["--steps 0", "--tol 0", "--tol nan", "--batch 0", "--windows auto,1", "--windows wide", "--rows 0"]
+WRONG += ["--repeats 0", "--seed -1", "--method euler", "--threads 0", "--device abacus", "--model mnist"]
+WRONG += ["--shape 3,32,32", "--json figures.txt", "--json missing/out.json", "--figure out.jpg", "--colour red"]
 
 
 @pytest.mark.parametrize("words", WRONG)
@@ -168,6 +168,8 @@ def test_whether_it_pays_is_said_with_the_reason(
     ratio = fixed + per_row * fastest["rows_per_round"] / 2  # to the step's two rows
     assert f"takes {ratio:.3g} times as long as a step's, of 2 rows" in calls
     assert f"{fastest['rounds']} of them are as long as {fastest['rounds'] * ratio:.0f} of 24 steps" in calls
+    # By this clock nothing but the network takes time.
+    assert f"these calls come to {fastest['seconds']:.3g} s; the run takes {fastest['seconds']:.3g} s." in time
     assert reason in why
     assert found["latency"]["width"] == width
 
@@ -181,7 +183,7 @@ def test_a_network_that_is_quicker_than_the_rounds_is_told_so(tmp_path: Path, mo
         return network.now
 
     monkeypatch.setattr(network, "perf_counter", ticking)
-    monkeypatch.setattr("piadm.cli.bench_measure.median_seconds", lambda *_: 1e-3)
+    monkeypatch.setattr("piadm.cli.bench_measure.median_seconds", lambda *_, **__: 1e-3)
     assert run(tmp_path) == 0
     assert any("what rounds do beside the network" in line for line in figures(tmp_path)["verdict"])
 

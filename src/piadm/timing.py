@@ -9,6 +9,9 @@ from typing import TypeVar
 
 import torch
 
+#: Calls after which the median of quick ones is good enough.
+MOST = 100
+
 _T = TypeVar("_T")
 
 
@@ -30,7 +33,19 @@ def seconds(call: Callable[[], _T], device: torch.device | str) -> tuple[float, 
     return time.perf_counter() - began, result
 
 
-def median_seconds(call: Callable[[], object], device: torch.device | str, repeats: int = 3) -> float:
-    """Median wall time of a call, after one that is not counted: it may have to warm up."""
+def median_seconds(
+    call: Callable[[], object], device: torch.device | str, repeats: int = 3, *, at_least: float = 0.0
+) -> float:
+    """Median wall time of a call, after one that is not counted: it may have to warm up.
+
+    Args:
+        call: what is timed.
+        device: where it works.
+        repeats: calls that are timed at least.
+        at_least: seconds that all of them are to take together; of a quick call there are then more, up to ``MOST``.
+    """
     call()
-    return statistics.median(seconds(call, device)[0] for _ in range(repeats))
+    took: list[float] = []
+    while len(took) < repeats or (len(took) < MOST and sum(took) < at_least):
+        took.append(seconds(call, device)[0])
+    return statistics.median(took)

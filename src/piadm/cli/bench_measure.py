@@ -17,6 +17,7 @@ from piadm.solution import Solution, Status
 from piadm.timing import median_seconds, seconds
 
 LONGEST = 10.0  # seconds of one call, after which larger ones are left out
+SHORTEST = 0.2  # seconds for which calls of one size are timed: a moment's trouble must not decide
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def latencies(problem: Problem, sizes: list[int], repeats: int, before: Callable
     Args:
         problem: one sample; its state is what the rows hold, at times all along its grid.
         sizes: numbers of rows.
-        repeats: calls of each that are timed.
+        repeats: calls of each that are timed at least.
         before: told the number of rows before they are timed.
 
     Raises:
@@ -92,7 +93,7 @@ def latencies(problem: Problem, sizes: list[int], repeats: int, before: Callable
     for rows in sizes:
         before(rows)
         try:
-            found[rows] = median_seconds(_call(problem, rows), problem.start.device, repeats)
+            found[rows] = median_seconds(_call(problem, rows), problem.start.device, repeats, at_least=SHORTEST)
         except MemoryError:
             most = max(found)
             return Curve(found, f"a call of {rows} rows does not fit into memory; the largest that did has {most}")

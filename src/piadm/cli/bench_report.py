@@ -10,7 +10,7 @@ from rich.table import Table
 
 from piadm.cli import files
 from piadm.cli.bench_measure import Curve, Timing
-from piadm.cli.bench_verdict import capacity, verdict
+from piadm.cli.bench_verdict import capacity, short, verdict
 from piadm.cli.device import told
 
 _HEAD = (
@@ -48,10 +48,8 @@ class Report:
         for name in ("rows", "ms", "ms per row", "times one row"):
             table.add_column(name, justify="right")
         for call in self._calls():
-            table.add_row(
-                str(call["rows"]), f"{1e3 * call['seconds']:.3g}", f"{1e3 * call['seconds_per_row']:.3g}",
-                f"{call['times_one_row']:.3g}",
-            )  # fmt: skip
+            milliseconds = [short(1e3 * call[name]) for name in ("seconds", "seconds_per_row")]
+            table.add_row(str(call["rows"]), *milliseconds, short(call["times_one_row"]))
         return table
 
     def remarks(self) -> tuple[str, ...]:
@@ -106,8 +104,8 @@ class Report:
     def _cells(self, timing: Timing) -> list[str]:
         run, error = timing.figures, timing.error
         return [
-            str(run.rounds), f"{run.evaluations_per_sample:.0f}", f"{timing.rows:.3g}", f"{run.seconds:.3g}",
-            f"{self.speed_up(timing):.3g}", f"{timing.first:.3g}", f"{error.median:.1e}", f"{error.worst:.1e}",
+            str(run.rounds), f"{run.evaluations_per_sample:.0f}", short(timing.rows), short(run.seconds),
+            short(self.speed_up(timing)), short(timing.first), f"{error.median:.1e}", f"{error.worst:.1e}",
             f"{timing.converged} of {len(timing.errors)}",
         ]  # fmt: skip
 

@@ -16,7 +16,7 @@ def capacity(curve: Curve) -> str:
         return f"one row takes {told(latency.of(1))}"
     if width == 1:
         return "a row takes as long in a large call as alone: one fills the device"
-    times = f"a call of {width} rows takes {latency.of(width) / latency.of(1):.3g} times as long as one of 1 row"
+    times = f"a call of {width} rows takes {short(latency.of(width) / latency.of(1))} times as long as one of 1 row"
     more = "time per row still falls there" if width == most else "with more rows time per row hardly falls"
     return f"{times}; {more}"
 
@@ -25,7 +25,7 @@ def verdict(curve: Curve, timings: Sequence[Timing], tol: float) -> tuple[str, .
     """A line on the fastest setting whose samples all converged, and on why it is as fast as that; none of no settings.
 
     The reasons are those of the cost model: a sampler takes ``rounds x latency of a round's rows``, and what it does
-    beside the network.
+    beside the network.  Of the latencies only ratios are used, for a machine may be slower at one time than at another.
 
     Args:
         curve: the network's latency.
@@ -47,26 +47,26 @@ def _outcome(sequential: Timing, fastest: Timing) -> str:
     if fast > slow:
         return (
             f"It does not pay here: the fastest setting, {fastest.name}, takes {told(fast)}, "
-            f"{fast / slow:.3g} times as long as the sequential sampler."
+            f"{short(fast / slow)} times as long as the sequential sampler."
         )
     return (
         f"It pays here: the fastest setting, {fastest.name}, takes {told(fast)} instead of {told(slow)} and is "
-        f"{slow / fast:.3g} times faster."
+        f"{short(slow / fast)} times faster."
     )
 
 
 def _reasons(curve: Curve, sequential: Timing, fastest: Timing) -> tuple[str, ...]:
     latency, run, steps = curve.latency(), fastest.figures, sequential.figures.rounds
     ratio = latency.of(fastest.rows) / latency.of(sequential.rows)
-    alone = run.rounds * latency.of(fastest.rows)
+    alone = run.rounds * ratio * sequential.figures.seconds / steps
     calls = (
-        f"A round's call, of {_rows(fastest.rows)}, takes {ratio:.3g} times as long as a step's, of "
+        f"A round's call, of {_rows(fastest.rows)}, takes {short(ratio)} times as long as a step's, of "
         f"{_rows(sequential.rows)}: {run.rounds} of them are as long as {run.rounds * ratio:.0f} of {steps} steps."
     )
-    time = f"These calls alone would come to {told(alone)}; the run takes {told(run.seconds)}."
+    time = f"At the pace of the steps these calls come to {told(alone)}; the run takes {told(run.seconds)}."
     if alone < run.seconds / 2:
         time += " Most of that is what rounds do beside the network, and their set-up; a slower network hides it."
-    if fastest.rows > (most := max(curve.seconds)):
+    if max(fastest.rows, sequential.rows) > (most := max(curve.seconds)):
         calls += f" Calls of more than {most} rows were not timed and are taken to be in proportion."
     return calls, time, _capacity_used(ratio, sequential, fastest)
 
@@ -84,8 +84,13 @@ def _capacity_used(ratio: float, sequential: Timing, fastest: Timing) -> str:
 
 def told(seconds: float) -> str:
     """Seconds in the unit that suits them."""
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+    return f"{short(seconds)} s" if seconds >= 1 else f"{short(1e3 * seconds)} ms"
+
+
+def short(number: float) -> str:
+    """A number of three digits, or whole if it has more."""
+    return f"{number:.3g}" if abs(number) < 1000 else f"{number:.0f}"
 
 
 def _rows(rows: float) -> str:
-    return "1 row" if rows == 1 else f"{rows:.3g} rows"
+    return "1 row" if rows == 1 else f"{short(rows)} rows"
