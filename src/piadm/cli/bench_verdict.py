@@ -66,9 +66,10 @@ def _reasons(curve: Curve, sequential: Timing, fastest: Timing) -> tuple[str, ..
     time = f"At the pace of the steps these calls come to {told(alone)}; the run takes {told(run.seconds)}."
     if alone < run.seconds / 2:
         time += " Most of that is what rounds do beside the network, and their set-up; a slower network hides it."
+    lines = calls, time, _capacity_used(ratio, sequential, fastest)
     if max(fastest.rows, sequential.rows) > (most := max(curve.seconds)):
-        calls += f" Calls of more than {most} rows were not timed and are taken to be in proportion."
-    return calls, time, _capacity_used(ratio, sequential, fastest)
+        return *lines, f"Calls of more than {most} rows were not timed; they are taken to be in proportion."
+    return lines
 
 
 def _capacity_used(ratio: float, sequential: Timing, fastest: Timing) -> str:
