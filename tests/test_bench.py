@@ -83,8 +83,7 @@ def test_a_wrong_option_is_one_line_before_any_work(
     monkeypatch.setattr(ModelName, "load", lambda _: pytest.fail("the model was loaded"))
     assert app.main(["bench", *words.split()]) == 2
     captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.count("\n") == 1
+    assert captured.out == "" and captured.err.count("\n") == 1
     assert words.split()[0] in captured.err
     assert list(tmp_path.iterdir()) == []
 
@@ -203,7 +202,7 @@ def test_calls_that_are_too_large_or_slow_are_left_out_and_the_samplers_run_all_
     text, found = capsys.readouterr().out, figures(tmp_path)
     assert [call["rows"] for call in found["latency"]["calls"]] == [1, 2]
     assert found["latency"]["ended"] == ended and ended in text
-    assert "Calls of more than 2 rows were not timed" in text  # and the rounds are larger
+    assert "Calls of more than 2 rows were not timed" in text  # and rounds are larger
     assert [entry["converged"] for entry in found["samplers"]] == [2] * len(NAMES)
 
 
@@ -247,6 +246,11 @@ def test_the_figure_is_a_whole_png_and_no_temporary_file_stays(tmp_path: Path) -
     assert {path.name for path in tmp_path.iterdir()} == {"out.png", "out.json"}
 
 
+@pytest.mark.parametrize("words", ["--steps 1", "--steps 2", "--steps 2 --method sde --batch 1"])
+def test_the_shortest_grids(words: str, tmp_path: Path) -> None:
+    assert run(tmp_path, *words.split(), "--repeats", "1", "--rows", "1") == 0
+
+
 HEAD = "import torch, piadm\nfrom piadm.cli.compare_model import mixture\n"
 OWN = ["bench", "--model", "own_bench:make", "--shape", "1,8,8", "--steps", "8", "--windows", "", "--rows", "2"]
 
@@ -282,8 +286,7 @@ def test_a_model_that_does_not_work_is_one_line(
 ) -> None:
     assert own(monkeypatch, tmp_path, source) == 1
     error = capsys.readouterr().err
-    assert error.startswith("piadm: error: ") and said in error
-    assert error.count("\n") == 1
+    assert error.startswith("piadm: error: ") and said in error and error.count("\n") == 1
     assert not (tmp_path / "out.json").exists()
 
 
@@ -302,5 +305,5 @@ def test_ctrl_c_keeps_the_samplers_that_were_timed(
     assert run(tmp_path) == 130
     assert "interrupted" in capsys.readouterr().err
     assert (tmp_path / "out.json").exists() == (kept > 0)
-    if kept:
-        assert [entry["name"] for entry in figures(tmp_path)["samplers"]] == NAMES[:kept]
+    found = figures(tmp_path)["samplers"] if kept else []
+    assert [entry["name"] for entry in found] == NAMES[:kept]

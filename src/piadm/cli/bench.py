@@ -180,8 +180,9 @@ def _latencies(settings: Settings, problem: Problem) -> Curve:
 
 
 def _race(settings: Settings, problem: Problem) -> tuple[list[Lap], bool]:
-    samplers, laps = settings.samplers(problem.denoiser), list[Lap]()
+    samplers = settings.samplers(problem.denoiser)
     runs = len(samplers) * (settings.repeats + 1)
+    laps: list[Lap] = []
     with progress.bar("samplers") as update:
         try:
             for lap in race(samplers, settings.repeats, problem.start.device, lambda n, note: update(n / runs, note)):

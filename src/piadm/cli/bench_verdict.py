@@ -66,15 +66,15 @@ def _reasons(curve: Curve, sequential: Timing, fastest: Timing) -> tuple[str, ..
     time = f"At the pace of the steps these calls come to {told(alone)}; the run takes {told(run.seconds)}."
     if alone < run.seconds / 2:
         time += " Most of that is what rounds do beside the network, and their set-up; a slower network hides it."
-    lines = calls, time, _capacity_used(ratio, sequential, fastest)
-    if max(fastest.rows, sequential.rows) > (most := max(curve.seconds)):
-        return *lines, f"Calls of more than {most} rows were not timed; they are taken to be in proportion."
-    return lines
+    return calls, time, _what_counts(ratio, max(curve.seconds), sequential, fastest)
 
 
-def _capacity_used(ratio: float, sequential: Timing, fastest: Timing) -> str:
-    """Whether rounds or evaluations count, by the ratio of the time of a round's call to that of a step's."""
+def _what_counts(ratio: float, most: int, sequential: Timing, fastest: Timing) -> str:
+    """Rounds or evaluations, by the ratio of a round's call to a step's, if neither is beyond the most rows timed."""
     work = f"{fastest.figures.evaluations_per_sample:.0f} instead of {sequential.figures.evaluations_per_sample:.0f}"
+    if max(fastest.rows, sequential.rows) > most:
+        known = f"Calls of more than {_rows(most)} were not timed and are taken to be in proportion"
+        return f"{known}: if so, evaluations count, {work}."
     if ratio <= INDIFFERENT:
         depth = f"{fastest.figures.rounds} instead of {sequential.figures.rounds}"
         return f"The device has room for all of these rows: only rounds count, {depth}."
