@@ -143,3 +143,31 @@ def test_late_rows_do_not_crowd_out_those_that_matter_more() -> None:
     window = SlidingWindow(4, np.ones((7, 1)))
     assert window.choose(expected, 0)[:, 0].nonzero()[0].tolist() == [3, 5, 6]
     assert window.choose(expected, 100)[:, 0].nonzero()[0].tolist() == [0, 3, 5, 6]
+    patient = SlidingWindow(4, np.ones((7, 1)), patience=200)
+    assert patient.choose(expected, 100)[:, 0].nonzero()[0].tolist() == [3, 5, 6]
+
+
+@pytest.mark.parametrize("caution", [stopping.FIRST_SMOOTH, stopping.FIRST_ROUGH, stopping.FINER_ROUGH])
+def test_a_sample_whose_rows_have_all_settled_does_not_wait_for_more(caution: stopping.Caution) -> None:
+    interpolation = np.linspace(0, 3, 301)
+    samples, nothing = len(interpolation), np.zeros((2, 301))
+    rule = stopping.CarriedResidual(
+        np.ones(2), np.full((2, samples), 0.5 * caution.settled), 1.0, aim=np.ones(samples), refinable=True,
+        exact_after=math.inf, caution=caution,
+    )  # fmt: skip
+    movement = Movement(nothing, np.zeros(samples), interpolation, np.zeros(samples))
+    error, verdict = rule.judge(movement, np.full((2, samples), 0.5 * caution.settled))
+    assert (error[interpolation == 0] == caution.settled).all()  # what the rows that settled may leave
+    assert ((verdict == stopping.Verdict.DONE) == (error <= 1)).all()
+    assert (verdict[error > 1] == stopping.Verdict.REFINE).all()
+
+
+def test_samples_may_take_a_round_more_for_every_halving_of_a_small_aim() -> None:
+    def later(tol: float, variance: float) -> float:
+        denoiser = replace(mixture(), data_variance=variance)
+        return settings.settle(
+            denoiser, method="sde", grid=None, steps=100, tol=tol, nodes=None, window=None, guess=None
+        ).later
+
+    assert [later(tol, 1.0) for tol in (0.5, 1e-2, 5e-3, 1.25e-3)] == pytest.approx([0, 0, 1, 3])
+    assert later(1e-2, 4.0) == pytest.approx(1)  # relative to the data

@@ -66,19 +66,20 @@ class SlidingWindow:
 
     Attributes:
         size: rows per sample and round.
-        threshold: a row has settled when its expected surprise is no more than this, ``(n, B)`` float64; after
-            ``PATIENCE`` rounds when it is no more than part of this, as far as there is room in the window.
+        threshold: a row has settled when its expected surprise is no more than this, ``(n, B)`` float64.
+        patience: rounds after which it has to be no more than part of this, as far as there is room in the window.
 
     Reference: Shih et al. 2023 (arXiv 2305.16317), section 3.2, for the window.
     """
 
     size: int
     threshold: Table
+    patience: float = PATIENCE
 
     def choose(self, expected: Table, rounds: int) -> Flags:
         """The first ``size`` rows that have not settled."""
         passed = int(rounds * min(1.0, self.size / (NARROW * len(expected))))
-        late = min(max(0, passed - PATIENCE), HALVINGS)
+        late = min(max(0, passed - int(self.patience)), HALVINGS)
         matter = expected > self.threshold
         chosen = _first(matter, self.size)
         if late:

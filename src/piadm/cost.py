@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from piadm.activity import SlidingWindow
+from piadm.activity import PATIENCE, SlidingWindow
 from piadm.numerics import Flags, Table
 
 #: Rows of the rounds that are timed, the first ones of a network's first run.  The smallest comes twice: a network's
@@ -96,13 +96,16 @@ class TimedWindow:
         threshold: as in ``SlidingWindow``.
         known: what is known of the network; added to.
         max_rows: most rows of a round; None: any number.
+        patience: as in ``SlidingWindow``.
 
     Attributes:
         size: the window's size once it is chosen.
     """
 
-    def __init__(self, threshold: Table, known: Latency, max_rows: int | None) -> None:
-        self.threshold, self.known, self.max_rows = threshold, known, max_rows
+    def __init__(
+        self, threshold: Table, known: Latency, max_rows: int | None, patience: float = PATIENCE
+    ) -> None:
+        self.threshold, self.known, self.max_rows, self.patience = threshold, known, max_rows, patience
         self.size: int | None = None
 
     def choose(self, expected: Table, rounds: int) -> Flags:
@@ -111,7 +114,7 @@ class TimedWindow:
         if self.size is None and timed >= len(TIMED):
             self.size = self.known.best_window(nodes, batch, self.max_rows)
         size = max(1, TIMED[timed] // batch) if self.size is None else self.size
-        return SlidingWindow(min(size, nodes), self.threshold).choose(expected, rounds)
+        return SlidingWindow(min(size, nodes), self.threshold, self.patience).choose(expected, rounds)
 
     def took(self, rows: int, seconds: float) -> None:
         """Time a round, until enough are known."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from piadm.activity import SlidingWindow
+from piadm.activity import PATIENCE, SlidingWindow
 from piadm.condense import CondensedPath, condense, weights_on_end
 from piadm.cost import TimedWindow, latency
 from piadm.interpolation import Interpolation, RoughInterpolation, SmoothInterpolation, rough_rows, smooth_rows
@@ -29,7 +29,6 @@ from piadm.stopping import (
     FIRST_SMOOTH,
     LAPS,
     LAPS_HALF,
-    SETTLED_SHARE,
     CarriedResidual,
     Told,
     Verdict,
@@ -107,14 +106,14 @@ class Builder:
         engine, count = self.engine, nodes.count
         influence = self._influence(nodes, reference)
         first, finer = (FIRST_ROUGH, FINER_ROUGH) if engine.noisy else (FIRST_SMOOTH, FINER_SMOOTH)
+        caution = replace(first, calm=first.calm + engine.later) if told is None else finer
         return CarriedResidual(
             influence,
-            # Rows that have settled may together leave this share of the tolerance.
-            SETTLED_SHARE * aim / count / influence[:, None],
+            caution.settled * aim / count / influence[:, None],
             engine.tol,
             aim=aim,
             refinable=engine.refines(nodes),
-            caution=first if told is None else finer,
+            caution=caution,
             exact_after=TURNS_PER_NODE * count if count == engine.steps.count else math.inf,
             most_laps=LAPS_HALF if engine.half_precision else LAPS,
             told=told,
@@ -136,13 +135,15 @@ class Builder:
     def active_rows(self, count: int, threshold: Table) -> SlidingWindow | TimedWindow:
         """Which rows of a path on so many nodes are evaluated."""
         engine, denoiser, executor = self.engine, self.problem.denoiser, self.problem.executor
+        patience = PATIENCE + engine.later
         if engine.window == "auto":
             known = latency(denoiser.network, self.problem.start.device, self.problem.shape[1:])
             most = executor.given_max_batch
-            return TimedWindow(threshold, known, None if most is None else most // denoiser.rows_per_call)
-        if engine.window is None:
-            return SlidingWindow(engine.rows(count, narrow=denoiser.draft is not None), threshold)
-        return SlidingWindow(int(engine.window), threshold)
+            return TimedWindow(threshold, known, None if most is None else most // denoiser.rows_per_call, patience)
+        size = engine.window
+        if size is None:
+            size = engine.rows(count, narrow=denoiser.draft is not None)
+        return SlidingWindow(int(size), threshold, patience)
 
 
 class Level:
