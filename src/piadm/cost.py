@@ -102,9 +102,7 @@ class TimedWindow:
         size: the window's size once it is chosen.
     """
 
-    def __init__(
-        self, threshold: Table, known: Latency, max_rows: int | None, patience: float = PATIENCE
-    ) -> None:
+    def __init__(self, threshold: Table, known: Latency, max_rows: int | None, patience: float = PATIENCE) -> None:
         self.threshold, self.known, self.max_rows, self.patience = threshold, known, max_rows, patience
         self.size: int | None = None
 
