@@ -74,7 +74,9 @@ def test_finer_nodes_are_taken_by_turns_where_not_all_fit_and_change_nothing(mon
     network = rough.network
     # Waves in the time, of which the first nodes know nothing.
     denoiser = replace(rough, network=lambda x, t: network(x, t) + 0.05 * torch.sin(0.31 * t)[:, None])
-    given = dict(method="ode", steps=400, tol=3e-3)
+    # In double precision no row is evaluated for its rounding's sake, which is another in another batch.
+    start = torch.randn(6, 8, generator=torch.Generator().manual_seed(1)).double()
+    given = dict(method="ode", steps=400, tol=3e-3, initial=start)
     at_once = piadm.sample(denoiser, (6, 8), **given)
     assert at_once.stats.nodes == 400  # they had to go on
     room = [4 * GIGA]  # for the run itself, then for none but the one that may always go on

@@ -37,6 +37,11 @@ from piadm.stopping import (
 #: Least influence of a node: one that has none, where a step does not move the state, is still evaluated once.
 FAINTEST = 1e-9
 
+#: Least influence of a node, in that of those beside it.  Where a step asks the network twice, its first answer may act
+#: only through what the network makes of it when asked again: of a midpoint rule's the models below see nothing, and
+#: those calls were never repeated.  Of twelve samples of such a scheduler twelve stopped 3 to 5 times outside.
+BESIDE = 0.1
+
 #: Variance, in that of the data, of data whose noise hides nothing of them.
 BOUNDLESS = 1e12
 
@@ -87,7 +92,8 @@ class Builder:
     ) -> ParallelPath:
         """The path of some samples, at the reference model's own solution."""
         learning = self.engine.learning.at(nodes.indices) if learns else None
-        return ParallelPath(self.condensed(nodes, reference), free, samples, reference, interpolation, learning)
+        path, centre = self.condensed(nodes, reference), self.problem.denoiser.data_mean
+        return ParallelPath(path, free, samples, reference, interpolation, learning, centre)
 
     def interpolation(
         self, nodes: NodeSet, reference: CondensedPath, coarse_end: Tensor | None = None
@@ -113,6 +119,7 @@ class Builder:
             engine.tol,
             aim=aim,
             refinable=engine.refines(nodes),
+            widest=engine.widest(nodes),
             caution=caution,
             exact_after=TURNS_PER_NODE * count if count == engine.steps.count else math.inf,
             most_laps=LAPS_HALF if engine.half_precision else LAPS,
@@ -130,7 +137,8 @@ class Builder:
         leading = weights_on_end(steps, Gaussian(BOUNDLESS * denoiser.data_variance).slopes(denoiser.schedule, steps))
         own = self.condensed(nodes, reference).response[-1, 0].abs()
         influence: Table = torch.maximum(own, (leading @ nodes.weights).abs()).clamp(min=FAINTEST).numpy()
-        return influence
+        beside = np.pad(influence, 1)
+        return np.maximum(influence, BESIDE * np.maximum(beside[:-2], beside[2:]))
 
     def active_rows(self, count: int, threshold: Table) -> SlidingWindow | TimedWindow:
         """Which rows of a path on so many nodes are evaluated."""

@@ -47,6 +47,7 @@ class ParallelPath:
         interpolation: how its error is estimated; None: every step is a node.
         learning: what the local model may learn at the nodes; None: residuals are constants and there is no
             outlook, as a fixed number of rounds needs none.
+        centre: mean that is told of the data, about which the size of the end is measured.
     """
 
     def __init__(
@@ -57,8 +58,9 @@ class ParallelPath:
         reference: CondensedPath | None = None,
         interpolation: Interpolation | None = None,
         learning: Learning | None = None,
+        centre: float = 0.0,
     ) -> None:
-        self.samples, self.interpolation = samples, interpolation
+        self.samples, self.interpolation, self.centre = samples, interpolation, centre
         self.path, self.batch, self.size = path, len(samples), free.shape[1] // len(samples)
         self.dtype, self.device = free.dtype, free.device
         self.numbers, self.times = samples.to(self.device), path.times.to(self.device)

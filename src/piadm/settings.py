@@ -19,6 +19,7 @@ from piadm.local_model import Learning
 from piadm.network import resolution
 from piadm.nodes import NodeSet, averaged, every, every_step, refine, spread
 from piadm.problem import check_denoiser, grid_of
+from piadm.stopping import LOOSEST
 
 #: Degree of the interpolation between nodes, for the ODE and for the SDE, whose residuals are as rough as its noise.
 SMOOTH_ORDER, ROUGH_ORDER = 3, 1
@@ -33,17 +34,14 @@ FACTOR_SMOOTH, FACTOR_ROUGH, POWER = 1.65, 6.4, 0.75
 #: even gaps; the SDE's averages over a gap do not care.
 ROOM_SMOOTH, ROOM_ROUGH = 2.0, 1.5
 
+#: Share of the nodes that a sample of its size would take with which it is content.
+CONTENT = 0.7
+
 #: Nodes of the first round, where the library chooses them: so many times fewer than an aim takes, but at least.  The
 #: first rounds find out what the sample is to be, which takes few nodes.  One on a quarter of them and one on half
 #: saved mixtures, an MLP and a U-Net 10 to 30 % of the evaluations and cost a quarter of a round on average; two on the
 #: quarter saved as much and cost a little more, two on each saved a few per cent more and cost up to a round.
 OPENING_SHARE, OPENING_FEWEST = 4, 6
-
-#: Errors that can be helped are brought below this, relative to the data, even where the tolerance is looser: near a
-#: border between two outcomes the error is as large as the data or far smaller, and a looser aim does not see the
-#: difference coming.  Of samples of mixtures up to 16 % ended on the wrong side with 0.07, 6 % with 0.04 and 1 % with
-#: 0.02; the rounds differ by one.
-LOOSEST = 0.02
 
 #: Aim, relative to the data, for which it is known when a sample is slow.  With every halving of a smaller one an
 #: iteration takes about a round more: of eight of a U-Net's SDE at 3e-3, taken to be slow after as many rounds as at
@@ -121,6 +119,11 @@ class Engine:
     def refines(self, nodes: NodeSet) -> bool:
         """Whether samples that need it go on from these nodes to finer ones."""
         return self.refinable and nodes.count < self.steps.count
+
+    def widest(self, nodes: NodeSet) -> float:
+        """Size of samples, about the mean that was told, for which there are nodes enough."""
+        factor = FACTOR_ROUGH if self.noisy else FACTOR_SMOOTH
+        return self.tol * math.pow(nodes.count / (CONTENT * factor), 1 / POWER) if self.refines(nodes) else math.inf
 
     @property
     def half_precision(self) -> bool:

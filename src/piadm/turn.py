@@ -27,12 +27,14 @@ class Movement:
         interpolation: estimated RMS error at the end of the path that interpolation between the nodes leaves,
             shape ``(B,)``.
         rounding: what rounding of the states may leave at the end of the path, shape ``(B,)``.
+        size: RMS distance of the end from the mean that is told of the data, shape ``(B,)``.
     """
 
     surprise: Table
     end: Table
     interpolation: Table
     rounding: Table
+    size: Table
 
 
 @dataclass(frozen=True)
@@ -103,14 +105,15 @@ class Turn:
         """Solve; what the host is to hear of it, one row of numbers on the device."""
         path = self.path
         before = path.end.clone()
-        path.follow(self.rows.places, self.told, int(self.active.any(1).argmax()))
+        if self.active.any():  # else nothing is new, and the path stays as it is to the last digit
+            path.follow(self.rows.places, self.told, int(self.active.any(1).argmax()))
         del self.told
         end = path.end[:, 0]
-        moved, size = torch.stack([end - before[:, 0], end]).square_().mean(2).sqrt_()
+        moved, length, size = torch.stack([end - before[:, 0], end, end - path.centre]).square_().mean(2).sqrt_()
         # Where the reference is far off, by a mean told wrong, states are small differences of large numbers.
-        rounding = ROUNDINGS * torch.finfo(path.dtype).eps * size.maximum(path.reference_size)
+        rounding = ROUNDINGS * torch.finfo(path.dtype).eps * length.maximum(path.reference_size)
         drift = self.heard[1] if path.local is None else path.local.drift(path.rows)
-        return torch.cat([*self.heard, drift, moved, rounding, *self._left(end)])
+        return torch.cat([*self.heard, drift, moved, rounding, size, *self._left(end)])
 
     def _left(self, end: Tensor) -> list[Tensor]:
         """What tells of the interpolation error: sizes of its rows ``(m B,)``, the distance of two ends ``(B,)``."""
@@ -126,11 +129,11 @@ class Turn:
     def hear(self, numbers: Table) -> Movement:
         """Take in what ``follow`` has told, on the host."""
         path = self.path
-        of_rows, of_end, left = np.split(numbers, np.cumsum([3 * self.active.size, 2 * path.batch]))
+        of_rows, of_end, left = np.split(numbers, np.cumsum([3 * self.active.size, 3 * path.batch]))
         surprise, stride, distance = of_rows.reshape(3, path.path.count, path.batch)
         path.outlook.learn(self.active, surprise, stride)
         path.outlook.look(distance)
-        moved, rounding = of_end.reshape(2, path.batch)
+        moved, rounding, size = of_end.reshape(3, path.batch)
         sizes, apart = np.split(left.reshape(-1, path.batch), [-1])
         error = np.zeros_like(moved) if path.interpolation is None else path.interpolation.error(sizes, apart[0])
-        return Movement(surprise, moved, error, rounding)
+        return Movement(surprise, moved, error, rounding, size)

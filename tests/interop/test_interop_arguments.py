@@ -97,12 +97,13 @@ class Briefly(df.StableDiffusionPipeline):
 def test_conditions_of_a_few_steps_are_not_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = stable_diffusion(Briefly)
     call = dict(latents=normals(7, 1, 4, 8, 8), prompt_embeds=prompts(1)["prompt_embeds"])
-    fast = parallelize(pipe, tol=1e-2)
-    want = pipe(**call)
-    assert apart(fast(**call), want) <= 1e-2
+    fast, want = parallelize(pipe, tol=0.2), pipe(**call)
+    assert apart(parallelize(pipe, tol=2e-3)(**call), want) <= 2e-3
+    fast(**call)
     assert fast.last_solution is not None and fast.last_solution.stats.nodes == 120
     monkeypatch.setattr(Briefly, "holds", range(0))
-    assert apart(fast(**call), want) > 2e-2  # the condition matters
+    assert apart(pipe(**call), want) > 6e-3  # the condition matters
+    fast(**call)
     assert fast.last_solution.stats.nodes < 120  # nothing but the time changes
 
 
