@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import SCALED, SD, flux, normals, pixels, stable_diffusion
+from tiny import CASES, SCALED, SD, flux, normals, pixels, stable_diffusion
 from torch import Tensor
 
 import piadm
@@ -203,6 +203,14 @@ def test_a_prediction_that_says_nothing_of_the_data_is_refused() -> None:
     scheduler.set_timesteps(5)  # noise predicted where there is nothing but noise
     with pytest.raises(UnsupportedError, match="DDIMScheduler steps by numbers that are not finite at timestep 999"):
         probe(scheduler, scheduler.timesteps, {})
+
+
+def test_the_score_may_be_frozen_where_something_is_left_of_the_data() -> None:
+    call = dict(SD, num_inference_steps=8, output_type="latent", latents=normals(7, 2, 4, 8, 8))
+    fast = parallelize(stable_diffusion(), tol=1e-4, linearization="score")
+    assert float((fast(**call).images - stable_diffusion()(**call).images).square().mean().sqrt()) <= 1e-4
+    with pytest.raises(ValueError, match="linearization 'score' needs alpha > 0 .*, got alpha = 0"):
+        parallelize(CASES["SD3"].build(), linearization="score")(**CASES["SD3"].call, num_inference_steps=4)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])

@@ -20,7 +20,7 @@ from piadm.interop.diffusers.probe import UnsupportedError
 from piadm.interop.diffusers.rehearsal import ROUNDING, Score, alike
 from piadm.linearization import Linearization
 from piadm.problem import pose
-from piadm.schedule import FlowSchedule
+from piadm.schedule import VPSchedule
 from piadm.settings import TURNS_PER_NODE, Engine, settle
 from piadm.solution import NetworkError, RoundInfo, Solution
 from piadm.tally import Interrupted, Tally
@@ -45,7 +45,8 @@ class Options:
             positive_int("max_batch", self.max_batch)
         if self.max_rounds is not None:
             positive_int("max_rounds", self.max_rounds)
-        anything = Denoiser(PipelineNetwork(1), FlowSchedule(), "sample", self.data_mean, self.data_variance)
+        # A schedule that allows everything: what the pipeline's own one does not shows when it is known.
+        anything = Denoiser(PipelineNetwork(1), VPSchedule(), "sample", self.data_mean, self.data_variance)
         self.engine(anything, "ode", None)
 
     def engine(self, denoiser: Denoiser, method: str | Integrator, grid: TimeGrid | None) -> Engine:
