@@ -205,6 +205,12 @@ def test_a_prediction_that_says_nothing_of_the_data_is_refused() -> None:
         probe(scheduler, scheduler.timesteps, {})
 
 
+def test_a_scheduler_that_goes_from_data_to_noise_is_named() -> None:
+    pipe = stable_diffusion(scheduler=df.DPMSolverMultistepInverseScheduler(**SCALED))
+    with pytest.raises(UnsupportedError, match="DPMSolverMultistepInverseScheduler does not go from noise to data"):
+        parallelize(pipe)(**SD, num_inference_steps=12)
+
+
 def test_the_score_may_be_frozen_where_something_is_left_of_the_data() -> None:
     call = dict(SD, num_inference_steps=8, output_type="latent", latents=normals(7, 2, 4, 8, 8))
     fast = parallelize(stable_diffusion(), tol=1e-4, linearization="score")

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from piadm.denoiser import Denoiser
+from piadm.grid import TimeGrid
 from piadm.integrators import AffineSteps, MultistepSteps, Steps
 from piadm.interop.diffusers.clipping import Clipping, clipping
 from piadm.interop.diffusers.probe import WORKS, Probe, UnsupportedError, unclipped
+from piadm.problem import grid_of
 from piadm.schedule import FlowSchedule, NoiseSchedule
 
 #: diffusers' names of what a network predicts, in this library's words.
@@ -111,8 +113,9 @@ def levels(scheduler: Any, times: Tensor, scales: Tensor) -> CallLevels:  # noqa
     for it knows of calls between two levels of the schedule.
 
     Raises:
-        UnsupportedError: if it cannot add noise.
+        UnsupportedError: if it cannot add noise, or its levels are none that lead from noise to data.
     """
+    name = type(scheduler).__name__
     found = torch.tensor([[1.0], [0.0]], dtype=torch.float64, device="cpu").repeat(1, len(times) + 1)
     twin = unclipped(scheduler)
     try:
@@ -120,14 +123,18 @@ def levels(scheduler: Any, times: Tensor, scales: Tensor) -> CallLevels:  # noqa
         for j, t in enumerate(times.cpu()):
             found[0, j], found[1, j] = _level(twin, t, None if first is None else first + j)
     except (AttributeError, TypeError, ValueError, RuntimeError, IndexError) as error:
-        name = type(scheduler).__name__
         raise UnsupportedError(f"{name} tells no noise levels ({error}); what works: {WORKS}") from error
     exploding = bool((found[0] == 1).all() and (scales < 1).all()) and not hasattr(scheduler, "precondition_outputs")
     if scheduler.config.get("invert_sigmas"):  # its levels are those of the data
         found[:, :-1] = found[:, :-1].flip(0)
     if exploding:
         found[1, :-1] = (scales.pow(-2) - 1).sqrt()
-    return CallLevels(*found)
+    at = CallLevels(*found)
+    try:
+        grid_of(TimeGrid(range(at.count, -1, -1)), at, at.count)
+    except ValueError as error:
+        raise UnsupportedError(f"{name} does not go from noise to data: {error}; what works: {WORKS}") from error
+    return at
 
 
 def _first_index(scheduler: Any, times: Tensor) -> int | None:  # noqa: ANN401 - any scheduler
