@@ -171,6 +171,12 @@ def test_layers_without_effect_are_not_warned_of() -> None:
         piadm.sample(piadm.Denoiser(layers(nn.Dropout(0.0)), VP, "v"), (2, 4), steps=2)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_frozen_code_is_a_network() -> None:
+    frozen = torch.jit.freeze(torch.jit.trace(layers(nn.Tanh()).eval(), (torch.zeros(2, 4), torch.zeros(2))))
+    assert piadm.sample(piadm.Denoiser(frozen, VP, "sample"), (2, 4), steps=20).converged
+
+
 def test_an_interrupted_sequential_sampler_knows_no_error() -> None:
     denoiser = piadm.Denoiser(pick, VP, "sample")
     settings = dict(steps=5, condition={"label": LABELS})

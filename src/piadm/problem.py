@@ -189,7 +189,8 @@ def _warn_of_chance(network: object) -> None:
     """Warn of layers that draw random numbers or mix rows: there is no right answer then to converge to."""
     inner = module(network)
     for name, layer in inner.named_modules() if isinstance(inner, nn.Module) else ():
-        if layer.training and (isinstance(layer, _BatchNorm) or (isinstance(layer, _DropoutNd) and layer.p > 0)):
+        # Asked of these alone: modules of frozen code do not say whether they train.
+        if (isinstance(layer, _BatchNorm) or (isinstance(layer, _DropoutNd) and layer.p > 0)) and layer.training:
             warnings.warn(
                 f"the network's {name or type(layer).__name__} is in training mode, in which its output depends on "
                 "chance or on other rows, so that errors mean nothing; call network.eval()",
