@@ -205,7 +205,7 @@ class Executor:
                     torch.cuda.empty_cache()
                 return None
             named = name_rows(samples + self.team.first, times)
-            raise NetworkError(f"the network failed on {named}: {error}") from error
+            raise NetworkError(f"the network failed on {named}: {told(error)}") from error
         return estimate.reshape(len(samples), -1)
 
 
@@ -216,6 +216,11 @@ def out_of_memory(error: Exception) -> bool:
         or "out of memory" in str(error).lower()
         or ("can't allocate memory" in str(error).lower())
     )
+
+
+def told(error: Exception) -> str:
+    """An exception for a message, by its type: many say little without it, or nothing."""
+    return f"{type(error).__name__}: {error}".removesuffix(": ")
 
 
 def name_rows(samples: Tensor, times: Tensor) -> str:
