@@ -215,3 +215,9 @@ def test_the_network_that_must_not_be_called_fails_where_it_is() -> None:
 def test_a_callback_that_answers_neither_yes_nor_no_is_told(name: str, several: object) -> None:
     with pytest.raises(TypeError, match="callback must return a true or false value, got"):
         run(name, denoiser=WORKING, steps=STEPS, callback=lambda info: several)
+
+
+@pytest.mark.parametrize("name", ["sample", "sample_sequential"])
+def test_a_callback_that_raises_stop_iteration_is_named(name: str) -> None:
+    with pytest.raises(RuntimeError, match="callback raised StopIteration; to end the run, return a true value"):
+        run(name, denoiser=WORKING, steps=STEPS, callback=lambda info: next(iter(())))

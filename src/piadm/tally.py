@@ -67,6 +67,7 @@ class Tally:
         Raises:
             Interrupted: if the callback returned a true value.
             TypeError: if it returned what is neither true nor false.
+            RuntimeError: if it raised StopIteration, by which generators such as the rounds would end.
         """
         self.rounds += 1
         self.rounds_per_sample[samples] += 1
@@ -82,7 +83,10 @@ class Tally:
             error_estimate=self.error.clone(),
             active_rows=len(rows),
         )
-        wanted = self.callback(info)
+        try:
+            wanted = self.callback(info)
+        except StopIteration as error:
+            raise RuntimeError("callback raised StopIteration; to end the run, return a true value") from error
         try:
             stop = bool(wanted)
         except (RuntimeError, ValueError) as error:  # a tensor or an array of several
