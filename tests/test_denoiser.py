@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -120,7 +122,27 @@ class Wrapped:
         return self.network(x, t, **condition)
 
 
-@pytest.mark.parametrize("wrap", [lambda network: network, Wrapped], ids=["bare", "wrapped"])
+def decorated(network: nn.Module) -> Callable[..., Tensor]:
+    """A function that says what it wraps, as those of ``functools.wraps`` do."""
+
+    @functools.wraps(network.forward)
+    def call(x: Tensor, t: Tensor) -> Tensor:
+        return network(x, t)
+
+    return call
+
+
+WRAPS: dict[str, Callable[[nn.Module], Any]] = {
+    "bare": lambda network: network,
+    "wrapped": Wrapped,
+    "partial": functools.partial,
+    "method": lambda network: network.forward,
+    "decorated": decorated,
+    "partial of a method": lambda network: functools.partial(Wrapped(network).__call__),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
 @pytest.mark.parametrize("tensor", [nn.Parameter, lambda data: data], ids=["parameter", "buffer"])
 def test_a_network_is_called_in_the_type_of_its_tensors(
     wrap: Callable[[nn.Module], Any], tensor: Callable[[Tensor], Tensor]
@@ -150,7 +172,7 @@ def layers(layer: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("layer", [lambda: nn.Dropout(0.1), lambda: nn.BatchNorm1d(4)], ids=["dropout", "batch norm"])
-@pytest.mark.parametrize("wrap", [lambda network: network, Wrapped], ids=["bare", "wrapped"])
+@pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
 def test_layers_in_training_mode_are_warned_of(
     layer: Callable[[], nn.Module], wrap: Callable[[nn.Module], Any]
 ) -> None:
@@ -169,6 +191,29 @@ def test_layers_without_effect_are_not_warned_of() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         piadm.sample(piadm.Denoiser(layers(nn.Dropout(0.0)), VP, "v"), (2, 4), steps=2)
+
+
+def test_guidance_within_a_partial_counts_every_row() -> None:
+    guided = functools.partial(piadm.GuidedNetwork(pick, 2.0, {"label": 0}), label=LABELS[:1])
+    assert piadm.Denoiser(guided, VP, "sample").rows_per_call == 2
+
+
+class Zero:
+    """A network that says to wrap another one."""
+
+    network: object = None
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
+@pytest.mark.parametrize("length", [0, 1, 2], ids=["a mock", "itself", "a ring of two"])
+def test_wrappers_without_an_end_are_networks(length: int) -> None:
+    ring = [Zero() for _ in range(length)]
+    for number, one in enumerate(ring):
+        one.network = ring[number - 1]
+    network = ring[0] if ring else Mock(side_effect=Zero())
+    assert piadm.sample(piadm.Denoiser(network, VP, "sample"), (2, 4), steps=10).converged
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")

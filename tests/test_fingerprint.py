@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import replace
 
 import pytest
@@ -38,6 +39,9 @@ DIFFERENT = {
     "buffers": (mixture(0), mixture(1)),
     "scale": (GUIDED, piadm.GuidedNetwork(GUIDED.network, 7.5, GUIDED.null)),
     "null": (GUIDED, piadm.GuidedNetwork(GUIDED.network, 2.0, {"label": torch.ones(1, 3)})),
+    "partial": (functools.partial(linear(), bias=1.0), functools.partial(nn.Linear(4, 4), bias=1.0)),
+    "keywords": (functools.partial(linear(), bias=1.0), functools.partial(linear(), bias=2.0)),
+    "method": (linear().forward, nn.Linear(4, 4).forward),
     "inside": (piadm.CompiledNetwork(GUIDED), piadm.CompiledNetwork(piadm.GuidedNetwork(linear(), 3.0, GUIDED.null))),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 
@@ -72,6 +73,16 @@ def test_guided_networks_are_copied_through_their_wrapper() -> None:
     alone = piadm.sample(denoiser(guided), SHAPE, **given)
     found = piadm.sample(denoiser(guided), SHAPE, **given, workers=piadm.Devices(["cpu", "cpu"]))
     assert (found.sample - alone.sample).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("wrap", [functools.partial, lambda network: network.forward], ids=["partial", "method"])
+def test_networks_are_copied_within_partials_and_methods(wrap: Callable[[Net], Callable[..., Tensor]]) -> None:
+    network = Net()
+    given = dict(method="ode", steps=20)
+    alone = piadm.sample(denoiser(Net()), SHAPE, **given)
+    found = piadm.sample(denoiser(wrap(network)), SHAPE, **given, workers=piadm.Devices(["cpu", "cpu"]))
+    assert (found.sample - alone.sample).abs().max() <= 1e-6
+    assert len(network.seen) == 2 and id(network) not in network.seen
 
 
 def test_an_exception_on_one_device_names_it_with_sample_and_time() -> None:

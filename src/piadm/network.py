@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from numbers import Integral
+from types import MethodType
 from typing import Any
 
 import torch
@@ -11,6 +14,9 @@ from torch import Tensor, nn
 from piadm.numerics import autocast_dtype
 
 Network = Callable[..., Any]
+
+#: Wrappers about a network that are followed at most: objects that make up any attribute seem to have no end of them.
+DEEPEST = 32
 
 
 def unwrap(output: Any) -> Tensor:  # noqa: ANN401 - anything a network may return
@@ -30,11 +36,28 @@ def unwrap(output: Any) -> Tensor:  # noqa: ANN401 - anything a network may retu
     return output
 
 
+def wrapped(network: object) -> object:
+    """What a network wraps; None: it is seen to wrap nothing.
+
+    That is the ``network`` of a wrapper such as ``GuidedNetwork``, the function of a ``functools.partial``, the object
+    of a bound method, or what a decorator has wrapped.
+    """
+    if callable(inner := getattr(network, "network", None)):
+        return inner
+    if isinstance(network, functools.partial):
+        return network.func
+    if isinstance(network, MethodType):
+        return None if isinstance(network.__self__, type) else network.__self__
+    return getattr(network, "__wrapped__", None)
+
+
 def layers(network: object) -> Iterator[object]:
-    """A network and, where it wraps one as ``GuidedNetwork`` does, its ``network``, and so on."""
-    yield network
-    while callable(network := getattr(network, "network", None)):
+    """A network, what it wraps, what that wraps, and so on: each once."""
+    found: list[object] = []
+    while network is not None and len(found) < DEEPEST and all(network is not one for one in found):
+        found.append(network)
         yield network
+        network = wrapped(network)
 
 
 def module(network: object) -> object:
@@ -48,7 +71,8 @@ def tensors(network: object) -> Iterator[Tensor]:
     owner = network if hasattr(network, "parameters") else module(network)
     for kind in ("parameters", "buffers"):
         listed = getattr(owner, kind, None)
-        yield from (one for one in (listed() if callable(listed) else ()) if isinstance(one, Tensor))
+        found = listed() if callable(listed) else ()
+        yield from (one for one in (found if isinstance(found, Iterable) else ()) if isinstance(one, Tensor))
 
 
 def network_dtype(network: object, default: torch.dtype) -> torch.dtype:
@@ -63,7 +87,8 @@ def network_device(network: object) -> torch.device | None:
 
 def rows_per_call(network: object) -> int:
     """Rows that a network makes of one that it is given, as a wrapper says: two under guidance, else one."""
-    return next((int(one.rows_per_call) for one in layers(network) if hasattr(one, "rows_per_call")), 1)
+    told = (getattr(one, "rows_per_call", None) for one in layers(network))
+    return next((int(rows) for rows in told if isinstance(rows, Integral)), 1)
 
 
 def resolution(network: object) -> float:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from types import MethodType
 from typing import Any, final
 
 import torch
@@ -120,10 +122,14 @@ def replica(denoiser: Denoiser, device: torch.device) -> Denoiser:
 def _copied(network: Any, device: torch.device) -> Any:  # noqa: ANN401 - any callable
     if callable(getattr(network, "to", None)):
         return copy.deepcopy(network).to(device)
-    if callable(getattr(network, "network", None)):  # a wrapper such as GuidedNetwork
+    if callable(inner := getattr(network, "network", None)) and inner is not network:  # a wrapper such as GuidedNetwork
         wrapper = copy.copy(network)
-        wrapper.network = _copied(network.network, device)
+        wrapper.network = _copied(inner, device)
         return wrapper
+    if isinstance(network, functools.partial):
+        return functools.partial(_copied(network.func, device), *network.args, **network.keywords)
+    if isinstance(network, MethodType) and not isinstance(network.__self__, type):
+        return MethodType(network.__func__, _copied(network.__self__, device))
     if network_device(network) not in (None, device):
         kind = type(network).__name__
         raise TypeError(f"network must have a method .to(device) to be copied to {device}, got {kind}")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from types import FunctionType, MethodType
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from piadm._checks import shown
-from piadm.network import module, tensors
+from piadm.network import module, tensors, wrapped
 
 #: Entries of every parameter that are read: enough to tell two sets of weights apart, few enough for any network.
 PEEK = 64
@@ -36,8 +38,12 @@ def fingerprint(value: Any) -> str:  # noqa: ANN401 - any argument
     name = getattr(value, "__qualname__", type(value).__qualname__)
     if is_dataclass(value) and not isinstance(value, type):
         return f"{name}({', '.join(fingerprint(getattr(value, field.name)) for field in fields(value))})"
+    if isinstance(value, functools.partial):
+        return f"partial({fingerprint([value.func, *value.args])}, {fingerprint(value.keywords)})"
     if module(value) is not value:  # a wrapper
         settings = {key: item for key, item in getattr(value, "__dict__", {}).items() if not key.startswith("_")}
+        if isinstance(value, (FunctionType, MethodType)):
+            settings["of"] = wrapped(value)
         return f"{name}({fingerprint(settings)})"
     return name + _weights(value)
 
