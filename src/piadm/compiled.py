@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Hashable, Mapping
+from functools import partial
 from types import FunctionType
 from typing import Any, cast, final
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from piadm._checks import described, switch
+from piadm.conditions import with_rows
 from piadm.network import Network, rows_per_call, unwrap
 from piadm.numerics import joined
 
@@ -69,9 +71,8 @@ class CompiledNetwork:
             part = slice(first, min(len(x), first + SIZES[-1]))
             rows = part.stop - part.start
             size = next(size for size in SIZES if size >= rows)
-            given = {name: _padded(value, part, size, len(x)) for name, value in condition.items()}
-            rows_given = (_padded(value, part, size, len(x)) for value in (x, t))
-            output = unwrap(self._variant(size, x, given)(*rows_given, **given))
+            state, time, given = with_rows((x, t, condition), partial(_padded, part, size, len(x)))
+            output = unwrap(self._variant(size, x, given)(state, time, **given))
             # CUDA graphs write the next output where this one lies.
             parts.append(output[:rows].clone() if self.cuda_graph else output[:rows])
         return joined(parts)
@@ -117,7 +118,7 @@ def _kind(value: Any) -> object:  # noqa: ANN401 - any condition
     return (type(value), value) if isinstance(value, Hashable) else type(value)
 
 
-def _padded(value: Any, part: slice, size: int, rows: int) -> Any:  # noqa: ANN401 - any condition
+def _padded(part: slice, size: int, rows: int, value: Any, name: str) -> Any:  # noqa: ANN401 - any condition
     """A part of the rows and as many more of the last one as make ``size``; what has no rows as it is."""
     if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != rows:
         return value

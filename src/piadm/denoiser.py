@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from piadm._checks import choice, described, finite_float, float_field
+from piadm.conditions import parts, rebuilt
 from piadm.network import Network, network_dtype, rows_per_call, unwrap
 from piadm.schedule import NoiseSchedule
 
@@ -209,7 +210,8 @@ class GuidedNetwork:
         network: the conditional network ``network(x, t, **condition)``.
         scale: guidance scale; 1 is the conditional network, 0 the unconditional one.
         null: the condition that stands for "none", one entry per condition that is given at the call: a tensor of one
-            row, ``(1, ...)``, or without a leading dimension.  It serves every row.
+            row, ``(1, ...)``, or without a leading dimension.  It serves every row.  A condition that is a mapping,
+            list or tuple has one with the same entries.
 
     Raises:
         TypeError: if the network is not callable or ``null`` is no mapping.
@@ -235,19 +237,26 @@ class GuidedNetwork:
         """Guided prediction of rows ``x (R, *shape)`` at times ``t (R,)``."""
         if different := sorted(set(condition) ^ set(self.null)):
             raise ValueError(f"null and condition must have the same entries, one of them lacks {', '.join(different)}")
-        both = {name: _stack(name, value, self.null[name], len(x)) for name, value in condition.items()}
+        both = {name: _stack(f"[{name!r}]", value, self.null[name], len(x)) for name, value in condition.items()}
         output = unwrap(self.network(torch.cat([x, x]), torch.cat([t, t]), **both))
         given, null = output.chunk(2)
         return null + self.scale * (given - null)
 
 
 def _stack(name: str, given: Any, null: Any, rows: int) -> Any:  # noqa: ANN401 - any condition
-    """The condition of the doubled batch: given rows first, null rows second."""
+    """The condition of the doubled batch: given rows first, null rows second; what is nested, part by part."""
+    inside, others = (None, None) if given is null else (parts(given), parts(null))
+    if inside is not None and others is not None and inside.keys() == others.keys():
+        stacked = [_stack(f"{name}[{key!r}]", part, others[key], rows) for key, part in inside.items()]
+        return rebuilt(given, inside, stacked)
     if not isinstance(given, Tensor):
         if not _same(given, null):
-            raise ValueError(f"condition[{name!r}], which guidance varies, must be a tensor with one row per sample")
+            raise ValueError(
+                f"condition{name}, which guidance varies, must be a tensor with one row per sample, or null{name} must "
+                "have the same entries"
+            )
         return given
-    accepted = f"null[{name!r}] must be a number or a tensor of one row, {(1, *given.shape[1:])}"
+    accepted = f"null{name} must be a number or a tensor of one row, {(1, *given.shape[1:])}"
     try:
         null = null if isinstance(null, Tensor) else torch.as_tensor(null, device="cpu")
         # A blocking copy to an accelerator would wait for it; one from there to the host has to.

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, final
 import torch
 from torch import Tensor
 
+from piadm.conditions import with_rows
 from piadm.denoiser import Denoiser
 from piadm.numerics import joined
 from piadm.solution import NetworkError
@@ -103,8 +104,8 @@ class Executor:
     Args:
         denoiser: the denoiser.
         shape: ``(B, *sample_shape)``.
-        condition: tensors with one row per sample, handed to the network row by row; any other value goes to
-            every call as it is.
+        condition: tensors with one row per sample, in nested mappings, lists and tuples too, handed to the network row
+            by row; any other value goes to every call as it is.
         max_batch: most rows in one network call of one worker; None chooses by the device.
         team: who evaluates the rows; None: this process.
     """
@@ -118,6 +119,10 @@ class Executor:
         team: Team | None = None,
     ) -> None:
         self.denoiser, self.shape, self.condition = denoiser, shape, dict(condition or {})
+        # Looked for once: lists of other things may be long.
+        self.by_row = {
+            name: value for name, value in self.condition.items() if with_rows(value, lambda *_: None) is not value
+        }
         self.team = Here() if team is None else team
         self.max_batch = self.given_max_batch = max_batch
         self.peak_batch = 0
@@ -171,10 +176,7 @@ class Executor:
             denoiser: a copy of the denoiser on the worker's device; None: the same one.
             device: that device; None: where the conditions are.
         """
-        condition = {
-            name: value.to(device) if device is not None and isinstance(value, Tensor) else value
-            for name, value in self.condition.items()
-        }
+        condition = with_rows(self.condition, lambda tensor, name: tensor if device is None else tensor.to(device))
         return Executor(denoiser or self.denoiser, self.shape, condition, self.given_max_batch, Here(self.team.first))
 
     def whole(self, x: Tensor, samples: Tensor, times: Tensor) -> Tensor:
@@ -193,10 +195,7 @@ class Executor:
         Raises:
             NetworkError: if the network fails, naming the times and samples of the rows it was given.
         """
-        condition = {
-            name: value.index_select(0, samples) if isinstance(value, Tensor) else value
-            for name, value in self.condition.items()
-        }
+        condition = self.condition | with_rows(self.by_row, lambda tensor, name: tensor.index_select(0, samples))
         try:
             estimate = self.denoiser(x.reshape(-1, *self.shape[1:]), times, **condition)
         except Exception as error:

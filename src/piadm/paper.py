@@ -73,8 +73,8 @@ def piadm_sde(
         initial: state at the first time, ``(B, *sample_shape)``, on the schedule's scale; None draws
             ``N(0, alpha^2 + sigma^2)``.
         noise: standard normals, ``(J, B, *sample_shape)``, ``J = blocks.steps``; None draws them.
-        condition: tensors with one row per sample, and any other values, as the network's keyword arguments.  What
-            is in a list or dict is such a value, handed over whole.
+        condition: tensors with one row per sample, and any other values, as the network's keyword arguments.  Tensors
+            in nested mappings (which arrive as dicts), lists and tuples have rows, too; other objects go whole.
         max_batch: most rows in one network call; None chooses.
         callback: called with a ``RoundInfo`` after each round; a true return value ends the run.
         progress: show a progress bar; None: no.
@@ -143,8 +143,8 @@ def piadm_ode(
         noise: standard normals of the corrector, ``(blocks.count * corrector.normals, B, *sample_shape)``: for
             each block ``v_0``, then per step one normal that drives the velocity and one for what is left of the
             position's noise.  None draws them.
-        condition: tensors with one row per sample, and any other values, as the network's keyword arguments.  What
-            is in a list or dict is such a value, handed over whole.
+        condition: tensors with one row per sample, and any other values, as the network's keyword arguments.  Tensors
+            in nested mappings (which arrive as dicts), lists and tuples have rows, too; other objects go whole.
         max_batch: most rows in one network call; None chooses.
         callback: called with a ``RoundInfo`` after each round; a true return value ends the run.
         progress: show a progress bar; None: no.

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from piadm._checks import caller_level, described, positive_int, shown
+from piadm.conditions import with_rows
 from piadm.denoiser import Denoiser
 from piadm.executor import Executor, Team
 from piadm.grid import TimeGrid
@@ -230,7 +231,7 @@ def _place(denoiser: Denoiser, initial: Tensor | None, noise: Tensor | None) -> 
 
 
 def check_condition(condition: object, batch: int, device: torch.device) -> dict[str, Any]:
-    """Conditions by name; tensors and arrays have one row per sample and live, as tensors, with the state.
+    """Conditions by name; tensors and arrays, nested too, have one row per sample and live, as tensors, with the state.
 
     Raises:
         TypeError, ValueError: if they are no such thing.
@@ -239,18 +240,18 @@ def check_condition(condition: object, batch: int, device: torch.device) -> dict
         return {}
     if not isinstance(condition, Mapping):
         raise TypeError(f"condition must be a mapping from names to values, got {type(condition).__name__}")
-    given = {
-        name: _tensor(value) if isinstance(value, np.ndarray) and value.dtype.kind in "biuf" else value
-        for name, value in condition.items()
-    }
-    for name, value in given.items():
+    for name in condition:
         if not isinstance(name, str) or name in ("x", "t"):
             raise ValueError(f"condition must have strings other than 'x' and 't' as names, got {shown(name)}")
-        if isinstance(value, Tensor) and (value.ndim == 0 or len(value) != batch):
-            raise ValueError(
-                f"condition[{name!r}] must have one row per sample, ({batch}, ...), got shape {tuple(value.shape)}"
-            )
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in given.items()}
+
+    def placed(value: Tensor | NDArray[Any], name: str) -> Tensor:
+        tensor = value if isinstance(value, Tensor) else _tensor(value)
+        if tensor.ndim == 0 or len(tensor) != batch:
+            shape = tuple(tensor.shape)
+            raise ValueError(f"{name} must have one row per sample, ({batch}, ...), got shape {shape}")
+        return tensor.to(device)
+
+    return dict(with_rows(condition, placed))
 
 
 def _tensor(array: NDArray[Any]) -> Tensor:

@@ -64,8 +64,8 @@ def sample(
         seed: one int, or one per sample (an int, or a pair (seed, sample)).
         initial: state at the first time, ``(B, *sample_shape)``; None draws it.
         noise: standard normals, ``(J, B, *sample_shape)``; None draws them.  The ODE methods do not read them.
-        condition: tensors with one row per sample, and any other values, as the network's keyword arguments.  What
-            is in a list or dict is such a value, handed over whole.
+        condition: tensors with one row per sample, and any other values, as the network's keyword arguments.  Tensors
+            in nested mappings (which arrive as dicts), lists and tuples have rows, too; other objects go whole.
         nodes: where the network is called: "all" steps (the fixed point is then exactly the sequential
             sampler's), a number of steps spread in log-SNR, evenly or, for the SDE, closer where noise and data are
             alike (fewer than 9, for the SDE 24, are too few to be certified), or None: as many as the tolerance should

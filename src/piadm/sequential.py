@@ -50,8 +50,8 @@ def sample_sequential(
         seed: one int, or one per sample (an int, or a pair (seed, sample)).
         initial: state at the first time, ``(B, *sample_shape)``; None draws it.
         noise: standard normals, ``(J, B, *sample_shape)``; None draws them.  The ODE methods do not read them.
-        condition: tensors with one row per sample, and any other values, as the network's keyword arguments.  What
-            is in a list or dict is such a value, handed over whole.
+        condition: tensors with one row per sample, and any other values, as the network's keyword arguments.  Tensors
+            in nested mappings (which arrive as dicts), lists and tuples have rows, too; other objects go whole.
         max_batch: most rows in one network call; None chooses.
         callback: called with a ``RoundInfo`` after each step; a true return value ends the run.
         progress: show a progress bar; None: no.

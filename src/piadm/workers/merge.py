@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from piadm.conditions import with_rows
 from piadm.noise import given_array, seed_keys
 from piadm.problem import check_condition, check_shape
 from piadm.solution import Solution, Stats
@@ -22,13 +23,11 @@ def part_of(arguments: Mapping[str, Any], first: int, last: int) -> dict[str, An
     """
     shape = check_shape(arguments["shape"])
     given = dict(arguments) | {"shape": (last - first, *shape[1:])}
-    seed, condition = given["seed"], check_condition(given["condition"], shape[0], torch.device("cpu"))
+    seed = given["seed"]
+    check_condition(given["condition"], shape[0], torch.device("cpu"))
     seed_keys(seed, shape[0])
     given["seed"] = [(seed, b) for b in range(first, last)] if isinstance(seed, Integral) else seed[first:last]
-    given["condition"] = {
-        name: given["condition"][name][first:last] if isinstance(value, Tensor) else value
-        for name, value in condition.items()
-    }
+    given["condition"] = with_rows(given["condition"], lambda rows, name: rows[first:last])
     if given["initial"] is not None:
         given["initial"] = given_array("initial", given["initial"], shape)[first:last]
     if given["noise"] is not None:
