@@ -1,4 +1,4 @@
-"""Moments of the data measured from the network: exact where the data are Gaussian, and worth their calls."""
+"""Moments of the data measured on the network's own samples: near the truth, and worth their calls."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import piadm
+from piadm import moments
 from piadm.models import GaussianDenoiser, MixtureDenoiser
 
 SCHEDULES = [piadm.VPSchedule(), piadm.VESchedule(), piadm.FlowSchedule(), piadm.CosineSchedule()]
@@ -16,21 +17,29 @@ SCHEDULES = [piadm.VPSchedule(), piadm.VESchedule(), piadm.FlowSchedule(), piadm
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: type(schedule).__name__)
 @pytest.mark.parametrize(("mean", "variance"), [(0.0, 1.0), (3.0, 0.01), (-40.0, 400.0)])
-def test_moments_of_gaussian_data_are_exact(schedule: piadm.NoiseSchedule, mean: float, variance: float) -> None:
+def test_moments_of_gaussian_data_are_near(schedule: piadm.NoiseSchedule, mean: float, variance: float) -> None:
     known = GaussianDenoiser(schedule, mean, variance)
     found = piadm.measure_moments(replace(known, data_mean=0.0, data_variance=1.0), (4, 3, 8))
-    # Differences of estimates, rounded to float32 about the mean.
-    assert found.data_variance == pytest.approx(variance, rel=1e-2)
-    # The mean input is not zero: sigma/sqrt(16 x 24), times the response.
-    assert found.data_mean == pytest.approx(mean, abs=0.05 * variance**0.5 + 1e-3)
+    # First-order steps make samples a little too narrow; of 16 of 24 coordinates the variance is seen to 7 %.
+    assert found.data_variance == pytest.approx(variance, rel=0.2)
+    # The start knows of no mean: alpha of it is missing, and where sigma ends at 50 a fifth of 40 is.
+    assert found.data_mean == pytest.approx(mean, abs=0.1 * variance**0.5 + 0.25 * abs(mean))
 
 
 def test_the_variance_of_a_mixture_is_that_of_its_covariance() -> None:
     means = 2.0 * torch.randn(12, 64, generator=torch.Generator().manual_seed(3)).double()
     found = piadm.measure_moments(MixtureDenoiser(piadm.VPSchedule(), means, 0.1), (1, 64))
     wanted = float(means.var(0, correction=0).mean()) + 0.1
-    # Eight pairs of inputs: the trace of twelve directions is seen to sqrt(2/(8 x 12)), 15 %, half as much again.
-    assert found.data_variance == pytest.approx(wanted, rel=0.45)
+    # Sixteen samples of twelve modes: sqrt(2/(16 x 12)), 10 %, half as much again, and the steps' 8 %.
+    assert found.data_variance == pytest.approx(wanted, rel=0.25)
+
+
+@pytest.mark.parametrize("deviation", [0.02, 9.0])
+def test_clusters_far_apart_are_one_wide_distribution(deviation: float) -> None:
+    means = 100.0 * torch.randn(5, 8, generator=torch.Generator().manual_seed(1)).double()
+    found = piadm.measure_moments(MixtureDenoiser(piadm.VPSchedule(), means, deviation**2), (1, 8))
+    wanted = float(means.var(0, correction=0).mean()) + deviation**2
+    assert wanted / 3 < found.data_variance < wanted * 3  # a factor of three costs no round
 
 
 def test_a_scale_that_was_unknown_is_worth_measuring() -> None:
@@ -43,8 +52,8 @@ def test_a_scale_that_was_unknown_is_worth_measuring() -> None:
     assert found[1].converged and found[1].stats.rounds < found[0].stats.rounds
 
 
-@pytest.mark.parametrize(("size", "calls"), [(4, 1), (1024, 2)])  # samples of few coordinates in larger calls
-def test_conditions_reach_the_network_row_by_row(size: int, calls: int) -> None:
+@pytest.mark.parametrize(("size", "rows"), [(4, 64), (1024, 16)])  # more samples where they have few coordinates
+def test_conditions_reach_the_network_row_by_row(size: int, rows: int) -> None:
     seen = []
 
     def network(x: Tensor, t: Tensor, label: Tensor, scale: float) -> Tensor:
@@ -54,8 +63,8 @@ def test_conditions_reach_the_network_row_by_row(size: int, calls: int) -> None:
     schedule = piadm.VPSchedule()
     denoiser = piadm.Denoiser(network, schedule, "sample")
     piadm.measure_moments(denoiser, (3, size), condition={"label": torch.tensor([7, 8, 9]), "scale": 2.0})
-    assert sum(rows for rows, _, _ in seen) == 240 and len(seen) == calls
-    assert all(len(label) == rows and bool((label == 7).all()) and scale == 2.0 for rows, label, scale in seen)
+    assert [count for count, _, _ in seen] == [rows] * moments.STEPS
+    assert all(len(label) == rows and bool((label == 7).all()) and scale == 2.0 for _, label, scale in seen)
 
 
 # Stable Diffusion's table ends at a log-SNR of -5.4.
@@ -86,10 +95,10 @@ def test_the_default_type_of_numbers_makes_no_difference() -> None:
         torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("output", [torch.nan, -1.0])
-def test_a_network_that_tells_of_no_variance_is_refused(output: float) -> None:
-    denoiser = piadm.Denoiser(lambda x, t: output * x, piadm.VPSchedule(), "sample")
-    with pytest.raises(ValueError, match="data variance of .*; it must be positive"):
+@pytest.mark.parametrize(("output", "told"), [(torch.nan, "nan.*not finite at time"), (0.0, "0; it must be positive")])
+def test_a_network_that_tells_of_no_variance_is_refused(output: float, told: str) -> None:
+    denoiser = piadm.Denoiser(lambda x, t: output * x, piadm.FlowSchedule(), "sample")  # ends without noise
+    with pytest.raises(ValueError, match=f"a variance of {told}"):
         piadm.measure_moments(denoiser, (1, 4))
 
 
@@ -108,5 +117,5 @@ def test_conditions_are_checked_before_any_call() -> None:
 
 def test_a_network_that_fails_is_named_with_the_time() -> None:
     denoiser = piadm.Denoiser(lambda x, t: x[:, :1], piadm.VPSchedule(), "sample")
-    with pytest.raises(piadm.NetworkError, match="the network failed on sample 0 at times"):
+    with pytest.raises(piadm.NetworkError, match="the network failed on samples 0..63 at time"):
         piadm.measure_moments(denoiser, (1, 4))
