@@ -55,8 +55,9 @@ class Denoiser:
         data_mean: mean of the data over all coordinates, in the network's units.  Only the starting guess and
             the Gaussian linearization use it: a wrong value costs rounds.
         data_variance: variance of the data about ``data_mean``, likewise; ``sample`` takes the number of its nodes and
-            the estimate of their error from it too, and where it is wrong by a factor of thousands that estimate may be
-            (not with ``nodes="all"``).  ``measure_moments`` asks the network for both.
+            the estimate of their error from it too.  Samples that turn out wider or narrower are noticed and take more
+            rounds, but where it is wrong by a factor of ten and more a few in a hundred may end outside the tolerance
+            (hardly with ``nodes="all"``).  ``measure_moments`` finds out both.
         draft: another denoiser that says about the same at far less cost, on the same schedule and of the same
             conditions, or None: ``sample`` starts from its path.  A bad one costs rounds, never exactness.
             ``fit_draft`` makes one of samples.
