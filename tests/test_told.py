@@ -96,3 +96,11 @@ def test_a_chaotic_network_is_not_called_converged_while_its_end_moves(nodes: st
     error = (found.sample - exact.sample).square().mean(1).sqrt()
     assert float(error.min()) > 0.1  # rounding is enough to move the end by so much
     assert all(status is piadm.Status.MAX_ROUNDS for status in found.status)
+
+
+def test_noise_at_the_end_of_a_grid_is_not_taken_for_wide_data() -> None:
+    schedule = piadm.VESchedule()
+    grid = piadm.TimeGrid(piadm.TimeGrid.log_snr(schedule, 1000).times[:251])  # ends where sigma is 5.7
+    means = torch.randn(10, 16, generator=torch.Generator().manual_seed(0)).double()
+    found = piadm.sample(MixtureDenoiser(schedule, means, 0.05), (8, 16), method="ode", grid=grid)
+    assert found.converged and found.stats.nodes is not None and found.stats.nodes <= 53  # the first node set

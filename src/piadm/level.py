@@ -92,8 +92,14 @@ class Builder:
     ) -> ParallelPath:
         """The path of some samples, at the reference model's own solution."""
         learning = self.engine.learning.at(nodes.indices) if learns else None
-        path, centre = self.condensed(nodes, reference), self.problem.denoiser.data_mean
+        path, centre = self.condensed(nodes, reference), self._ending()[0] * self.problem.denoiser.data_mean
         return ParallelPath(path, free, samples, reference, interpolation, learning, centre)
+
+    def _ending(self) -> tuple[float, float]:
+        """``alpha`` at the last time, and the deviation there relative to the data's: a grid may end among noise."""
+        denoiser = self.problem.denoiser
+        alpha, sigma = (float(level) for level in denoiser.schedule.levels(self.engine.grid.times[-1:]))
+        return alpha, math.hypot(alpha, sigma / math.sqrt(denoiser.data_variance))
 
     def interpolation(
         self, nodes: NodeSet, reference: CondensedPath, coarse_end: Tensor | None = None
@@ -119,7 +125,7 @@ class Builder:
             engine.tol,
             aim=aim,
             refinable=engine.refines(nodes),
-            widest=engine.widest(nodes),
+            widest=engine.widest(nodes) * self._ending()[1],
             caution=caution,
             exact_after=TURNS_PER_NODE * count if count == engine.steps.count else math.inf,
             most_laps=LAPS_HALF if engine.half_precision else LAPS,
