@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -51,3 +52,16 @@ def test_the_sde_crowds_its_nodes_and_the_ode_does_not() -> None:
     sde, ode = gaps("sde")[:-5], gaps("ode")[:-5]
     assert sde[0] / sde.min() == pytest.approx(1.1 / 0.2, rel=0.2)  # the first gap reaches from -10 to about -8
     assert ode.max() / ode.min() < 1.5
+
+
+def test_the_sde_goes_on_to_every_step_where_finer_nodes_would_be_few_more() -> None:
+    engine = settle(
+        piadm.load("fashion"), method="sde", grid=None, steps=1000, tol=1e-2, nodes=None, window=None, guess=None
+    )
+    counts, nodes = [], engine.nodes
+    while nodes.count < 1000:
+        counts.append(nodes.count)
+        nodes = engine.finer(nodes)
+    ratios = [finer / coarse for coarse, finer in pairwise(counts)]
+    assert len(ratios) >= 2 and min(ratios) >= 1.5  # of 979 after 799 a fifth would be new
+    assert counts[-1] < 979
