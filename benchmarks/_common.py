@@ -1,4 +1,4 @@
-"""What the benchmarks share: options, timing, tables, and a file of figures that is written whole or not at all."""
+"""What the benchmarks share: options, tables, and a file of figures that is written whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ import argparse
 import json
 import os
 import platform
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
-_T = TypeVar("_T")
 Row = dict[str, object]
 
 
@@ -23,13 +20,6 @@ def options(doc: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (default %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure to this file")
     return parser
-
-
-def seconds(call: Callable[[], _T]) -> tuple[float, _T]:
-    """Wall time of a call, and what it returned."""
-    began = time.perf_counter()
-    result = call()
-    return time.perf_counter() - began, result
 
 
 def print_table(rows: Sequence[Mapping[str, object]]) -> None:

@@ -19,9 +19,10 @@ import statistics
 from collections import Counter
 
 import torch
-from _common import Row, options, print_table, seconds, write_json
+from _common import Row, options, print_table, write_json
 
 import piadm
+from piadm.timing import seconds
 
 TOLERANCES = {"ode": [3e-2, 1e-2], "sde": [1e-1, 3e-2]}
 

@@ -14,12 +14,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from _common import Row, options, print_table, seconds, write_json
+from _common import Row, options, print_table, write_json
 from diffusers import AutoencoderKL, DDIMParallelScheduler, DDPMParallelScheduler, StableDiffusionPipeline, UNet2DModel
 from torch import Tensor
 
 import piadm
 from piadm.interop.diffusers import parallelize
+from piadm.timing import seconds
 
 TABLE = dict(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", prediction_type="v_prediction", clip_sample=False)
 RUNS = {"DDIM": (DDIMParallelScheduler, (50, 200)), "DDPM": (DDPMParallelScheduler, (200, 1000))}

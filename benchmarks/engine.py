@@ -23,12 +23,13 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from _common import Row, options, print_table, seconds, write_json
+from _common import Row, options, print_table, write_json
 from torch import Tensor
 
 import piadm
 from piadm.cli.compare_model import mixture
 from piadm.models import MixtureDenoiser
+from piadm.timing import seconds
 
 TARGETS = {  # (method, nodes): rounds, evaluations aimed at
     ("ode", None): (6, 70),

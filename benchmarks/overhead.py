@@ -29,11 +29,12 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from _common import Row, options, print_table, seconds, write_json
+from _common import Row, options, print_table, write_json
 from torch import Tensor
 
 import piadm
 from piadm.models import MixtureDenoiser
+from piadm.timing import seconds
 
 BATCH, SIZE, MICRO = 16, 784, 128  # samples, coordinates, and network rows per call
 EXTRA = 10  # rounds between the short and the long run

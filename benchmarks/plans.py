@@ -14,12 +14,13 @@ control  the same samples beside those that take every step in turn with the sam
 from __future__ import annotations
 
 import torch
-from _common import Row, options, print_table, seconds, write_json
+from _common import Row, options, print_table, write_json
 from torch import Tensor
 
 import piadm
 from piadm import theory
 from piadm.models import GaussianDenoiser
+from piadm.timing import seconds
 
 OU, KL, LIMIT = piadm.OUSchedule(), 0.1, 64
 VARIANCES = [0.05, 0.3, 1.0, 3.0]

@@ -24,11 +24,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from _common import Row, options, print_table, seconds, write_json
+from _common import Row, options, print_table, write_json
 from _networks import SHAPE, unet
 from torch import Tensor
 
 import piadm
+from piadm.timing import seconds
 
 MOST_OVERHEAD, MOST_OF_ONE, MOST_DIFFERENCE, BATCH, FEW = 0.10, 0.35, 1e-6, 8, 2
 

@@ -24,13 +24,14 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from _common import Row, options, print_table, seconds, write_json
+from _common import Row, options, print_table, write_json
 
 import piadm
 from piadm import theory
-from piadm.theory.families import Engine, PaperODE, PaperSDE, Target
+from piadm.theory.families import FastEngine, PaperODE, PaperSDE, Target
 from piadm.theory.scaling import searches
 from piadm.theory.search import best, candidates, evaluated, shortest_horizon
+from piadm.timing import seconds
 
 OU = piadm.OUSchedule()
 VARIANCES, STOP, KL = [0.05, 0.3, 1.0, 3.0], 0.01, 0.1
@@ -227,7 +228,7 @@ def quarter() -> list[Row]:
 def told_geometric_mean(values: Sequence[float]) -> int:
     """Rounds at d = 10^6 of an engine that is told another single variance than the average."""
     target, told = Target(theory.Spectrum.repeated(values, 10**6), STOP), torch.tensor(values).log().mean().exp()
-    family = Engine("ode", "secant", float(told))
+    family = FastEngine("ode", "secant", float(told))
     first = shortest_horizon(family, target, KL, 0.25)
     found = best(candidates(family, target, KL, [first + 0.25 * i for i in range(5)], lambda _: [1], 16))
     return evaluated(family, target, found, KL).rounds

@@ -230,3 +230,16 @@ def test_a_warning_points_at_the_line_that_called(sampler: Callable[..., piadm.S
     with pytest.warns(RuntimeWarning, match="not finite") as caught:
         eval(compile("call()", "caller.py", "eval"), {"call": call})
     assert caught[0].filename == "caller.py"
+
+
+def test_scripts_beside_the_package_find_what_they_import_from_it() -> None:
+    folders, missing = ("benchmarks", "docs", "examples", "training"), []
+    for path in (path for folder in folders for path in (ROOT / folder).glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "piadm":
+                known, place = importlib.import_module(str(node.module)), Path(*str(node.module).split("."))
+                missing += [
+                    f"{path.name}: {name.name}" for name in node.names
+                    if not hasattr(known, name.name) and not (PACKAGE.parent / place / f"{name.name}.py").exists()
+                ]  # fmt: skip
+    assert missing == []

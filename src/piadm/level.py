@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -92,10 +93,11 @@ class Builder:
     ) -> ParallelPath:
         """The path of some samples, at the reference model's own solution."""
         learning = self.engine.learning.at(nodes.indices) if learns else None
-        path, centre = self.condensed(nodes, reference), self._ending()[0] * self.problem.denoiser.data_mean
+        path, centre = self.condensed(nodes, reference), self.ending[0] * self.problem.denoiser.data_mean
         return ParallelPath(path, free, samples, reference, interpolation, learning, centre)
 
-    def _ending(self) -> tuple[float, float]:
+    @cached_property
+    def ending(self) -> tuple[float, float]:
         """``alpha`` at the last time, and the deviation there relative to the data's: a grid may end among noise."""
         denoiser = self.problem.denoiser
         alpha, sigma = (float(level) for level in denoiser.schedule.levels(self.engine.grid.times[-1:]))
@@ -125,7 +127,7 @@ class Builder:
             engine.tol,
             aim=aim,
             refinable=engine.refines(nodes),
-            widest=engine.widest(nodes) * self._ending()[1],
+            widest=engine.widest(nodes) * self.ending[1],
             caution=caution,
             exact_after=TURNS_PER_NODE * count if count == engine.steps.count else math.inf,
             most_laps=LAPS_HALF if engine.half_precision else LAPS,
@@ -138,6 +140,7 @@ class Builder:
         One is the iteration's own.  It may see no way from an early residual to the end, as a frozen denoised estimate
         does, or a short-sighted one: what the network answers may be wider than what is told of the data, or
         correlated, and forgets less.  The other is that of data without bounds, of which nothing is forgotten.
+        And never less than ``BESIDE`` of that of a neighbour.
         """
         steps, denoiser = self.engine.steps, self.problem.denoiser
         leading = weights_on_end(steps, Gaussian(BOUNDLESS * denoiser.data_variance).slopes(denoiser.schedule, steps))

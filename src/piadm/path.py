@@ -47,7 +47,7 @@ class ParallelPath:
         interpolation: how its error is estimated; None: every step is a node.
         learning: what the local model may learn at the nodes; None: residuals are constants and there is no
             outlook, as a fixed number of rounds needs none.
-        centre: mean that is told of the data, about which the size of the end is measured.
+        centre: mean that is told of the end, about which its size is measured.
     """
 
     def __init__(

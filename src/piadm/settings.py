@@ -128,8 +128,7 @@ class Engine:
 
     def widest(self, nodes: NodeSet) -> float:
         """Size of samples, about the mean that was told, for which there are nodes enough."""
-        factor = FACTOR_ROUGH if self.noisy else FACTOR_SMOOTH
-        return self.tol * math.pow(nodes.count / (CONTENT * factor), 1 / POWER) if self.refines(nodes) else math.inf
+        return self.tol * _size(nodes.count / CONTENT, noisy=self.noisy) if self.refines(nodes) else math.inf
 
     @property
     def half_precision(self) -> bool:
@@ -238,6 +237,11 @@ def _first_nodes(nodes: object, clock: Tensor, deviation: float, aim: float, *, 
 def _enough(aim: float, *, noisy: bool) -> float:
     """How many nodes an aim relative to the data takes."""
     return (FACTOR_ROUGH if noisy else FACTOR_SMOOTH) * math.pow(aim, -POWER)
+
+
+def _size(count: float, *, noisy: bool) -> float:
+    """How large data may be, relative to the aim, for which so many nodes are enough: the inverse of ``_enough``."""
+    return math.pow(count / (FACTOR_ROUGH if noisy else FACTOR_SMOOTH), 1 / POWER)
 
 
 def _opening(nodes: NodeSet, clock: Tensor, aim: float, *, noisy: bool) -> tuple[NodeSet, ...]:

@@ -24,7 +24,7 @@ def synchronise(device: torch.device | str) -> None:
         getattr(torch, place.type).synchronize(place)
 
 
-def seconds(call: Callable[[], _T], device: torch.device | str) -> tuple[float, _T]:
+def seconds(call: Callable[[], _T], device: torch.device | str = "cpu") -> tuple[float, _T]:
     """Wall time of a call, the device's work included, and what it returned."""
     synchronise(device)
     began = time.perf_counter()
