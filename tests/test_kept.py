@@ -55,6 +55,12 @@ def test_arguments_of_one_content_and_another_shape_differ() -> None:
     assert len(calls) == 5  # the last one has another number of arguments
 
 
+def test_arguments_whose_digits_run_together_differ() -> None:
+    log_snr = torch.linspace(-5, 5, 300, dtype=torch.float64)
+    assert spread(log_snr, 21, 1, 1.5).count == 21
+    assert spread(log_snr, 2, 1, 11.5).count == 2
+
+
 def test_no_more_is_kept_than_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 

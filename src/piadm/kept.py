@@ -40,6 +40,7 @@ def kept(function: Callable[_P, _T]) -> Callable[_P, _T]:
     def found(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         digest = hashlib.blake2b(digest_size=32)
         for part in _parts((number, args, sorted(kwargs.items()))):
+            digest.update(len(part).to_bytes(8, "little"))  # else 2, 11.5 would be 21, 1.5
             digest.update(part)
         key = digest.digest()
         with _lock:
