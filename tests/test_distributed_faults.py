@@ -13,6 +13,7 @@ from _ranks import Ended, group, values
 from torch import Tensor
 
 import piadm
+from piadm.workers.pulse import Pulse
 
 #: The time limit of these runs, in seconds; by default it is 30.
 LIMIT = 5.0
@@ -144,3 +145,21 @@ def test_memory_that_runs_out_on_one_rank_shrinks_that_ranks_micro_batch_alone()
     (first, roomy), (second, small) = values(group(2, cramped))
     assert torch.equal(first, second)
     assert small <= 3 < roomy
+
+
+class LostStore:
+    """A store whose host is gone."""
+
+    def set(self, key: str, value: str) -> None:
+        raise RuntimeError("connection reset")
+
+
+def test_a_verdict_outlives_the_store() -> None:
+    pulse = Pulse(LostStore(), rank=1, count=2, interval=1e-3)
+    pulse.wait()
+    pulse.verdict = "rank 0 died"
+    pulse._thread.start()
+    time.sleep(0.05)
+    pulse._over.set()
+    pulse._thread.join()
+    assert pulse.verdict == "rank 0 died"
