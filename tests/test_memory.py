@@ -90,3 +90,11 @@ def test_finer_nodes_are_taken_by_turns_where_not_all_fit_and_change_nothing(mon
     room.append(4 * GIGA)
     monkeypatch.setattr(Here, "lockstep", True)
     assert piadm.sample(denoiser, (6, 8), **given).stats.rounds == at_once.stats.rounds
+
+
+def test_cached_files_do_not_count_against_a_containers_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {"max": f"{4 * GIGA}\n", "current": f"{3 * GIGA}\n", "stat": f"anon {GIGA}\ninactive_file {2 * GIGA}\n"}
+    monkeypatch.setattr(memory.Path, "read_text", lambda path, encoding: files[path.name.removeprefix("memory.")])
+    assert memory._left_of_the_container() == 3 * GIGA
+    files["max"] = "max\n"
+    assert memory._left_of_the_container() is None

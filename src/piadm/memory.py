@@ -84,10 +84,16 @@ def _available() -> int | None:
 
 
 def _left_of_the_container() -> int | None:
-    """What is left of the limit that a container or a batch job has; with control groups of version 2."""
+    """What is left of the limit that a container or a batch job has; with control groups of version 2.
+
+    The kernel counts cached pages of files as used and drops them when memory is short, the inactive ones first.
+    """
     try:
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text(encoding="ascii") for name in ("max", "current"))
-        return int(limit) - int(used)
+        limit, used, stat = (
+            Path(f"/sys/fs/cgroup/memory.{name}").read_text(encoding="ascii") for name in ("max", "current", "stat")
+        )
+        entries = dict(line.split() for line in stat.splitlines())
+        return int(limit) - int(used) + int(entries.get("inactive_file", 0))
     except (OSError, ValueError):  # no such file, or "max": no limit
         return None
 
