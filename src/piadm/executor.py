@@ -197,15 +197,15 @@ class Executor:
         """
         condition = self.condition | with_rows(self.by_row, lambda tensor, name: tensor.index_select(0, samples))
         try:
-            estimate = self.denoiser(x.reshape(-1, *self.shape[1:]), times, **condition)
+            return self.denoiser(x.reshape(-1, *self.shape[1:]), times, **condition).reshape(len(samples), -1)
         except Exception as error:
-            if out_of_memory(error) and len(samples) > 1:
-                if x.is_cuda:
-                    torch.cuda.empty_cache()
-                return None
-            named = name_rows(samples + self.team.first, times)
-            raise NetworkError(f"the network failed on {named}: {told(error)}") from error
-        return estimate.reshape(len(samples), -1)
+            if not out_of_memory(error) or len(samples) == 1:
+                named = name_rows(samples + self.team.first, times)
+                raise NetworkError(f"the network failed on {named}: {told(error)}") from error
+        # Not before the exception is gone: its traceback holds the activations.
+        if x.is_cuda:
+            torch.cuda.empty_cache()
+        return None
 
 
 def out_of_memory(error: Exception) -> bool:
