@@ -45,7 +45,7 @@ def rounds(engine: Engine, problem: Problem, tally: Tally, limit: int, return_st
     with tally.running():
         levels = [(yield from batch.first())]
         while levels:
-            going = [level.course for level in levels if level.going]
+            going = [level.run for level in levels if level.going]
             if going and not batch.over:
                 with tally.stoppable():
                     yield from one_round(tally, going)
@@ -132,7 +132,7 @@ class _Batch:
 
     def _close(self, level: Level) -> None:
         """The results of the samples of a level that have not been handed on to another."""
-        course, tally, path, own = level.course, self.tally, level.path, ~level.course.handed
+        tally, path, own = self.tally, level.path, ~level.run.handed
         kept = torch.from_numpy(own)
         if self.states is not None and own.any():
             numbers = path.numbers[kept.to(path.device)]
@@ -141,4 +141,4 @@ class _Batch:
                 tally.end[numbers] = self.states[-1, numbers]
         if tally.nodes is None or level.nodes.count >= tally.nodes:
             tally.nodes, tally.window = level.nodes.count, min(level.rows.size or level.nodes.count, level.nodes.count)
-        tally.close(path.samples[kept], course.verdict[own] == Verdict.DONE)
+        tally.close(path.samples[kept], level.run.verdict[own] == Verdict.DONE)

@@ -17,8 +17,8 @@ from piadm.tally import Tally
 from piadm.turn import Movement, Turn
 
 
-class Course:
-    """A path on its way: which rows it has evaluated, who judges its samples, and what was said of them so far.
+class PathRun:
+    """One path while it is iterated: its active rows, its stopping rule and the verdict on each of its samples.
 
     Args:
         path: the path, its node states set to the starting guess.
@@ -27,9 +27,11 @@ class Course:
         failed: which of the samples had failed before, shape ``(B,)``.
 
     Attributes:
+        samples: number of each sample in the whole batch, shape ``(B,)``.
         verdict: the last ``Verdict`` of every sample, shape ``(B,)``; GO_ON for those that were cut off.
         handed: which of them have been handed on to another path, shape ``(B,)``.
-        rounds: rounds that the path has had.
+        rounds: number of rounds so far.
+        spent: whether the last round found no row to evaluate.
     """
 
     def __init__(self, path: ParallelPath, rows: ActiveRows, rule: StoppingRule, failed: Flags) -> None:
@@ -78,30 +80,30 @@ class Course:
         return f"the network returned a value that is not finite at time {self.path.path.times[bad[0]]:g}"
 
 
-def one_round(tally: Tally, courses: Sequence[Course]) -> Asking[None]:
+def one_round(tally: Tally, runs: Sequence[PathRun]) -> Asking[None]:
     """One round of several paths at once: the network is called on the rows of all of them in one batch.
 
     Args:
         tally: counts it, and holds the errors and the current end of every sample.
-        courses: the paths, no sample of which takes part in two of them.
+        runs: the paths, no sample of which takes part in two of them.
     """
-    chosen = [course.choose() for course in courses]
+    chosen = [run.choose() for run in runs]
     tally.peak_states = max(tally.peak_states, sum(active.size for active in chosen))
     began = time.perf_counter()
-    turns = [Turn(course.path, active) for course, active in zip(courses, chosen, strict=True)]
+    turns = [Turn(run.path, active) for run, active in zip(runs, chosen, strict=True)]
     yield from tally.problem.executor.ask([turn.request for turn in turns])
     heard = _hear(turns)
     seconds = time.perf_counter() - began
     samples, rows = [], []
-    for course, turn, numbers in zip(courses, turns, heard, strict=True):
-        course.judge(tally, turn.active, turn.hear(numbers))
-        samples.append(course.samples[turn.active.any(0)])
-        rows.append(np.broadcast_to(course.samples, turn.active.shape)[turn.active])
+    for run, turn, numbers in zip(runs, turns, heard, strict=True):
+        run.judge(tally, turn.active, turn.hear(numbers))
+        samples.append(run.samples[turn.active.any(0)])
+        rows.append(np.broadcast_to(run.samples, turn.active.shape)[turn.active])
     evaluated = torch.from_numpy(np.concatenate(rows))
     if len(evaluated) == 0:
         return
-    for course in courses:
-        course.rows.took(len(evaluated), seconds)
+    for run in runs:
+        run.rows.took(len(evaluated), seconds)
     tally.residuals.append(tally.error.clone())
     tally.round(torch.from_numpy(np.concatenate(samples)), evaluated)
 
@@ -112,15 +114,15 @@ def _hear(turns: Sequence[Turn]) -> list[Table]:
     return np.split(host(torch.cat(told)), np.cumsum([len(numbers) for numbers in told[:-1]]))
 
 
-def iterate(tally: Tally, path: ParallelPath, rows: ActiveRows, rule: StoppingRule, limit: int) -> Asking[Course]:
+def iterate(tally: Tally, path: ParallelPath, rows: ActiveRows, rule: StoppingRule, limit: int) -> Asking[PathRun]:
     """Iterate one path until every sample is judged, or for so many rounds of the whole run, or to an interrupt."""
-    course = Course(path, rows, rule, tally.failed[path.samples.numpy()])
+    run = PathRun(path, rows, rule, tally.failed[path.samples.numpy()])
     with tally.stoppable():
-        while course.going.any() and not tally.over(limit):
-            yield from one_round(tally, [course])
-    return course
+        while run.going.any() and not tally.over(limit):
+            yield from one_round(tally, [run])
+    return run
 
 
-def solve(tally: Tally, path: ParallelPath, rows: ActiveRows, rule: StoppingRule, limit: int) -> Course:
+def solve(tally: Tally, path: ParallelPath, rows: ActiveRows, rule: StoppingRule, limit: int) -> PathRun:
     """Iterate a path with the problem's network: ``iterate``, answered by it."""
     return drive(iterate(tally, path, rows, rule, limit), tally.problem.executor.answer)

@@ -15,7 +15,7 @@ from piadm.activity import PATIENCE, SlidingWindow
 from piadm.condense import CondensedPath, condense, weights_on_end
 from piadm.cost import TimedWindow, latency
 from piadm.interpolation import Interpolation, RoughInterpolation, SmoothInterpolation, rough_rows, smooth_rows
-from piadm.iteration import Course
+from piadm.iteration import PathRun
 from piadm.linearization import Gaussian
 from piadm.nodes import NodeSet, every_step
 from piadm.numerics import Flags, Table
@@ -179,18 +179,18 @@ class Level:
     ) -> None:
         self.builder, self.nodes, self.path, self.rule = builder, nodes, path, rule
         self.rows = builder.active_rows(nodes.count, rule.threshold)
-        self.course = Course(path, self.rows, rule, failed)
+        self.run = PathRun(path, self.rows, rule, failed)
 
     @property
     def going(self) -> bool:
         """Whether any of them take part in the next round."""
-        return bool(self.course.going.any())
+        return bool(self.run.going.any())
 
     @property
     def waiting(self) -> Flags:
         """Which of them are to go on with finer nodes, shape ``(B,)``."""
-        refines, course = self.builder.engine.refines(self.nodes), self.course
-        found: Flags = (course.verdict == Verdict.REFINE) & ~course.handed & refines
+        refines, run = self.builder.engine.refines(self.nodes), self.run
+        found: Flags = (run.verdict == Verdict.REFINE) & ~run.handed & refines
         return found
 
     def finer(self, again: Flags) -> Level:
@@ -205,7 +205,7 @@ class Level:
         free = builder.free(samples, [reference]).pop()
         fine = builder.guess(nodes, samples, reference, free, judged)
         take_over(fine, nodes, self.nodes, path, there)
-        self.course.handed |= again
+        self.run.handed |= again
         return Level(builder, nodes, fine, rule, np.zeros(len(samples), np.bool_))
 
     def states(self, own: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,26 +9,26 @@ from typing import Protocol
 from torch import Tensor
 
 
-class Course(Protocol):
-    """What is told of the course of a loop."""
+class LoopEvents(Protocol):
+    """What a ``Loop`` reports, and asks, as it goes."""
 
     def begin(self, timesteps: Tensor) -> None:
-        """It begins, over these timesteps ``(J,)``."""
+        """The loop begins, over timesteps of shape ``(J,)``."""
 
     def turn_to_rounds(self) -> None:
-        """It has been through all of them."""
+        """The pass over all timesteps is done; rounds follow."""
 
     def going(self) -> bool:
-        """Whether it is to go on."""
+        """Whether there is to be another round."""
 
     def finish(self) -> None:
-        """It ends."""
+        """The loop ends."""
 
 
 class Loop:
     """The pipeline's loop over timesteps: once through all of them, then round after round at the last one."""
 
-    def __init__(self, run: Course, timesteps: Tensor) -> None:
+    def __init__(self, run: LoopEvents, timesteps: Tensor) -> None:
         self.run, self.timesteps = run, timesteps
 
     def __len__(self) -> int:
