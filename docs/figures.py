@@ -19,8 +19,8 @@ from torch import Tensor
 import piadm
 from piadm.cli.compare_model import mixture
 from piadm.engine import run
-from piadm.problem import pose
-from piadm.settings import Engine, settle
+from piadm.problem import make_problem
+from piadm.settings import SampleSettings, resolve
 from piadm.tally import Tally
 
 SHAPE, STEPS = (1, 8, 8), 1000
@@ -60,9 +60,9 @@ def rounds(axes: Axes, method: str, num: int) -> None:
     axes.axhline(1e-2, color="0.7", linewidth=0.8)
 
 
-def solved(engine: Engine, num: int) -> Tensor:
+def solved(engine: SampleSettings, num: int) -> Tensor:
     """The sample that an engine ends with when it goes on until everything stands still."""
-    problem = pose(
+    problem = make_problem(
         mixture(), (num, *SHAPE), engine.grid, seed=0, initial=None, noise=None, noise_count=STEPS, condition=None,
         max_batch=None, callback=None,
     )  # fmt: skip
@@ -76,7 +76,7 @@ def readings(axes: Axes, num: int) -> None:
     whole, counts = exact("sde", num), (24, 32, 48, 64, 96, 128, 192, 256)
     errors: dict[str, list[float]] = {"the states": [], "averages about them (default)": []}
     for count in counts:
-        given = settle(mixture(), method="sde", grid=None, steps=STEPS, tol=1e-9, nodes=count, window=None, guess=None)
+        given = resolve(mixture(), method="sde", grid=None, steps=STEPS, tol=1e-9, nodes=count, window=None, guess=None)
         plain = replace(given, importance=None, nodes=replace(given.nodes, readings=None))
         for engine, found in zip((plain, given), errors.values(), strict=True):
             found.append(float(rms(solved(engine, num) - whole).median()))

@@ -166,7 +166,7 @@ def test_a_sample_whose_rows_have_all_settled_does_not_wait_for_more(caution: st
 def test_samples_may_take_a_round_more_for_every_halving_of_a_small_aim() -> None:
     def later(tol: float, variance: float) -> float:
         denoiser = replace(mixture(), data_variance=variance)
-        return settings.settle(
+        return settings.resolve(
             denoiser, method="sde", grid=None, steps=100, tol=tol, nodes=None, window=None, guess=None
         ).later
 

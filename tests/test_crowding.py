@@ -11,7 +11,7 @@ import torch
 import piadm
 from piadm.models import GaussianDenoiser
 from piadm.nodes import FLOOR, NOISY_SIDE, REACH, crowded
-from piadm.settings import settle
+from piadm.settings import resolve
 
 LEVELS = torch.linspace(-12, 12, 4801, dtype=torch.float64)
 
@@ -29,7 +29,7 @@ def test_the_unit_of_the_data_does_not_matter(unit: float) -> None:
         schedule = piadm.VESchedule(2e-3 * unit, 80 * unit)
         denoiser = piadm.Denoiser(lambda x, t: x, schedule, "sample", data_variance=unit**2)
         settings = dict(method="sde", grid=None, steps=1000, tol=1e-2 * unit, nodes=None, window=None, guess=None)
-        return settle(denoiser, **settings).nodes.indices.tolist()
+        return resolve(denoiser, **settings).nodes.indices.tolist()
 
     assert nodes(unit) == nodes(1.0)
 
@@ -45,7 +45,7 @@ def test_the_sde_crowds_its_nodes_and_the_ode_does_not() -> None:
     denoiser = GaussianDenoiser(piadm.DiscreteSchedule.ddpm())
 
     def gaps(method: str) -> torch.Tensor:
-        engine = settle(denoiser, method=method, grid=None, steps=1000, tol=1e-2, nodes=40, window=None, guess=None)
+        engine = resolve(denoiser, method=method, grid=None, steps=1000, tol=1e-2, nodes=40, window=None, guess=None)
         return engine.clock[engine.nodes.indices].diff()
 
     # Rates are FLOOR + sech(l/r): 1.1 at the centre and 0.17 at -10; the last steps are far apart in log-SNR anyway.
@@ -55,7 +55,7 @@ def test_the_sde_crowds_its_nodes_and_the_ode_does_not() -> None:
 
 
 def test_the_sde_goes_on_to_every_step_where_finer_nodes_would_be_few_more() -> None:
-    engine = settle(
+    engine = resolve(
         piadm.load("fashion"), method="sde", grid=None, steps=1000, tol=1e-2, nodes=None, window=None, guess=None
     )
     counts, nodes = [], engine.nodes

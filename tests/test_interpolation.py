@@ -12,14 +12,14 @@ from piadm.condense import weights_on_end
 from piadm.interpolation import RoughInterpolation, SmoothInterpolation, smooth_rows
 from piadm.models import GaussianDenoiser
 from piadm.nodes import left_out
-from piadm.settings import Engine, settle
+from piadm.settings import SampleSettings, resolve
 
 SCHEDULE = piadm.VPSchedule()
 DENOISER = GaussianDenoiser(SCHEDULE, 0.0, 1.0)
 
 
-def engine(nodes: int | None) -> Engine:
-    return settle(DENOISER, method="ode", grid=None, steps=400, tol=1e-2, nodes=nodes, window=None, guess=None)
+def engine(nodes: int | None) -> SampleSettings:
+    return resolve(DENOISER, method="ode", grid=None, steps=400, tol=1e-2, nodes=nodes, window=None, guess=None)
 
 
 @pytest.mark.parametrize("nodes", [5, 9, 40, None])

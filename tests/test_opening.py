@@ -13,15 +13,15 @@ import piadm
 from piadm import Status, settings
 from piadm.activity import NARROW
 from piadm.cli.compare_model import mixture
-from piadm.settings import Engine, settle
+from piadm.settings import SampleSettings, resolve
 from piadm.solution import RoundInfo
 
 SHAPE = (16, 1, 8, 8)
 
 
-def engine(method: str, steps: int = 1000, nodes: object = None, tol: float = 1e-2) -> Engine:
+def engine(method: str, steps: int = 1000, nodes: object = None, tol: float = 1e-2) -> SampleSettings:
     given: dict[str, Any] = {"grid": None, "window": None, "guess": None}
-    return settle(mixture(), method=method, steps=steps, tol=tol, nodes=nodes, **given)
+    return resolve(mixture(), method=method, steps=steps, tol=tol, nodes=nodes, **given)
 
 
 @pytest.mark.parametrize("method", ["ode", "sde"])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import piadm
 from piadm.models import MixtureDenoiser
 from piadm.network import resolution
-from piadm.settings import settle
+from piadm.settings import resolve
 
 # Stable Diffusion's levels: at the noisiest, an error of epsilon is fifteen times as large in the denoised estimate.
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()
@@ -56,7 +56,7 @@ def test_finer_nodes_of_half_precision_are_all_steps(dtype: torch.dtype, method:
     # Of a rough trained network in bfloat16, 32 samples over 250 steps, 5 were outside the tolerance after 55 rounds
     # with twice as many nodes each time; with this none, after 24.
     given = dict(grid=None, steps=1000, tol=1e-2, nodes=None, window=None, guess=None)
-    engine = settle(rounded(dtype), method=method, **given)
+    engine = resolve(rounded(dtype), method=method, **given)
     assert (engine.finer(engine.nodes).count == 1000) == (dtype is not torch.float32)
 
 

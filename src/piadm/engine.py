@@ -20,28 +20,30 @@ from piadm.nodes import NodeSet
 from piadm.numerics import Flags
 from piadm.path import ParallelPath
 from piadm.problem import Problem
-from piadm.settings import Engine
+from piadm.settings import SampleSettings
 from piadm.stopping import CarriedResidual, FixedIterations, Verdict
 from piadm.tally import Tally
 
 #: Copies of the states at every step that are held while they are found: those of the caller, and of a path its free
 #: states, states and residuals.
-KEPT = 4
+STATE_COPIES = 4
 
 
 @torch.no_grad()
-def run(engine: Engine, problem: Problem, tally: Tally, limit: int, return_states: bool) -> Tensor | None:
+def run(settings: SampleSettings, problem: Problem, tally: Tally, limit: int, return_states: bool) -> Tensor | None:
     """Solve with the problem's network: ``rounds``, answered by it; the states at every step where asked for."""
-    return drive(rounds(engine, problem, tally, limit, return_states), problem.executor.answer)
+    return drive(rounds(settings, problem, tally, limit, return_states), problem.executor.answer)
 
 
 @torch.no_grad()
-def rounds(engine: Engine, problem: Problem, tally: Tally, limit: int, return_states: bool) -> Asking[Tensor | None]:
+def rounds(
+    settings: SampleSettings, problem: Problem, tally: Tally, limit: int, return_states: bool
+) -> Asking[Tensor | None]:
     """Solve; a sample stays in the batch until it is judged, on the nodes that it needs."""
     states = None
     if return_states:
-        states = problem.start.new_full((engine.steps.count + 1, *problem.start.shape), math.nan)
-    batch = _Batch(Builder(engine, problem), tally, limit, states)
+        states = problem.start.new_full((settings.steps.count + 1, *problem.start.shape), math.nan)
+    batch = _Batch(Builder(settings, problem), tally, limit, states)
     with tally.running():
         levels = [(yield from batch.first())]
         while levels:
@@ -76,12 +78,12 @@ class _Batch:
 
     def first(self) -> Asking[Level]:
         """All samples on the first node set, from where the draft or the first rounds have brought them."""
-        builder, engine, problem = self.builder, self.builder.engine, self.builder.problem
-        nodes, samples = engine.nodes, torch.arange(problem.batch, device="cpu")
-        opening = () if problem.denoiser.draft is not None else engine.opening
+        builder, settings, problem = self.builder, self.builder.settings, self.builder.problem
+        nodes, samples = settings.nodes, torch.arange(problem.batch, device="cpu")
+        opening = () if problem.denoiser.draft is not None else settings.opening
         references = [builder.reference(one) for one in (*opening, nodes)]
         free = builder.free(samples, references)
-        rule = builder.rule(nodes, references[-1], np.full(problem.batch, engine.aim))
+        rule = builder.rule(nodes, references[-1], np.full(problem.batch, settings.aim))
         opened: tuple[NodeSet, ParallelPath] | None = None
         for few, reference in zip(opening, references, strict=False):
             path = builder.guess(few, samples, reference, free.pop(0))
@@ -99,10 +101,10 @@ class _Batch:
 
     def _open(self, nodes: NodeSet, path: ParallelPath, rule: CarriedResidual) -> Asking[None]:
         """A round on few of the nodes: a draft made by the network itself."""
-        engine = self.builder.engine
-        size = engine.rows(nodes.count, narrow=True)
-        size = min(size, engine.window) if isinstance(engine.window, int) else size
-        rows = SlidingWindow(size, rule.threshold[torch.isin(engine.nodes.indices, nodes.indices).numpy()])
+        settings = self.builder.settings
+        size = settings.rows(nodes.count, narrow=True)
+        size = min(size, settings.window) if isinstance(settings.window, int) else size
+        rows = SlidingWindow(size, rule.threshold[torch.isin(settings.nodes.indices, nodes.indices).numpy()])
         yield from iterate(self.tally, path, rows, FixedIterations(1, estimate=math.inf), self.limit)
 
     def onward(self, levels: Sequence[Level]) -> list[Level]:
@@ -126,7 +128,7 @@ class _Batch:
             return np.zeros_like(waiting)
         if self.builder.problem.executor.team.lockstep:  # others may have less room
             return waiting
-        nodes = self.builder.engine.finer(level.nodes).count
+        nodes = self.builder.settings.finer(level.nodes).count
         most = fitting(int(waiting.sum()), path.device, path.dtype, nodes, path.size)
         return waiting & (waiting.cumsum() <= (most if busy else max(1, most)))
 

@@ -22,7 +22,7 @@ from piadm.numerics import Flags, Table
 from piadm.path import ParallelPath
 from piadm.problem import Problem
 from piadm.reference import free_states
-from piadm.settings import TURNS_PER_NODE, Engine
+from piadm.settings import TURNS_PER_NODE, SampleSettings
 from piadm.stopping import (
     FINER_ROUGH,
     FINER_SMOOTH,
@@ -57,22 +57,22 @@ class Builder:
     """Builds what a level is made of: paths on a node set, their active rows, their stopping rule.
 
     Attributes:
-        engine: the settings.
+        settings: of the run.
         problem: what is sampled.
     """
 
-    engine: Engine
+    settings: SampleSettings
     problem: Problem
 
     def reference(self, nodes: NodeSet) -> CondensedPath:
         """The path of the reference model, noise included."""
-        return condense(self.engine.steps, self.engine.prior[0], nodes, self.engine.prior[1])
+        return condense(self.settings.steps, self.settings.prior[0], nodes, self.settings.prior[1])
 
     def condensed(self, nodes: NodeSet, reference: CondensedPath) -> CondensedPath:
         """The path with the iteration's own linearization; often that is the reference's."""
-        if torch.equal(self.engine.slopes, self.engine.prior[0]):
+        if torch.equal(self.settings.slopes, self.settings.prior[0]):
             return reference
-        return condense(self.engine.steps.silent(), self.engine.slopes, nodes)
+        return condense(self.settings.steps.silent(), self.settings.slopes, nodes)
 
     def free(self, samples: Tensor, references: Sequence[CondensedPath]) -> list[Tensor]:
         """The reference model's own states of some samples."""
@@ -92,7 +92,7 @@ class Builder:
         learns: bool = True,
     ) -> ParallelPath:
         """The path of some samples, at the reference model's own solution."""
-        learning = self.engine.learning.at(nodes.indices) if learns else None
+        learning = self.settings.learning.at(nodes.indices) if learns else None
         path, centre = self.condensed(nodes, reference), self.ending[0] * self.problem.denoiser.data_mean
         return ParallelPath(path, free, samples, reference, interpolation, learning, centre)
 
@@ -100,37 +100,37 @@ class Builder:
     def ending(self) -> tuple[float, float]:
         """``alpha`` at the last time, and the deviation there relative to the data's: a grid may end among noise."""
         denoiser = self.problem.denoiser
-        alpha, sigma = (float(level) for level in denoiser.schedule.levels(self.engine.grid.times[-1:]))
+        alpha, sigma = (float(level) for level in denoiser.schedule.levels(self.settings.grid.times[-1:]))
         return alpha, math.hypot(alpha, sigma / math.sqrt(denoiser.data_variance))
 
     def interpolation(
         self, nodes: NodeSet, reference: CondensedPath, coarse_end: Tensor | None = None
     ) -> Interpolation | None:
         """How to estimate what interpolation leaves, carried to the end by the reference; None: all steps are nodes."""
-        engine = self.engine
-        if nodes.count == engine.steps.count:
+        settings = self.settings
+        if nodes.count == settings.steps.count:
             return None
-        acting, on_end = reference.response[-1, 0], weights_on_end(engine.steps, engine.prior[0])
-        if engine.noisy:
-            return RoughInterpolation(rough_rows(nodes, engine.clock, engine.order, acting, on_end), coarse_end)
-        return SmoothInterpolation(smooth_rows(nodes, engine.clock, engine.order, acting, on_end), coarse_end)
+        acting, on_end = reference.response[-1, 0], weights_on_end(settings.steps, settings.prior[0])
+        if settings.noisy:
+            return RoughInterpolation(rough_rows(nodes, settings.clock, settings.order, acting, on_end), coarse_end)
+        return SmoothInterpolation(smooth_rows(nodes, settings.clock, settings.order, acting, on_end), coarse_end)
 
     def rule(self, nodes: NodeSet, reference: CondensedPath, aim: Table, told: Told | None = None) -> CarriedResidual:
         """When a sample is finished, ``aim`` being that of each, ``(B,)``, and ``told`` from coarser nodes."""
-        engine, count = self.engine, nodes.count
+        settings, count = self.settings, nodes.count
         influence = self._influence(nodes, reference)
-        first, finer = (FIRST_ROUGH, FINER_ROUGH) if engine.noisy else (FIRST_SMOOTH, FINER_SMOOTH)
-        caution = replace(first, calm=first.calm + engine.later) if told is None else finer
+        first, finer = (FIRST_ROUGH, FINER_ROUGH) if settings.noisy else (FIRST_SMOOTH, FINER_SMOOTH)
+        caution = replace(first, calm=first.calm + settings.later) if told is None else finer
         return CarriedResidual(
             influence,
             caution.settled * aim / count / influence[:, None],
-            engine.tol,
+            settings.tol,
             aim=aim,
-            refinable=engine.refines(nodes),
-            widest=engine.widest(nodes) * self.ending[1],
+            refinable=settings.refines(nodes),
+            widest=settings.widest(nodes) * self.ending[1],
             caution=caution,
-            exact_after=TURNS_PER_NODE * count if count == engine.steps.count else math.inf,
-            most_laps=LAPS_HALF if engine.half_precision else LAPS,
+            exact_after=TURNS_PER_NODE * count if count == settings.steps.count else math.inf,
+            most_laps=LAPS_HALF if settings.half_precision else LAPS,
             told=told,
         )
 
@@ -142,7 +142,7 @@ class Builder:
         correlated, and forgets less.  The other is that of data without bounds, of which nothing is forgotten.
         And never less than ``BESIDE`` of that of a neighbour.
         """
-        steps, denoiser = self.engine.steps, self.problem.denoiser
+        steps, denoiser = self.settings.steps, self.problem.denoiser
         leading = weights_on_end(steps, Gaussian(BOUNDLESS * denoiser.data_variance).slopes(denoiser.schedule, steps))
         own = self.condensed(nodes, reference).response[-1, 0].abs()
         influence: Table = torch.maximum(own, (leading @ nodes.weights).abs()).clamp(min=FAINTEST).numpy()
@@ -151,15 +151,15 @@ class Builder:
 
     def active_rows(self, count: int, threshold: Table) -> SlidingWindow | TimedWindow:
         """Which rows of a path on so many nodes are evaluated."""
-        engine, denoiser, executor = self.engine, self.problem.denoiser, self.problem.executor
-        patience = PATIENCE + engine.later
-        if engine.window == "auto":
+        settings, denoiser, executor = self.settings, self.problem.denoiser, self.problem.executor
+        patience = PATIENCE + settings.later
+        if settings.window == "auto":
             known = latency(denoiser.network, self.problem.start.device, self.problem.shape[1:])
             most = executor.given_max_batch
             return TimedWindow(threshold, known, None if most is None else most // denoiser.rows_per_call, patience)
-        size = engine.window
+        size = settings.window
         if size is None:
-            size = engine.rows(count, narrow=denoiser.draft is not None)
+            size = settings.rows(count, narrow=denoiser.draft is not None)
         return SlidingWindow(int(size), threshold, patience)
 
 
@@ -189,16 +189,16 @@ class Level:
     @property
     def waiting(self) -> Flags:
         """Which of them are to go on with finer nodes, shape ``(B,)``."""
-        refines, run = self.builder.engine.refines(self.nodes), self.run
+        refines, run = self.builder.settings.refines(self.nodes), self.run
         found: Flags = (run.verdict == Verdict.REFINE) & ~run.handed & refines
         return found
 
     def finer(self, again: Flags) -> Level:
         """Some of them that have not failed, ``again (B,)``, on finer nodes, from where they are on these."""
         builder, keep, path = self.builder, torch.from_numpy(again), self.path
-        nodes, samples = builder.engine.finer(self.nodes), path.samples[keep]
+        nodes, samples = builder.settings.finer(self.nodes), path.samples[keep]
         reference = builder.reference(nodes)
-        aim = np.where(self.rule.circling, builder.engine.aim / CARE, self.rule.aim)[again]
+        aim = np.where(self.rule.circling, builder.settings.aim / CARE, self.rule.aim)[again]
         rule = builder.rule(nodes, reference, aim, self.rule.tell(again))
         there = keep.to(path.device)
         judged = builder.interpolation(nodes, reference, path.end[there, 0])
@@ -211,9 +211,9 @@ class Level:
     def states(self, own: Tensor) -> tuple[Tensor, Tensor]:
         """States of some of them, ``own (B,)``, at every step and at the end, ``(J, B', d)`` and ``(B', d)``."""
         path, builder, there = self.path, self.builder, own.to(self.path.device)
-        if self.nodes.count == builder.engine.steps.count:
+        if self.nodes.count == builder.settings.steps.count:
             return path.nodes[:, there], path.end[there, 0]
-        steps, samples = every_step(builder.engine.steps.count), path.samples[own]
+        steps, samples = every_step(builder.settings.steps.count), path.samples[own]
         reference = builder.reference(steps)
         fine = builder.guess(steps, samples, reference, builder.free(samples, [reference]).pop(), learns=False)
         residual = path.residual.view(self.nodes.count, path.batch, path.size)[:, there]

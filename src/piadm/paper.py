@@ -28,7 +28,7 @@ from piadm.linearization import ScoreFrozen
 from piadm.nodes import every_step
 from piadm.noise import GivenNoise, Seed
 from piadm.path import ParallelPath
-from piadm.problem import Callback, Problem, check_denoiser, grid_of, pose
+from piadm.problem import Callback, Problem, check_denoiser, grid_of, make_problem
 from piadm.reference import Draw, free_states
 from piadm.solution import Solution
 from piadm.stopping import FixedIterations
@@ -94,7 +94,7 @@ def piadm_sde(
     Reference: Chen, Ren, Ying & Rotskoff 2024 (arXiv 2405.15986), Algorithm 1.
     """
     grid, steps = _predictor(denoiser, blocks, iterations, eta=1.0)
-    problem = pose(
+    problem = make_problem(
         denoiser, shape, grid, seed=seed, initial=initial, noise=noise,
         noise_count=steps.count, condition=condition, max_batch=max_batch, callback=callback,
         workers=workers, nodes=max(blocks.sizes), kept=blocks.steps + 1 if return_states else 0,
@@ -166,7 +166,7 @@ def piadm_ode(
     grid, steps = _predictor(denoiser, blocks, iterations, eta=0.0)
     if corrector is not None and not isinstance(corrector, Corrector):
         raise TypeError(f"corrector must be a piadm.Corrector or None, got {type(corrector).__name__}")
-    problem = pose(
+    problem = make_problem(
         denoiser, shape, grid, seed=seed, initial=initial, noise=noise,
         noise_count=blocks.count * corrector.normals if corrector else 0, condition=condition,
         max_batch=max_batch, callback=callback, workers=workers,

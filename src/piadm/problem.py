@@ -57,7 +57,7 @@ class Problem:
         return self.shape[0]
 
 
-def pose(
+def make_problem(
     denoiser: Denoiser,
     shape: tuple[int, ...],
     grid: TimeGrid,

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from piadm._checks import positive_int
 from piadm.denoiser import Denoiser
-from piadm.engine import KEPT, run
+from piadm.engine import STATE_COPIES, run
 from piadm.grid import TimeGrid
 from piadm.integrators import Integrator
 from piadm.linearization import Linearization
 from piadm.noise import Seed
-from piadm.problem import Callback, pose
-from piadm.settings import settle
+from piadm.problem import Callback, make_problem
+from piadm.settings import resolve
 from piadm.solution import Solution
 from piadm.tally import Tally
 from piadm.workers.base import Workers, on_workers
@@ -96,16 +96,16 @@ def sample(
     Reference: Chen et al. 2024 (arXiv 2405.15986) for the blocks' Picard iteration; Shih et al. 2023
         (arXiv 2305.16317) for Picard iterations on DDPM and DDIM.
     """
-    engine = settle(
+    settings = resolve(
         denoiser, method=method, grid=grid, steps=steps, tol=tol, nodes=nodes, window=window, guess=linearization
     )
-    limit = engine.most_rounds if max_rounds is None else positive_int("max_rounds", max_rounds)
-    problem = pose(
-        denoiser, shape, engine.grid, seed=seed, initial=initial, noise=noise,
-        noise_count=engine.steps.count * max(1, engine.steps.normals), condition=condition, max_batch=max_batch,
-        callback=callback, workers=workers, nodes=engine.held,
-        kept=KEPT * (engine.steps.count + 1) if return_states else 0,
+    limit = settings.most_rounds if max_rounds is None else positive_int("max_rounds", max_rounds)
+    problem = make_problem(
+        denoiser, shape, settings.grid, seed=seed, initial=initial, noise=noise,
+        noise_count=settings.steps.count * max(1, settings.steps.normals), condition=condition, max_batch=max_batch,
+        callback=callback, workers=workers, nodes=settings.held,
+        kept=STATE_COPIES * (settings.steps.count + 1) if return_states else 0,
     )  # fmt: skip
     tally = Tally(problem, None, callback, progress)
-    states = run(engine, problem, tally, limit, return_states)
+    states = run(settings, problem, tally, limit, return_states)
     return tally.solution(states, raise_on_failure=raise_on_failure)

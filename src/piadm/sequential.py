@@ -12,7 +12,7 @@ from piadm.denoiser import Denoiser
 from piadm.grid import TimeGrid
 from piadm.integrators import AffineSteps, Integrator, steps_of
 from piadm.noise import Seed
-from piadm.problem import Callback, check_denoiser, grid_of, pose
+from piadm.problem import Callback, check_denoiser, grid_of, make_problem
 from piadm.reference import noise_rows
 from piadm.solution import Solution
 from piadm.tally import Tally
@@ -78,7 +78,7 @@ def sample_sequential(
     if not isinstance(coefficients, AffineSteps):
         kind = type(coefficients).__name__
         raise TypeError(f"method.steps(schedule, grid) must return a piadm.AffineSteps here, got a {kind}")
-    problem = pose(
+    problem = make_problem(
         denoiser, shape, grid, seed=seed, initial=initial, noise=noise,
         noise_count=coefficients.count * max(1, coefficients.normals), condition=condition, max_batch=max_batch,
         callback=callback, workers=workers, kept=coefficients.count + 1 if return_states else 0,

@@ -65,7 +65,7 @@ HALF = 1e-4
 
 
 @dataclass(frozen=True)
-class Engine:
+class SampleSettings:
     """The settings of one run of ``sample``, in the terms of the loop.
 
     Attributes:
@@ -152,7 +152,7 @@ class Engine:
         return TURNS_PER_NODE * (self.steps.count if self.refinable else self.nodes.count)
 
 
-def settle(
+def resolve(
     denoiser: object,
     *,
     method: str | Integrator,
@@ -162,8 +162,8 @@ def settle(
     nodes: object,
     window: object,
     guess: str | Linearization | None,
-) -> Engine:
-    """Check the arguments that are the engine's own and turn them into coefficients.
+) -> SampleSettings:
+    """Check the arguments that only ``sample`` takes and turn them into coefficients.
 
     Raises:
         TypeError, ValueError: naming the argument, what was received and what is accepted.
@@ -188,7 +188,7 @@ def settle(
     alpha, sigma = schedule.levels(scheme.times)
     total = alpha.square() * checked.data_variance + sigma.square()
     rate = ASSUMED * (checked.data_variance / total).sqrt()
-    return Engine(
+    return SampleSettings(
         grid=times,
         steps=scheme,
         slopes=slopes,

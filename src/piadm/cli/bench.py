@@ -22,7 +22,7 @@ from piadm.cli.device import resolve_device
 from piadm.cli.numbers import window_rows, words
 from piadm.cli.sample import Method
 from piadm.denoiser import Denoiser
-from piadm.problem import Problem, grid_of, pose
+from piadm.problem import Problem, grid_of, make_problem
 from piadm.solution import Solution
 
 # A paragraph each: the help screen joins the lines of a paragraph.
@@ -163,7 +163,7 @@ def run(settings: Settings) -> bool:
 def _problem(settings: Settings, denoiser: Denoiser) -> Problem:
     """One sample, whose state the timed calls are given."""
     grid = grid_of(None, denoiser.schedule, settings.steps)
-    return pose(
+    return make_problem(
         denoiser, settings.shape(1), grid, seed=settings.seed, initial=None, noise=None, noise_count=1,
         condition=None, max_batch=None, callback=None,
     )  # fmt: skip

@@ -13,7 +13,7 @@ from piadm.denoiser import Denoiser
 from piadm.grid import TimeGrid
 from piadm.integrators import AffineSteps, integrator
 from piadm.noise import Seed
-from piadm.problem import check_denoiser, grid_of, pose
+from piadm.problem import check_denoiser, grid_of, make_problem
 from piadm.sequential import sample_sequential
 from piadm.solution import RoundInfo, Solution
 
@@ -170,7 +170,7 @@ def prepare(
     choice("method", method, METHODS)
     times = grid_of(grid, schedule, steps)
     scheme = integrator(method).steps(schedule, times)
-    problem = pose(
+    problem = make_problem(
         denoiser, shape, times, seed=seed, initial=None, noise=None, noise_count=scheme.count, condition=None,
         max_batch=max_batch, callback=callback,
     )  # fmt: skip

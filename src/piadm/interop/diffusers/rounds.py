@@ -19,9 +19,9 @@ from piadm.interop.diffusers.arguments import Rows, copied, leaves
 from piadm.interop.diffusers.probe import UnsupportedError
 from piadm.interop.diffusers.rehearsal import ROUNDING, Score, alike
 from piadm.linearization import Linearization
-from piadm.problem import pose
+from piadm.problem import make_problem
 from piadm.schedule import VPSchedule
-from piadm.settings import TURNS_PER_NODE, Engine, settle
+from piadm.settings import TURNS_PER_NODE, SampleSettings, resolve
 from piadm.solution import NetworkError, RoundInfo, Solution
 from piadm.tally import Interrupted, Tally
 
@@ -49,9 +49,9 @@ class Options:
         anything = Denoiser(PipelineNetwork(1), VPSchedule(), "sample", self.data_mean, self.data_variance)
         self.engine(anything, "ode", None)
 
-    def engine(self, denoiser: Denoiser, method: str | Integrator, grid: TimeGrid | None) -> Engine:
+    def engine(self, denoiser: Denoiser, method: str | Integrator, grid: TimeGrid | None) -> SampleSettings:
         """The engine's settings for a denoiser; checks what it is given."""
-        return settle(
+        return resolve(
             denoiser, method=method, grid=grid, steps=1000, tol=self.tol, nodes=self.nodes, window=self.window,
             guess=self.linearization,
         )  # fmt: skip
@@ -103,7 +103,7 @@ class Rounds:
         if options.nodes is None and engine.nodes.count < count and any(slot.jumps for slot in score.slots):
             # Between nodes a condition that holds for a few steps would not be seen.
             engine = replace(options, nodes="all").engine(*what)
-        problem = pose(
+        problem = make_problem(
             denoiser, tuple(score.initial.shape), engine.grid, seed=0, initial=score.initial, noise=score.noise,
             noise_count=count, condition=None, max_batch=options.max_batch, callback=None,
         )  # fmt: skip
