@@ -94,7 +94,7 @@ def test_what_is_left_on_finer_nodes_is_not_taken_to_cancel_like_their_first_sur
     def judged(caution: stopping.Caution) -> float:
         rule = stopping.CarriedResidual(
             np.ones(2), np.full((2, 1), 1e-9), 1.0, aim=np.ones(1), refinable=False, exact_after=math.inf,
-            caution=caution, told=stopping.Told(np.zeros(1), np.full(1, np.inf), np.ones(1)),
+            caution=caution, coarse=stopping.CoarseRecord(np.zeros(1), np.full(1, np.inf), np.ones(1)),
         )  # fmt: skip
         heard, nothing = np.ones((2, 1)), np.zeros(1)
         for _round in range(6):  # the end moves by 0.005 of what is heard
@@ -109,20 +109,20 @@ def test_what_is_left_on_finer_nodes_is_not_taken_to_cancel_like_their_first_sur
 
 
 def test_errors_count_more_where_the_ends_are_further_apart_than_foretold() -> None:
-    told = stopping.Told(np.zeros(4), np.array([0.2, 0.2, 0.2, np.inf]), np.array([1.0, 1.0, 3.0, 1.0]))
+    coarse = stopping.CoarseRecord(np.zeros(4), np.array([0.2, 0.2, 0.2, np.inf]), np.array([1.0, 1.0, 3.0, 1.0]))
     rule = stopping.CarriedResidual(
         np.ones(2), np.full((2, 4), 1e-9), 1.0, aim=np.ones(4), refinable=True, exact_after=math.inf,
-        caution=stopping.FINER_ROUGH, told=told,
+        caution=stopping.FINER_ROUGH, coarse=coarse,
     )  # fmt: skip
     heard, small = np.full((2, 4), 1e-3), np.full(4, 1e-3)
     assert rule.growth.tolist() == [1, 1, 3, 1]
     for apart in ([0.05, 0.2, 0.2, 9.0], [0.05, 0.1, 0.2, 9.0]):  # what was once seen is kept
         rule.judge(Movement(heard, small, np.array(apart), np.zeros(4), np.full(4, 99.0)), heard)
         assert rule.growth.tolist() == [1, pytest.approx(2), 3, 1]
-    assert rule.tell(np.array([True, True, False, True])).interpolation.tolist() == [0.05, 0.1, 9.0]
+    assert rule.record(np.array([True, True, False, True])).interpolation.tolist() == [0.05, 0.1, 9.0]
     rule.judge(Movement(heard, small, np.full(4, 9.0), np.zeros(4), np.full(4, 99.0)), heard)
     assert rule.growth.tolist() == [stopping.MOST_GROWTH] * 3 + [1]
-    assert rule.tell(np.ones(4, bool)).interpolation.tolist() == [0.1, 0.1, 0.1, 9.0]  # finer nodes leave half
+    assert rule.record(np.ones(4, bool)).interpolation.tolist() == [0.1, 0.1, 0.1, 9.0]  # finer nodes leave half
 
 
 def test_rows_settle_later_where_errors_grow() -> None:

@@ -201,7 +201,7 @@ class Executor:
         except Exception as error:
             if not out_of_memory(error) or len(samples) == 1:
                 named = name_rows(samples + self.team.first, times)
-                raise NetworkError(f"the network failed on {named}: {told(error)}") from error
+                raise NetworkError(f"the network failed on {named}: {error_text(error)}") from error
         # Not before the exception is gone: its traceback holds the activations.
         if x.is_cuda:
             torch.cuda.empty_cache()
@@ -217,7 +217,7 @@ def out_of_memory(error: Exception) -> bool:
     )
 
 
-def told(error: Exception) -> str:
+def error_text(error: Exception) -> str:
     """An exception for a message, by its type: many say little without it, or nothing."""
     return f"{type(error).__name__}: {error}".removesuffix(": ")
 

@@ -63,12 +63,12 @@ class Interpolation(ABC):
             apart: RMS distance from ``coarse_end``, shape ``(B,)``; 0 where there is none.
         """
         unknown = self.rows.shape[1] < self.fewest
-        found: Table = np.maximum(apart, np.inf if unknown else self._told(sizes))
+        found: Table = np.maximum(apart, np.inf if unknown else self._estimate(sizes))
         return found
 
     @abstractmethod
-    def _told(self, sizes: Table) -> Table:
-        """What the rows tell."""
+    def _estimate(self, sizes: Table) -> Table:
+        """The estimate from the rows alone, shape ``(B,)``."""
 
 
 @final
@@ -78,7 +78,7 @@ class RoughInterpolation(Interpolation):
 
     fewest = 24
 
-    def _told(self, sizes: Table) -> Table:
+    def _estimate(self, sizes: Table) -> Table:
         changes: Table = sizes.max(0)
         return changes
 
@@ -95,7 +95,7 @@ class SmoothInterpolation(Interpolation):
 
     fewest = 9
 
-    def _told(self, sizes: Table) -> Table:
+    def _estimate(self, sizes: Table) -> Table:
         count = self.rows.shape[1]
         changes, ripples = sizes[:2].max(0), np.sqrt(np.square(sizes[2 : 2 + count]).sum(0))
         coarser = np.sqrt(0.5 * np.square(sizes[2 + count :]).sum(0))

@@ -31,7 +31,7 @@ from piadm.stopping import (
     LAPS,
     LAPS_HALF,
     CarriedResidual,
-    Told,
+    CoarseRecord,
     Verdict,
 )
 
@@ -115,12 +115,14 @@ class Builder:
             return RoughInterpolation(rough_rows(nodes, settings.clock, settings.order, acting, on_end), coarse_end)
         return SmoothInterpolation(smooth_rows(nodes, settings.clock, settings.order, acting, on_end), coarse_end)
 
-    def rule(self, nodes: NodeSet, reference: CondensedPath, aim: Table, told: Told | None = None) -> CarriedResidual:
-        """When a sample is finished, ``aim`` being that of each, ``(B,)``, and ``told`` from coarser nodes."""
+    def rule(
+        self, nodes: NodeSet, reference: CondensedPath, aim: Table, coarse: CoarseRecord | None = None
+    ) -> CarriedResidual:
+        """The stopping rule for samples with aims ``(B,)``; ``coarse`` is what coarser nodes have shown of them."""
         settings, count = self.settings, nodes.count
         influence = self._influence(nodes, reference)
         first, finer = (FIRST_ROUGH, FINER_ROUGH) if settings.noisy else (FIRST_SMOOTH, FINER_SMOOTH)
-        caution = replace(first, calm=first.calm + settings.later) if told is None else finer
+        caution = replace(first, calm=first.calm + settings.later) if coarse is None else finer
         return CarriedResidual(
             influence,
             caution.settled * aim / count / influence[:, None],
@@ -131,7 +133,7 @@ class Builder:
             caution=caution,
             exact_after=TURNS_PER_NODE * count if count == settings.steps.count else math.inf,
             most_laps=LAPS_HALF if settings.half_precision else LAPS,
-            told=told,
+            coarse=coarse,
         )
 
     def _influence(self, nodes: NodeSet, reference: CondensedPath) -> Table:
@@ -199,7 +201,7 @@ class Level:
         nodes, samples = builder.settings.finer(self.nodes), path.samples[keep]
         reference = builder.reference(nodes)
         aim = np.where(self.rule.circling, builder.settings.aim / CARE, self.rule.aim)[again]
-        rule = builder.rule(nodes, reference, aim, self.rule.tell(again))
+        rule = builder.rule(nodes, reference, aim, self.rule.record(again))
         there = keep.to(path.device)
         judged = builder.interpolation(nodes, reference, path.end[there, 0])
         free = builder.free(samples, [reference]).pop()

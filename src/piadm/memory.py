@@ -69,8 +69,8 @@ def refuse_excess(
         left = room // (size * itemsize) - NOISE_CHUNK - kept
         fits = f"of one sample at most {max(0, left // COPIES)} nodes (or steps of a block) fit"
     raise ValueError(
-        f"shape {shape} on {nodes} nodes needs about {_told(wanted)} for states, and {_told(room)} are free on "
-        f"{device}: {fits}"
+        f"shape {shape} on {nodes} nodes needs about {_gigabytes(wanted)} for states, and {_gigabytes(room)} are free "
+        f"on {device}: {fits}"
     )
 
 
@@ -98,5 +98,5 @@ def _left_of_the_container() -> int | None:
         return None
 
 
-def _told(size: int) -> str:
+def _gigabytes(size: int) -> str:
     return f"{size / 1e9:.3g} GB"

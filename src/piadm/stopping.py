@@ -152,8 +152,8 @@ FINER_ROUGH = Caution(earliest=3, least_share=0.5, settled=SETTLED_ROUGH)
 
 
 @dataclass(frozen=True)
-class Told:
-    """What a coarser node set has told of the samples that go on with finer nodes.
+class CoarseRecord:
+    """What a coarser node set has shown of the samples that go on with finer nodes.
 
     Attributes:
         contraction: what each round left of the iteration's error, shape ``(B,)``.
@@ -166,27 +166,27 @@ class Told:
     growth: Table
 
     @staticmethod
-    def nothing(samples: int) -> Told:
+    def unknown(samples: int) -> CoarseRecord:
         """Of samples that have had no coarser node set: the slowest contraction, and nothing to compare with."""
-        return Told(np.full(samples, SLOWEST), np.full(samples, np.inf), np.ones(samples))
+        return CoarseRecord(np.full(samples, SLOWEST), np.full(samples, np.inf), np.ones(samples))
 
 
 class CarriedResidual:
-    """Stop when what the next evaluations would tell, carried to the end of the path, is within the tolerance.
+    """Stop when the expected surprises, propagated to the end of the path, are within the tolerance.
 
     If evaluating node ``i`` is expected to bring the surprise ``r_i`` (``Outlook``), the next round moves the end by
     at most
 
         m = sum_i w_i r_i,    w the influence of the nodes on the end, about |P_end,i|
 
-    were there no cancellation between nodes.  The share ``c`` of that sum by which the end did move in the last
-    rounds measures the cancellation, and rounds contract ``m`` by ``rho``: the remaining error is estimated as the
-    whole geometric series ``c m/(1 - rho)``.  Rows that have settled enter without it.  The path's own estimate of its
-    interpolation error, more for slow samples, has no direction in common with this one: their squares add.  Rounding
-    is added to both.  No estimate is made before every row has been evaluated.  A sample that goes in circles is sent
-    to finer nodes, in the end to every step, where the iteration cannot but arrive; so is one that is larger than the
-    data were told to be, and has too few nodes for it.  Where its ends on two node sets are further apart than was
-    foretold, or it is far smaller than the data were told to be, its rows settle later (``growth``).
+    which is reached if no two nodes cancel.  The ratio ``c`` of the end's actual move to that sum, in the last
+    rounds, measures the cancellation, and every round contracts ``m`` by a factor ``rho``: the remaining error is
+    estimated by the geometric series ``c m/(1 - rho)``; rows that have settled enter without the factor 1/(1 - rho).
+    The interpolation error, estimated by the path and increased for slow samples, is taken to be orthogonal to it:
+    the squares add.  Rounding is added to both.  No estimate is made before every row has been evaluated.  A sample
+    that oscillates is sent to finer nodes, in the end to every step, where the iteration must terminate; so is one
+    that is larger than ``data_variance`` says and has too few nodes for its size.  If its ends on two node sets are
+    further apart than predicted, or it is far smaller than ``data_variance`` says, its rows settle later (``growth``).
 
     Args:
         influence: ``w``, shape ``(n,)`` float64.
@@ -199,7 +199,7 @@ class CarriedResidual:
         caution: how little is believed.
         exact_after: number of rounds after which the iteration is exact but for settled rows.
         most_laps: evaluations per node after which a sample goes in circles.
-        told: what a coarser node set has told of the samples; None: there was none.
+        coarse: what a coarser node set has shown of the samples; None: there was none.
     """
 
     def __init__(
@@ -214,7 +214,7 @@ class CarriedResidual:
         caution: Caution,
         exact_after: float,
         most_laps: float = LAPS,
-        told: Told | None = None,
+        coarse: CoarseRecord | None = None,
     ) -> None:
         self.influence, self.threshold, self.tol, self.aim = influence, threshold, tol, aim
         self.refinable, self.widest, self.caution = refinable, widest, caution
@@ -222,13 +222,13 @@ class CarriedResidual:
         self.laps, self.passed, self.size = np.zeros_like(aim), np.zeros_like(aim), np.zeros_like(aim)
         self.share, self.keenness = np.ones_like(aim), np.ones_like(aim)
         self.last: Table | None = None
-        self.told = told = Told.nothing(len(aim)) if told is None else told
-        self.contraction, self.interpolation, self.grown = told.contraction, told.interpolation, told.growth
+        self.coarse = coarse = CoarseRecord.unknown(len(aim)) if coarse is None else coarse
+        self.contraction, self.interpolation, self.grown = coarse.contraction, coarse.interpolation, coarse.growth
 
-    def tell(self, samples: Flags) -> Told:
-        """What is known of some samples ``(B,)`` bool."""
-        foretold = np.minimum(self.interpolation, 0.5 * self.told.interpolation)  # finer nodes leave half
-        return Told(self.contraction[samples], foretold[samples], self.grown[samples])
+    def record(self, samples: Flags) -> CoarseRecord:
+        """What this node set has shown of some samples, ``(B,)`` bool."""
+        foretold = np.minimum(self.interpolation, 0.5 * self.coarse.interpolation)  # finer nodes leave half
+        return CoarseRecord(self.contraction[samples], foretold[samples], self.grown[samples])
 
     @property
     def growth(self) -> Table:
@@ -245,8 +245,8 @@ class CarriedResidual:
         """``c``: the last one seen, or half of the one before if that is larger; kept where nothing was heard."""
         heard = self.influence @ movement.surprise
         seen = np.maximum(SHARE_SAFETY * movement.end / np.maximum(heard, TINY), self.caution.least_share)
-        told = (heard > 0) & (movement.end > movement.rounding)  # rounding over rounding says nothing
-        self.share = np.where(told, np.maximum(seen, 0.5 * self.share), self.share)
+        measured = (heard > 0) & (movement.end > movement.rounding)  # a ratio of roundings says nothing
+        self.share = np.where(measured, np.maximum(seen, 0.5 * self.share), self.share)
         return self.share
 
     def _iteration_error(self, movement: Movement, expected: Table, reached: Flags) -> Table:
@@ -272,7 +272,7 @@ class CarriedResidual:
 
     def _compare(self, interpolation: Table) -> None:
         """Compare the interpolation error, on finer nodes at least the distance of the ends, with what was foretold."""
-        ratio = interpolation / (ORDINARY_SHARE * self.told.interpolation)
+        ratio = interpolation / (ORDINARY_SHARE * self.coarse.interpolation)
         grown = np.clip(np.where(np.isfinite(ratio), ratio, 1.0), 1.0, MOST_GROWTH)
         self.grown, self.interpolation = np.maximum(self.grown, grown), interpolation
 
@@ -298,8 +298,8 @@ class CarriedResidual:
         ripe = still | (self.rounds >= self.caution.earliest)
         # Finer nodes are for paths that have arrived: one that still goes to and fro would take its errors along.
         enough = np.maximum(settled, np.minimum(0.5 * interpolation, ARRIVED * aim)) if self.refinable else settled
-        coarse = ripe & (iteration <= enough) & (interpolation > 0.5 * aim)
-        coarse |= (self.circling | wide) & self.refinable
+        refine = ripe & (iteration <= enough) & (interpolation > 0.5 * aim)
+        refine |= (self.circling | wide) & self.refinable
         within = ripe & ~wide & (iteration <= aim) & (error <= (aim if self.refinable else self.tol))
-        verdict = np.where(within, Verdict.DONE, np.where(coarse, Verdict.REFINE, Verdict.GO_ON))
+        verdict = np.where(within, Verdict.DONE, np.where(refine, Verdict.REFINE, Verdict.GO_ON))
         return error, np.where(np.isfinite(movement.end), verdict, Verdict.NONFINITE)

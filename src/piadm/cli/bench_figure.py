@@ -8,7 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from piadm.cli.bench_report import Report
-from piadm.cli.bench_verdict import short, told
+from piadm.cli.bench_verdict import duration, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,7 +60,7 @@ def _times(axes: Axes, report: Report) -> None:
 
 def _label(report: Report, index: int) -> str:
     timing = report.timings[index]
-    return f"{told(timing.figures.seconds)}, {short(report.speed_up(timing))} x"
+    return f"{duration(timing.figures.seconds)}, {short(report.speed_up(timing))} x"
 
 
 def _dress(axes: Axes, grid: str) -> None:

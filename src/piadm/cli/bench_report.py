@@ -11,7 +11,7 @@ from rich.table import Table
 from piadm.cli import files
 from piadm.cli.bench_measure import Curve, Timing
 from piadm.cli.bench_verdict import capacity, short, verdict
-from piadm.cli.device import told
+from piadm.cli.device import device_text
 
 _HEAD = (
     "", "rounds", "evaluations", "rows a round", "seconds", "times faster", "first run", "median", "worst", "converged"
@@ -39,7 +39,7 @@ class Report:
         s = self.settings
         return (
             f"{s['model']}: {s['batch']} sample{'s' * (s['batch'] != 1)} at once, {s['method'].upper()}, "
-            f"{s['steps']} steps, tolerance {s['tol']:g}, seed {s['seed']}, {told(s['device'], s['threads'])}"
+            f"{s['steps']} steps, tolerance {s['tol']:g}, seed {s['seed']}, {device_text(s['device'], s['threads'])}"
         )
 
     def latency(self) -> Table:

@@ -13,7 +13,7 @@ def capacity(curve: Curve) -> str:
     latency = curve.latency()
     width, most = latency.width(), max(curve.seconds)
     if most == 1:
-        return f"one row takes {told(latency.of(1))}"
+        return f"one row takes {duration(latency.of(1))}"
     if width == 1:
         return "a row takes as long in a large call as alone: one fills the device"
     times = f"a call of {width} rows takes {short(latency.of(width) / latency.of(1))} times as long as one of 1 row"
@@ -46,11 +46,11 @@ def _outcome(sequential: Timing, fastest: Timing) -> str:
     slow, fast = sequential.figures.seconds, fastest.figures.seconds
     if fast > slow:
         return (
-            f"It does not pay here: the fastest setting, {fastest.name}, takes {told(fast)}, "
+            f"It does not pay here: the fastest setting, {fastest.name}, takes {duration(fast)}, "
             f"{short(fast / slow)} times as long as the sequential sampler."
         )
     return (
-        f"It pays here: the fastest setting, {fastest.name}, takes {told(fast)} instead of {told(slow)} and is "
+        f"It pays here: the fastest setting, {fastest.name}, takes {duration(fast)} instead of {duration(slow)} and is "
         f"{short(slow / fast)} times faster."
     )
 
@@ -63,7 +63,7 @@ def _reasons(curve: Curve, sequential: Timing, fastest: Timing) -> tuple[str, ..
         f"A round's call, of {_rows(fastest.rows)}, takes {short(ratio)} times as long as a step's, of "
         f"{_rows(sequential.rows)}: {run.rounds} of them are as long as {run.rounds * ratio:.0f} of {steps} steps."
     )
-    time = f"At the pace of the steps these calls come to {told(alone)}; the run takes {told(run.seconds)}."
+    time = f"At the pace of the steps these calls come to {duration(alone)}; the run takes {duration(run.seconds)}."
     if alone < run.seconds / 2:
         time += " Most of that is what rounds do beside the network, and their set-up; a slower network hides it."
     return calls, time, _what_counts(ratio, max(curve.seconds), sequential, fastest)
@@ -83,7 +83,7 @@ def _what_counts(ratio: float, most: int, sequential: Timing, fastest: Timing) -
     return f"The device has room for some of these rows: rounds count, and so do evaluations, {work}."
 
 
-def told(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Seconds in the unit that suits them."""
     return f"{short(seconds)} s" if seconds >= 1 else f"{short(1e3 * seconds)} ms"
 

@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 
 from piadm.cli import files
-from piadm.cli.device import told
+from piadm.cli.device import device_text
 from piadm.rivals import Result, Run
 
 _HEAD = ("", "rounds", "evaluations", "seconds", "worst", "median", "setting")
@@ -33,7 +33,7 @@ class Report:
         s = self.settings
         return (
             f"{s['model']}: {s['num']} sample{'s' * (s['num'] != 1)}, {s['method'].upper()}, {s['steps']} steps, "
-            f"seed {s['seed']}, {told(s['device'], s['threads'])}"
+            f"seed {s['seed']}, {device_text(s['device'], s['threads'])}"
         )
 
     def table(self, target: float) -> Table:

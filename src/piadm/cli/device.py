@@ -1,4 +1,4 @@
-"""What ``--device`` means, and how a device is told."""
+"""What ``--device`` means, and how a device is written."""
 
 from __future__ import annotations
 
@@ -26,6 +26,6 @@ def resolve_device(name: str) -> str:
     return name
 
 
-def told(device: str, threads: int) -> str:
+def device_text(device: str, threads: int) -> str:
     """A device in a headline: of a CPU the threads too."""
     return f"cpu x {threads}" if device == "cpu" else device

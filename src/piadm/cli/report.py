@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 from piadm.cli import files
-from piadm.cli.device import told
+from piadm.cli.device import device_text
 from piadm.solution import Status
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ class Report:
         s = self.settings
         return (
             f"{s['num']} garment{'s' * (s['num'] != 1)}, {s['method'].upper()}, {s['steps']} steps, "
-            f"tolerance {s['tol']:g}, seed {s['seed']}, {told(s['device'], s['threads'])}"
+            f"tolerance {s['tol']:g}, seed {s['seed']}, {device_text(s['device'], s['threads'])}"
         )
 
     def write_json(self, stream: BinaryIO) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from piadm._checks import positive_int
 from piadm.denoiser import Denoiser
 from piadm.engine import rounds
-from piadm.executor import name_rows, out_of_memory, told
+from piadm.executor import error_text, name_rows, out_of_memory
 from piadm.grid import TimeGrid
 from piadm.integrators import Integrator
 from piadm.interop.diffusers.arguments import Rows, copied, leaves
@@ -171,7 +171,7 @@ class Rounds:
         except Exception as error:
             if not out_of_memory(error) or len(self.rows) == 1:
                 what = name_rows(self.rows.samples, self.rows.calls).replace("time", "step")
-                raise NetworkError(f"{name} failed on {what}: {told(error)}") from error
+                raise NetworkError(f"{name} failed on {what}: {error_text(error)}") from error
             self.starved = True
         if self.starved and torch.cuda.is_available():
             torch.cuda.empty_cache()
