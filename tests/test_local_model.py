@@ -61,8 +61,8 @@ def test_coordinates_of_different_slopes_are_told_apart() -> None:
     left = [(local.excess + 0.25 - slope).abs().max()]
     for seed in range(2, 30):
         moved = normals(NODES * BATCH, SIZE, seed=seed)
-        told = (slope - 0.25 - local.excess) * (moved - states)
-        local.observe(torch.arange(NODES * BATCH), moved, told)
+        innovation = (slope - 0.25 - local.excess) * (moved - states)
+        local.observe(torch.arange(NODES * BATCH), moved, innovation)
         states = moved
         left.append((local.excess + 0.25 - slope).abs().max())
     assert left[0] > 0.3 and left[-1] < 0.01 and local.excess.shape == (NODES * BATCH, SIZE)
@@ -93,8 +93,8 @@ def test_a_step_too_short_for_the_networks_rounding_teaches_no_slope() -> None:
 def test_surprise_and_stride_are_root_mean_squares() -> None:
     local, states = observed(torch.full((NODES * BATCH, 1), 0.5, dtype=torch.float64))
     rows, moved = torch.tensor([2, 11]), torch.tensor([2.0, 3.0], dtype=torch.float64)
-    told = torch.tensor([[3.0, 0, 0, 0, 0, 0, 0], [0.125] * 7], dtype=torch.float64)
-    surprise, stride = local.observe(rows, states[rows] + moved[:, None], told)
+    innovation = torch.tensor([[3.0, 0, 0, 0, 0, 0, 0], [0.125] * 7], dtype=torch.float64)
+    surprise, stride = local.observe(rows, states[rows] + moved[:, None], innovation)
     assert torch.allclose(stride, moved, rtol=1e-13, atol=0)
     assert torch.allclose(surprise, torch.tensor([3 / 7**0.5, 0.125], dtype=torch.float64), rtol=1e-13, atol=0)
 
@@ -115,14 +115,14 @@ def test_a_path_that_follows_evaluations_is_the_fixed_point(
         local = model(outputs[:-1], own=own)
         for turn in range(4):
             rows = _Rows.of((normals(NODES, BATCH, seed=5 + turn) > 0).numpy(), residual.device)
-            told = torch.zeros(*rows.places.shape, size, dtype=torch.float64)
-            told[rows.sample, rows.place] = beyond = normals(len(rows.node), size, seed=9 + turn)
+            innovation = torch.zeros(*rows.places.shape, size, dtype=torch.float64)
+            innovation[rows.sample, rows.place] = beyond = normals(len(rows.node), size, seed=9 + turn)
             states = outputs[:-1].clone()
             local.observe(rows.node * BATCH + rows.sample, states[rows.node, rows.sample], beyond)
             expected = residual.clone()
             expected[rows.node, rows.sample] += beyond
             residual.copy_(expected)
-            local.follow(response, rows.places, told, outputs, residual, sweeps=40 if own else 12 if ahead else 0)
+            local.follow(response, rows.places, innovation, outputs, residual, sweeps=40 if own else 12 if ahead else 0)
             expected += local.excess.view(NODES, BATCH, -1) * (outputs[:-1] - states)
             # Systems of five equations, of condition number about ten; sweeps gain a factor of 1/0.02 and more
             # each, and of two or so where coordinates have slopes of their own.
@@ -148,13 +148,13 @@ def test_what_the_sweeps_do_not_reach_may_be_left_alone(own: bool) -> None:
     free, response = normals(NODES + 1, BATCH, SIZE), 0.3 * normals(NODES + 1, NODES, seed=4)
     response = response.tril(-1) + 0.05 * (response.triu() - response.triu(2))
     assert first_moved(response) == [max(0, node - 1) for node in range(NODES)]
-    told, first, found = normals(1, BATCH, SIZE, seed=6), NODES - 1, []
+    innovation, first, found = normals(1, BATCH, SIZE, seed=6), NODES - 1, []
     for onward in ((0, 0), (first - 2, first - 3)):
         local, _ = observed(torch.full((NODES * BATCH, 1), 0.5, dtype=torch.float64), own=own)
         outputs, residual = free.clone(), torch.zeros(NODES, BATCH, SIZE, dtype=torch.float64)
-        residual[first:] = told
+        residual[first:] = innovation
         places = torch.full((BATCH, 1), first)
-        local.follow(response, places, told.transpose(0, 1), outputs, residual, 1, onward)
+        local.follow(response, places, innovation.transpose(0, 1), outputs, residual, 1, onward)
         found.append((outputs, residual))
     assert all(torch.allclose(one, other, rtol=0, atol=1e-13) for one, other in zip(*found, strict=True))
     outputs, residual = found[0]

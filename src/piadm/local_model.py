@@ -1,4 +1,4 @@
-"""What is known of the denoiser about the states where it was last evaluated."""
+"""A local model of the denoiser at every row: a line through its last evaluations."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch.nn.functional import embedding
 LEAST_STRIDE = 1e-3
 
 #: Share of the mean square of a move that is added to the square of each coordinate's: coordinates that have hardly
-#: moved keep the slope that they had.  What evaluations of a trained network and of mixtures told beyond the lines was
-#: the same within a tenth from 0.03 to 1.
+#: moved keep the slope that they had.  Innovations of a trained network and of mixtures were the same within a tenth
+#: from 0.03 to 1.
 RIDGE = 0.3
 
 #: Numbers held at once while samples are solved for, beside their states: many at a time, for speed, but not all.
@@ -38,7 +38,7 @@ class Learning:
         most: largest slope; equal bounds learn nothing.
         rate: surprise per drift that is assumed before anything was learnt.
         own: whether every coordinate has a slope of its own.
-        resolution: relative change of a state that the network's numbers are too short to tell.
+        resolution: relative change of a state below which the network's dtype cannot resolve it.
     """
 
     least: Tensor
@@ -57,10 +57,11 @@ class LocalModel:
 
         R(x) = R + e (x - x_seen),    e = <dx, dR> / <dx, dx>  from the last two evaluations
 
-    ``e`` is what the linearization's ``G`` lacks of the secant slope, and is kept within bounds.  The path keeps
-    ``R(x)`` at its present states, so that only changes are ever computed: an evaluation tells ``s``, what the
-    denoiser says beyond ``R(x)``, which turns the line to ``e + <dx, s> / <dx, dx>``.  Where every coordinate has a
-    slope of its own, what that leaves of ``s`` turns it further, by ``dx s / (dx^2 + r mean(dx^2))``.
+    ``e`` is the secant slope less the linearization's ``G``, clamped so that their sum stays within bounds.  The path
+    keeps ``R(x)`` at its present states, so that only changes are ever computed.  An evaluation brings the innovation
+    ``s``, the evaluated residual less the predicted ``R(x)``, and updates the slope by the secant condition,
+    ``e <- e + <dx, s> / <dx, dx>``.  Where every coordinate has a slope of its own, what remains of ``s`` updates
+    each of them by ``dx s / (dx^2 + r mean(dx^2))``, a regularised secant update of a diagonal.
 
     Args:
         learning: bounds of the slopes at the nodes, each ``(n,)``.
@@ -83,17 +84,17 @@ class LocalModel:
         self.excess = self.seen.new_zeros(len(self.seen), size if self.own else 1)
         self.known = torch.zeros(len(self.seen), dtype=torch.bool, device=states.device)
 
-    def observe(self, rows: Tensor, states: Tensor, told: Tensor) -> Tensor:
+    def observe(self, rows: Tensor, states: Tensor, innovation: Tensor) -> Tensor:
         """Learn from an evaluation of some rows.
 
         Args:
             rows: their numbers, shape ``(r,)``.
             states: where they were evaluated, shape ``(r, d)``.
-            told: ``s``, their residuals there beyond ``R(x)``, shape ``(r, d)``.
+            innovation: innovations ``s``, shape ``(r, d)``.
 
         Returns:
-            Surprise ``RMS(s)`` and stride ``RMS(x - x_seen)``, ``(2, r)``; a stride of 0 where it is too short for the
-            network to tell: what it brought is rounding.
+            Surprise ``RMS(s)`` and stride ``RMS(x - x_seen)``, ``(2, r)``; a stride of 0 where it is below the
+            network's resolution, and the innovation nothing but rounding.
         """
         dx, old, size = states - self.seen[rows], self.excess[rows], states.shape[1]
         least, most = self.least[rows], self.most[rows]
@@ -102,47 +103,48 @@ class LocalModel:
         far = across > max(LEAST_STRIDE, self.resolution) ** 2 * square
         stride = across * (across > self.resolution**2 * square)
         length = across.where(far, torch.ones_like(across))
-        slope = (old + (dx * told).sum(1, keepdim=True) / length).clamp_(least, most)
+        slope = (old + (dx * innovation).sum(1, keepdim=True) / length).clamp_(least, most)
         if self.own:
-            left = torch.addcmul(told, slope - old, dx, value=-1)
+            left = torch.addcmul(innovation, slope - old, dx, value=-1)
             slope = (slope + left.mul_(dx).div_(dx.square().add_(RIDGE / size * length))).clamp_(least, most)
         self.excess[rows] = torch.where(far & self.known[rows, None], slope, old)
         self.seen[rows], self.known[rows] = states, True
-        return torch.stack([told.square().sum(1), stride[:, 0]]).div_(size).sqrt_()
+        return torch.stack([innovation.square().sum(1), stride[:, 0]]).div_(size).sqrt_()
 
     def follow(
         self,
         response: Tensor,
         places: Tensor,
-        told: Tensor,
+        innovation: Tensor,
         outputs: Tensor,
         residual: Tensor,
         sweeps: int,
         onward: tuple[int, int] = (0, 0),
     ) -> None:
-        """Move a path by what evaluations have told, in place: the changes of ``x = q + P R(x)`` by ``s``.
+        """Update a path in place by innovations ``s``: the change ``w`` of the states that solves ``x = q + P R(x)``.
 
             w = P s + P (e w),        R <- R + e w,        x <- x + P (s + e w)
 
-        by small triangular systems, with ``L`` the part of ``P`` below the diagonal and ``m`` the mean of ``e``,
+        ``P`` is lower triangular but for what averaged readings take from the nodes ahead, and ``e`` one number per
+        row but for slopes per coordinate.  With ``L`` the lower triangle of ``P`` and ``m`` the mean of ``e`` over
+        the coordinates, each sweep solves a small triangular system per sample, with the rest on the right-hand side:
 
             (I - L diag(m)) w <- P s + P (e w) - L (m w)
 
-        What is on the right besides ``P s``, that the nodes ahead add to what is read at a node and that coordinates
-        have slopes of their own, is zero at first.  ``x = q + P R`` holds whatever the sweeps leave: it is in the ``s``
-        of the next evaluations.  Where coordinates have one slope, all is done for unit vectors in the place of ``s``
-        if states have more coordinates than rows were evaluated.
+        The first solution has ``P s`` alone there.  ``x = q + P R`` holds however few the sweeps; what they leave
+        shows up in the next innovations.  Where all coordinates share a slope and outnumber the evaluated rows, the
+        systems are solved for unit vectors in the place of ``s``.
 
         Args:
             response: ``P``, from node residuals to the nodes and the end, shape ``(n + 1, n)``.
             places: the evaluated rows of every sample, shape ``(B, a)``.
-            told: ``s``, shape ``(B, a, d)``; a sample with fewer than ``a`` rows has zeros.
+            innovation: innovations ``s``, shape ``(B, a, d)``; a sample with fewer than ``a`` rows has zeros.
             outputs: ``x``, the states at the nodes and the end, shape ``(n + 1, B, d)``.
             residual: ``R(x)``, with ``s`` already in it, shape ``(n, B, d)``.
-            sweeps: how many times what is on the right is brought up to date.
-            onward: the nodes from which on residuals, and states, change: the sweeps do not reach those before them.
+            sweeps: number of sweeps after the first solution.
+            onward: the first node whose residual, and the first whose state, the sweeps can change.
         """
-        (batch, count, size), (after, since) = told.shape, onward
+        (batch, count, size), (after, since) = innovation.shape, onward
         outputs, residual = outputs[since:], residual[after:]
         acting, within, n = response[since:, after:], response[after:-1, after:], len(residual)
         units = not self.own and size > count
@@ -154,27 +156,27 @@ class LocalModel:
             at = slice(first, first + chunk)
             direct, slopes = embedding(places[at], columns).mT, excess[:, at].transpose(0, 1)  # whole columns: fast
             if not units:
-                direct = direct @ told[at]
-            told_there = right = direct[:, after - since : -1]
+                direct = direct @ innovation[at]
+            driven = right = direct[:, after - since : -1]
             system = lower * slopes.mean(2)[:, None]
             system.diagonal(dim1=1, dim2=2).add_(1)
             solved = _solver(system, size)
             moved = solved(right)
             for _ in range(sweeps):
-                # L (m w) is what the last solution differs by from its right side.
-                right = _product(within, slopes * moved).add_(told_there).add_(right).sub_(moved)
+                # L (m w) is the last solution less its right-hand side.
+                right = _product(within, slopes * moved).add_(driven).add_(right).sub_(moved)
                 moved = solved(right)
             bent = moved.mul_(slopes)
             for change, table in ((bent, residual), (direct.add_(_product(acting, bent)), outputs)):
                 there = table[:, at].transpose(0, 1)
-                there.baddbmm_(change, told[at]) if units else there.add_(change)
+                there.baddbmm_(change, innovation[at]) if units else there.add_(change)
 
     def drift(self, states: Tensor) -> Tensor:
         """RMS distance of states ``(n B, d)`` from where they were last evaluated, ``(n B,)``."""
         return (states - self.seen).square_().mean(1).sqrt_()
 
     def forget(self, lost: Tensor, states: Tensor) -> None:
-        """Take the lines for a guess about states ``(n, B, d)``, and constants for the samples ``lost (B,)``."""
+        """Keep the slopes as a guess at states ``(n, B, d)``, zero for the samples ``lost (B,)``; no row is known."""
         self.excess.view(-1, len(lost), self.excess.shape[1])[:, lost] = 0
         self.seen = states.flatten(0, 1).clone()
         self.known.fill_(False)

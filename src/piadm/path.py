@@ -27,7 +27,7 @@ from piadm.numerics import full_precision, host, rms
 SWEEPS = 1
 
 #: Rounds after which the states are computed anew from the residuals: every change that is added leaves its rounding,
-#: and the first ones are large where the data's mean and variance were told wrong.
+#: and the first ones are large where ``data_mean`` and ``data_variance`` are wrong.
 ANCHOR = 4
 
 #: Largest state that is worth starting from, relative to those of the reference: on others networks may fail.
@@ -47,7 +47,7 @@ class ParallelPath:
         interpolation: how its error is estimated; None: every step is a node.
         learning: what the local model may learn at the nodes; None: residuals are constants and there is no
             outlook, as a fixed number of rounds needs none.
-        centre: mean that is told of the end, about which its size is measured.
+        centre: mean of the end according to ``data_mean``, about which its size is measured.
     """
 
     def __init__(
@@ -114,8 +114,8 @@ class ParallelPath:
             torch.mm(self._matrix(weights), residual, out=self.residual)
         self.solve()
 
-    def follow(self, places: Tensor, told: Tensor, first: int = 0) -> None:
-        """The recurrence ``x <- q + P R(x)``, after evaluations that have told ``s`` (``LocalModel.follow``).
+    def follow(self, places: Tensor, innovation: Tensor, first: int = 0) -> None:
+        """The recurrence ``x <- q + P R(x)``, after evaluations with innovations ``s`` (``LocalModel.follow``).
 
         What neither the ``first`` node evaluated nor the sweeps reach stays as it is.
         """
@@ -125,7 +125,7 @@ class ParallelPath:
         outputs, residual = (table.view(-1, self.batch, self.size) for table in (self.state, self.residual))
         onward = self._onward(first)
         with full_precision(self.device):
-            self.local.follow(self.response, places, told, outputs, residual, self.sweeps, onward)
+            self.local.follow(self.response, places, innovation, outputs, residual, self.sweeps, onward)
         self.turns += 1
         if self.turns % ANCHOR == 0:
             self.solve()
@@ -152,10 +152,10 @@ class ParallelPath:
         with full_precision(self.device):
             self.local.inherit(places, coarse.local, keep, self._matrix(weights), self.nodes)
         # What is read at the coarse nodes has moved, and their local models with it.
-        told = self.nodes[places].sub_(coarse.nodes[:, keep])
-        told.mul_(self.local.excess.view(n, self.batch, -1)[places])
-        residual.index_add_(0, places, told)
-        self.follow(places.expand(self.batch, -1), told.transpose(0, 1))
+        innovation = self.nodes[places].sub_(coarse.nodes[:, keep])
+        innovation.mul_(self.local.excess.view(n, self.batch, -1)[places])
+        residual.index_add_(0, places, innovation)
+        self.follow(places.expand(self.batch, -1), innovation.transpose(0, 1))
         self.outlook.inherit(old.numpy(), coarse.outlook, keep.cpu().numpy() if isinstance(keep, Tensor) else keep)
         self.outlook.look(host(self.local.drift(self.rows).view(len(old), self.batch)))
 

@@ -27,7 +27,7 @@ class Movement:
         interpolation: estimated RMS error at the end of the path that interpolation between the nodes leaves,
             shape ``(B,)``.
         rounding: what rounding of the states may leave at the end of the path, shape ``(B,)``.
-        size: RMS distance of the end from the mean that is told of the data, shape ``(B,)``.
+        size: RMS distance of the end from the mean that ``data_mean`` gives, shape ``(B,)``.
     """
 
     surprise: Table
@@ -79,8 +79,8 @@ class Turn:
         self.path, self.active = path, active
         self.rows = rows = _Rows.of(active, path.device)
         self.numbers = rows.node * path.batch + rows.sample
-        # What the rows told beyond ``R(x)``, as in ``LocalModel.follow``; the surprise and the stride of every row.
-        self.told = path.state.new_zeros(*rows.places.shape, path.size)
+        # The innovations, as in ``LocalModel.follow``; the surprise and the stride of every row.
+        self.innovation = path.state.new_zeros(*rows.places.shape, path.size)
         self.heard = path.state.new_zeros(2, path.path.count * path.batch)
         self.request = Request(path.numbers[rows.sample], path.times[rows.node], self._fetch, self._store)
 
@@ -91,26 +91,26 @@ class Turn:
         # In place: on an accelerator a part is the whole round, and six copies of it must do.
         path, at, sample, row = self.path, self.rows.node[part], self.rows.sample[part], self.numbers[part]
         x, model, residual = self._fetch(part), path.reference_nodes[at, sample], path.residual.view(-1, path.size)
-        fresh = estimate.sub_(path.constants[at, None]).addcmul_(path.reference_slopes[at, None], model, value=-1)
-        fresh.addcmul_(path.slopes[at, None], model.sub_(x))
+        evaluated = estimate.sub_(path.constants[at, None]).addcmul_(path.reference_slopes[at, None], model, value=-1)
+        evaluated.addcmul_(path.slopes[at, None], model.sub_(x))
         del model
-        beyond = fresh - residual[row]
-        residual[row], self.told[sample, self.rows.place[part]] = fresh, beyond
+        innovation = evaluated - residual[row]
+        residual[row], self.innovation[sample, self.rows.place[part]] = evaluated, innovation
         if path.local is None:
-            self.heard[0, row] = rms(beyond)
+            self.heard[0, row] = rms(innovation)
         else:
-            self.heard[:, row] = path.local.observe(row, x, beyond)
+            self.heard[:, row] = path.local.observe(row, x, innovation)
 
     def follow(self) -> Tensor:
         """Solve; what the host is to hear of it, one row of numbers on the device."""
         path = self.path
         before = path.end.clone()
         if self.active.any():  # else nothing is new, and the path stays as it is to the last digit
-            path.follow(self.rows.places, self.told, int(self.active.any(1).argmax()))
-        del self.told
+            path.follow(self.rows.places, self.innovation, int(self.active.any(1).argmax()))
+        del self.innovation
         end = path.end[:, 0]
         moved, length, size = torch.stack([end - before[:, 0], end, end - path.centre]).square_().mean(2).sqrt_()
-        # Where the reference is far off, by a mean told wrong, states are small differences of large numbers.
+        # Where the reference is far off, by a wrong mean, states are small differences of large numbers.
         rounding = ROUNDINGS * torch.finfo(path.dtype).eps * length.maximum(path.reference_size)
         drift = self.heard[1] if path.local is None else path.local.drift(path.rows)
         return torch.cat([*self.heard, drift, moved, rounding, size, *self._left(end)])
@@ -127,7 +127,7 @@ class Turn:
         return [sizes, torch.zeros_like(end[:, 0]) if coarse is None else rms(end - coarse)]
 
     def hear(self, numbers: Table) -> Movement:
-        """Take in what ``follow`` has told, on the host."""
+        """Take in the numbers of ``follow``, on the host."""
         path = self.path
         of_rows, of_end, left = np.split(numbers, np.cumsum([3 * self.active.size, 3 * path.batch]))
         surprise, stride, distance = of_rows.reshape(3, path.path.count, path.batch)
