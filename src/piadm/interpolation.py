@@ -108,43 +108,43 @@ class SmoothInterpolation(Interpolation):
 
 
 @kept
-def rough_rows(nodes: NodeSet, clock: Tensor, order: int, acting: Tensor, every: Tensor) -> Tensor:
+def rough_rows(nodes: NodeSet, clock: Tensor, order: int, node_influence: Tensor, step_influence: Tensor) -> Tensor:
     """The rows of a ``RoughInterpolation``.
 
     Args:
         nodes: the nodes.
         clock: log-SNR at the start of every step, shape ``(J,)``.
         order: degree of the interpolation.
-        acting: how the residual at each node acts on the end, shape ``(n,)``.
-        every: how one at every step would, shape ``(J,)``.
+        node_influence: change of the end per unit of the residual at each node, shape ``(n,)``.
+        step_influence: the same if every step were a node, shape ``(J,)``.
     """
     knots = clock[nodes.indices[1:]]
     gap = float(knots[-1] - knots[0]) / max(1, len(knots) - 1)
     share = max(ROUGH_SHARE, ROUGH_SHARE_PER_GAP * gap)
-    return share * _changes(nodes, thin(nodes, clock, order), acting, every)
+    return share * _changes(nodes, thin(nodes, clock, order), node_influence, step_influence)
 
 
 @kept
-def smooth_rows(nodes: NodeSet, clock: Tensor, order: int, acting: Tensor, every: Tensor) -> Tensor:
+def smooth_rows(nodes: NodeSet, clock: Tensor, order: int, node_influence: Tensor, step_influence: Tensor) -> Tensor:
     """The rows of a ``SmoothInterpolation``; arguments as ``rough_rows``."""
     halves = thin(nodes, clock, order)
-    rows = [_changes(nodes, halves, acting, every), _ripples(nodes, clock, order, every)]
+    rows = [_changes(nodes, halves, node_influence, step_influence), _ripples(nodes, clock, order, step_influence)]
     for half in halves:
         among = torch.zeros(half.count, nodes.count, dtype=torch.float64, device="cpu")
-        among[:, torch.isin(nodes.indices, half.indices)] = _ripples(half, clock, order, every)
+        among[:, torch.isin(nodes.indices, half.indices)] = _ripples(half, clock, order, step_influence)
         rows.append(among)
     return torch.cat(rows)
 
 
-def _changes(nodes: NodeSet, halves: list[NodeSet], acting: Tensor, every: Tensor) -> Tensor:
+def _changes(nodes: NodeSet, halves: list[NodeSet], node_influence: Tensor, step_influence: Tensor) -> Tensor:
     """What the end changes by if residuals are interpolated from each half of the nodes, shape ``(2, n)``."""
-    rows = acting.repeat(len(halves), 1)
+    rows = node_influence.repeat(len(halves), 1)
     for row, half in zip(rows, halves, strict=True):
-        row[torch.isin(nodes.indices, half.indices)] -= every @ half.weights
+        row[torch.isin(nodes.indices, half.indices)] -= step_influence @ half.weights
     return rows
 
 
-def _ripples(nodes: NodeSet, clock: Tensor, order: int, every: Tensor) -> Tensor:
+def _ripples(nodes: NodeSet, clock: Tensor, order: int, step_influence: Tensor) -> Tensor:
     """What independent ripples at the nodes do to the end, node by node: their squares add, shape ``(n, n)``.
 
     At a step between nodes a ripple ``r_j`` is missed and an interpolated one put in its place, so that at the end
@@ -153,10 +153,10 @@ def _ripples(nodes: NodeSet, clock: Tensor, order: int, every: Tensor) -> Tensor
 
     summed over steps that are no nodes.  ``r_i`` is what a node's residual lacks of its neighbours' interpolation.
     """
-    between = every.clone()
+    between = step_influence.clone()
     between[nodes.indices] = 0
     middles = (nodes.indices[1:] + nodes.indices[:-1] + 1) // 2
-    nearest = torch.searchsorted(middles, torch.arange(len(every), device="cpu"), right=True)
+    nearest = torch.searchsorted(middles, torch.arange(len(step_influence), device="cpu"), right=True)
     squares = (between @ nodes.weights).square().index_add(0, nearest, between.square())
     lacks = left_out(nodes, clock, order)
     return (squares / lacks.square().sum(1).clamp(min=1.0)).sqrt()[:, None] * lacks

@@ -139,7 +139,7 @@ def averaged(nodes: NodeSet, importance: Tensor) -> NodeSet:
 
 
 @kept
-def every(nodes: NodeSet, log_snr: Tensor, stride: int, order: int = 1) -> NodeSet:
+def strided(nodes: NodeSet, log_snr: Tensor, stride: int, order: int = 1) -> NodeSet:
     """Every ``stride``-th node of a set, and the last one."""
     indices = torch.unique(torch.cat([nodes.indices[::stride], nodes.indices[-1:]]))
     return NodeSet(indices, weights(_finite(log_snr), indices, order))

@@ -17,7 +17,7 @@ from piadm.integrators import Integrator, Steps, steps_of
 from piadm.linearization import DiagonalSecant, Gaussian, LearnedSlopes, Linearization, check_slopes, linearization
 from piadm.local_model import Learning
 from piadm.network import resolution
-from piadm.nodes import NodeSet, averaged, every, every_step, refine, spread
+from piadm.nodes import NodeSet, averaged, every_step, refine, spread, strided
 from piadm.problem import check_denoiser, grid_of
 from piadm.stopping import LOOSEST
 
@@ -251,7 +251,7 @@ def _opening(nodes: NodeSet, clock: Tensor, aim: float, *, noisy: bool) -> tuple
     if half < 1 or nodes.count < OPENING_FEWEST * stride or not bool((clock.diff() > 0).all()):
         return ()
     order = ROUGH_ORDER if noisy else SMOOTH_ORDER
-    return tuple(every(nodes, clock, one, order) for one in ((2 * half, half) if half > 1 else (stride,)))
+    return tuple(strided(nodes, clock, one, order) for one in ((2 * half, half) if half > 1 else (stride,)))
 
 
 def _importance(steps: Steps, jacobian: Tensor) -> Tensor:
