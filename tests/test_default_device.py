@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._device import _device_constructors
 
 import piadm
-from piadm import kept, theory
+from piadm import memo, theory
 from piadm.models import GaussianDenoiser, GaussianNetwork, MixtureDenoiser, MixtureNetwork
 from piadm.rivals import Rival, Unavailable, chosen, prepare
 from piadm.rivals.drive import Budget
@@ -59,7 +59,7 @@ class Network:
 
 def on_meta(make: Callable[[], Any]) -> Any:  # noqa: ANN401 - any result
     """What is made under the default device "meta", afresh."""
-    kept._store.clear()
+    memo._store.clear()
     with torch.device("meta"):
         return make()
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from piadm.integrators import AffineSteps, MultistepSteps, Steps
-from piadm.kept import kept
+from piadm.memo import memoized
 from piadm.nodes import NodeSet
 
 Array = NDArray[np.float64]
@@ -77,7 +77,7 @@ def first_moved(response: Tensor) -> list[int]:
     return found
 
 
-@kept
+@memoized
 def condense(steps: Steps, slopes: Tensor, nodes: NodeSet, constants: Tensor | None = None) -> CondensedPath:
     """Condense a path: carry the matrices through the recurrence, one step at a time.
 
@@ -111,7 +111,7 @@ def condense(steps: Steps, slopes: Tensor, nodes: NodeSet, constants: Tensor | N
     )
 
 
-@kept
+@memoized
 def weights_on_end(steps: Steps, slopes: Tensor) -> Tensor:
     """How a residual at each step acts on the end: the last row of ``P`` for every step a node, shape ``(J,)``.
 

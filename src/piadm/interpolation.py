@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from piadm.kept import kept
+from piadm.memo import memoized
 from piadm.nodes import NodeSet, left_out, thin
 from piadm.numerics import Table
 
@@ -107,7 +107,7 @@ class SmoothInterpolation(Interpolation):
         return together
 
 
-@kept
+@memoized
 def rough_rows(nodes: NodeSet, clock: Tensor, order: int, node_influence: Tensor, step_influence: Tensor) -> Tensor:
     """The rows of a ``RoughInterpolation``.
 
@@ -124,7 +124,7 @@ def rough_rows(nodes: NodeSet, clock: Tensor, order: int, node_influence: Tensor
     return share * _changes(nodes, thin(nodes, clock, order), node_influence, step_influence)
 
 
-@kept
+@memoized
 def smooth_rows(nodes: NodeSet, clock: Tensor, order: int, node_influence: Tensor, step_influence: Tensor) -> Tensor:
     """The rows of a ``SmoothInterpolation``; arguments as ``rough_rows``."""
     halves = thin(nodes, clock, order)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from piadm._checks import positive_int
-from piadm.kept import kept
+from piadm.memo import memoized
 
 #: Rate of the clock of ``crowded`` far from where noise and data are alike, and how far "there" reaches in log-SNR.
 #: With nodes evenly in log-SNR a unit of it at the centre added 3 to 20 times as much to the end's error as one four
@@ -51,13 +51,13 @@ class NodeSet:
         return torch.zeros_like(self.weights.T).scatter_(1, self.indices[:, None], 1.0)
 
 
-@kept
+@memoized
 def every_step(steps: int) -> NodeSet:
     """Every step is a node: the fixed point is then exactly the sequential sampler's."""
     return NodeSet(torch.arange(steps, device="cpu"), torch.eye(steps, dtype=torch.float64, device="cpu"))
 
 
-@kept
+@memoized
 def spread(log_snr: Tensor, count: int, order: int = 1, deviation: float | None = None) -> NodeSet:
     """About ``count`` steps, spread in log-SNR evenly or as ``crowded`` says, residuals interpolated in log-SNR.
 
@@ -102,7 +102,7 @@ def evenly(clock: Tensor, count: int) -> Tensor:
     return torch.minimum(pushed, len(clock) - count + order)
 
 
-@kept
+@memoized
 def refine(nodes: NodeSet, log_snr: Tensor, order: int = 1) -> NodeSet:
     """Node set with one more node between every two neighbours, in the middle of the gap in log-SNR.
 
@@ -115,7 +115,7 @@ def refine(nodes: NodeSet, log_snr: Tensor, order: int = 1) -> NodeSet:
     return every_step(len(clock)) if len(indices) == len(clock) else NodeSet(indices, weights(clock, indices, order))
 
 
-@kept
+@memoized
 def averaged(nodes: NodeSet, importance: Tensor) -> NodeSet:
     """The same nodes, but the network reads an average of the states about each: for paths that are rough with noise.
 
@@ -138,14 +138,14 @@ def averaged(nodes: NodeSet, importance: Tensor) -> NodeSet:
     return replace(nodes, readings=readings)
 
 
-@kept
+@memoized
 def strided(nodes: NodeSet, log_snr: Tensor, stride: int, order: int = 1) -> NodeSet:
     """Every ``stride``-th node of a set, and the last one."""
     indices = torch.unique(torch.cat([nodes.indices[::stride], nodes.indices[-1:]]))
     return NodeSet(indices, weights(_finite(log_snr), indices, order))
 
 
-@kept
+@memoized
 def thin(nodes: NodeSet, log_snr: Tensor, order: int = 1) -> list[NodeSet]:
     """What the interpolation is compared with to judge it: those from half of the same residuals.
 
@@ -159,7 +159,7 @@ def thin(nodes: NodeSet, log_snr: Tensor, order: int = 1) -> list[NodeSet]:
     return [NodeSet(indices, weights(clock, indices, order)) for indices in halves]
 
 
-@kept
+@memoized
 def left_out(nodes: NodeSet, log_snr: Tensor, order: int = 1) -> Tensor:
     """What each node's residual lacks of that interpolated from the others, ``(n, n)``; zeros for the two ends."""
     knots, count = _finite(log_snr)[nodes.indices], nodes.count

@@ -1,4 +1,4 @@
-"""Results of pure functions of tensors, kept from call to call and found again by what went in."""
+"""A process-wide cache of pure functions of tensors, keyed by the content of their arguments."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ from torch import Tensor
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
-#: Bytes of results that are kept at most, those asked for last: some twenty settings of a thousand steps.
+#: Most bytes of cached results, the least recently used leaving first: some twenty settings of a thousand steps.
 MOST_BYTES = 1 << 27
 
 _functions = itertools.count()
 _store, _lock = OrderedDict[bytes, tuple[object, int]](), threading.Lock()
 
-#: What the dataclasses among the results were made from, by their ``id`` while they live: as good as their content.
+#: The key of every live dataclass that a memoized function returned, by its ``id``: it stands for the content.
 _origins: dict[int, tuple[weakref.ref[object], bytes]] = {}
 
 
-def kept(function: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Let a function keep its results, by the content of its arguments and not by who they are.
+def memoized(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Cache a function's results by the content of its arguments, whichever objects hold it.
 
-    For functions of float64 tensors on the CPU and of frozen dataclasses of them whose result nobody writes to.
-    A dataclass that such a function has returned stands for what it was made from, so that large matrices are not read
-    again.  Threads may call it; two that ask for the same at once may both compute it.
+    For functions of float64 tensors on the CPU and of frozen dataclasses of them, whose results nobody writes to.
+    A dataclass that a memoized function has returned is hashed by the key that it was made from, so that large
+    matrices are not read again.  Safe to call from threads; two that ask for the same result at once may both
+    compute it.
     """
     number = next(_functions)
 
@@ -56,7 +57,7 @@ def kept(function: Callable[_P, _T]) -> Callable[_P, _T]:
 
 
 def _keep(key: bytes, result: object) -> None:
-    """Have a result at hand, and those that were not asked for the longest no more; unless it is too large itself."""
+    """Store a result unless it is too large by itself, and drop the least recently used ones beyond ``MOST_BYTES``."""
     size = _size(result)
     with _lock:
         if size <= MOST_BYTES:
@@ -66,7 +67,7 @@ def _keep(key: bytes, result: object) -> None:
 
 
 def _remember(result: object, key: bytes) -> None:
-    """Note what a dataclass, or each of several, was made from, unless it is one that was handed through."""
+    """Note the key of a dataclass, or of each of several, unless it is an argument that was returned as it is."""
     for place, one in enumerate(result if isinstance(result, (tuple, list)) else [result]):
         if is_dataclass(one) and _origin(one) is None:
             weakref.finalize(one, _origins.pop, id(one), None)
@@ -79,7 +80,7 @@ def _origin(value: object) -> bytes | None:
 
 
 def _parts(value: object) -> Iterator[bytes]:
-    """Everything that a value holds, in order: names, shapes and the bytes of tensors."""
+    """The content of a value as bytes: type names, shapes and the numbers of tensors, in order."""
     if isinstance(value, Tensor):
         yield f"{value.dtype}{tuple(value.shape)}".encode()
         yield value.detach().numpy().tobytes()

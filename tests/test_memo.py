@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import piadm
-from piadm import kept
+from piadm import memo
 from piadm.condense import condense, weights_on_end
 from piadm.integrators import integrator
 from piadm.models import GaussianDenoiser
@@ -43,7 +43,7 @@ def test_what_is_kept_is_what_would_be_computed() -> None:
 def test_arguments_of_one_content_and_another_shape_differ() -> None:
     calls = []
 
-    @kept.kept
+    @memo.memoized
     def shape(x: Tensor, more: object = None) -> Tensor:
         calls.append(x)
         return torch.tensor(x.shape)
@@ -64,12 +64,12 @@ def test_arguments_whose_digits_run_together_differ() -> None:
 def test_no_more_is_kept_than_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    @kept.kept
+    @memo.memoized
     def ones(size: int) -> Tensor:
         calls.append(size)
         return torch.ones(size, dtype=torch.float64)
 
-    monkeypatch.setattr(kept, "MOST_BYTES", 1000)
+    monkeypatch.setattr(memo, "MOST_BYTES", 1000)
     for size in (50, 60, 50, 70, 50, 60):  # 400, 480 and 560 bytes: two fit, and the one asked for last stays
         assert len(ones(size)) == size
     assert calls == [50, 60, 70, 60]
@@ -92,16 +92,16 @@ def test_a_result_stands_for_what_it_was_made_from_and_a_changed_copy_does_not(m
 
 
 def test_nothing_is_remembered_of_results_that_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept, "MOST_BYTES", 0)
+    monkeypatch.setattr(memo, "MOST_BYTES", 0)
     clock = torch.linspace(-5, 5, 41, dtype=torch.float64)
     spread(clock, 20)  # what was kept before makes room
     gc.collect()
-    before = len(kept._origins)
+    before = len(memo._origins)
     several = thin(spread(clock, 20), clock)
-    assert len(several) == 2 and len(kept._origins) == before + 2  # the set that they are of is gone already
+    assert len(several) == 2 and len(memo._origins) == before + 2  # the set that they are of is gone already
     del several
     gc.collect()
-    assert len(kept._origins) == before
+    assert len(memo._origins) == before
 
 
 def test_threads_find_the_same() -> None:
