@@ -1,4 +1,4 @@
-"""Networks compiled for a few fixed numbers of rows, so that rounds of any number compile nothing anew."""
+"""Networks compiled for a few fixed numbers of rows, so that rounds of other sizes do not recompile."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _entries = itertools.count()
 class CompiledNetwork:
     """A network in static shapes: ``F(x, t)`` padded to the next of ``SIZES`` rows, compiled once for each.
 
-    The rows that are padded repeat the last one, and what the network makes of them is cut off.  Another shape of
-    samples or of a condition, and another value of a condition that is no tensor, compile anew.
+    Padding repeats the last row, and its output is cut off.  A new shape of samples or of a condition, or a new value
+    of a condition that is not a tensor, compiles again.
 
     Args:
         network: the network ``network(x, t, **condition)``; it must compile as one graph.
-        compile: whether to compile; False only pads, as for a network that is compiled already.
-        cuda_graph: whether compiled code replays CUDA graphs (torch's mode "reduce-overhead"), which a network with
-            work on the CPU or changing addresses does not allow; off a CUDA device it does nothing.
+        compile: whether to compile; False only pads, for a network that is compiled already.
+        cuda_graph: whether compiled code replays CUDA graphs (torch's mode "reduce-overhead"), which requires a network
+            without work on the CPU and with fixed memory addresses; without effect on other devices.
         backend: the compiler, as for ``torch.compile``.
 
     Raises:

@@ -46,26 +46,26 @@ class Denoiser:
     Args:
         network: callable ``network(x, t, **condition)`` with ``x`` of shape ``(R, *shape)`` and one schedule
             time per row, ``t`` of shape ``(R,)`` (float32, or float64 for a float64 network).  It returns a
-            tensor of the shape of ``x``, a tuple that starts with it, or an object whose ``.sample`` it is.  Each row
-            must follow from its own arguments alone: a network that draws random numbers or mixes rows has no
-            right answer.  It is called without gradients; guidance that takes some turns them on with
-            ``torch.enable_grad``, which torch's ``inference_mode`` does not let it.
-        schedule: the noise schedule of the network; its times are what the network is given.
+            tensor of the shape of ``x``, a tuple that starts with one, or an object with one as ``.sample``.  Each row
+            of the output must depend on its own row of the arguments alone: a network that draws random numbers or
+            mixes rows has no well-defined sample to converge to.  It is called under ``torch.no_grad``; guidance that
+            needs gradients can turn them on with ``torch.enable_grad``, except under ``torch.inference_mode``.
+        schedule: the noise schedule of the network, which is called with the schedule's times.
         prediction: one of "epsilon", "score", "sample", "v", "velocity".
         data_mean: mean of the data over all coordinates, in the network's units.  Only the starting guess and
             the Gaussian linearization use it: a wrong value costs rounds.
-        data_variance: variance of the data about ``data_mean``, likewise; ``sample`` takes the number of its nodes and
-            the estimate of their error from it too.  Samples that turn out wider or narrower are noticed and take more
-            rounds, but where it is wrong by a factor of ten and more a few in a hundred may end outside the tolerance
-            (hardly with ``nodes="all"``).  ``measure_moments`` finds out both.
-        draft: another denoiser that says about the same at far less cost, on the same schedule and of the same
-            conditions, or None: ``sample`` starts from its path.  A bad one costs rounds, never exactness.
-            ``fit_draft`` makes one of samples.
+        data_variance: variance of the data about ``data_mean``, over all coordinates, in squared units.  Besides, the
+            number of nodes of ``sample`` and the estimate of their error depend on it.  Samples that turn out wider or
+            narrower are detected and take more rounds; but if it is wrong by a factor of ten or more, a few in a
+            hundred may end outside the tolerance (hardly any with ``nodes="all"``).  ``measure_moments`` measures both.
+        draft: a much cheaper denoiser of about the same data, with the same schedule and conditions, from whose path
+            ``sample`` starts; None: no draft.  A bad draft costs rounds, never accuracy.  ``fit_draft`` fits one to
+            samples.
 
     Raises:
         TypeError: if the network is not callable, the schedule is no ``NoiseSchedule`` or the draft no ``Denoiser``.
-        ValueError: if the prediction is unknown, the mean or variance is not finite or not positive, or the draft's
-            schedule is another one.
+        ValueError: if the prediction is unknown, the mean is not finite, the variance not finite and positive, or the
+            draft's schedule is a different one.
 
     Reference: Salimans & Ho 2022 (arXiv 2202.00512, appendix D) for v; Lipman et al. 2023
         (arXiv 2210.02747) for velocity.
@@ -104,13 +104,14 @@ class Denoiser:
         data_mean: float = 0.0,
         data_variance: float = 1.0,
     ) -> Denoiser:
-        """A bare diffusers network with the noise levels and the prediction type of its scheduler.
+        """A denoiser from a diffusers network, with the noise levels and the prediction type of its scheduler.
 
         Args:
             network: a diffusers model called as ``network(x, timestep=t, **condition)``.  Its other arguments are
-                conditions for ``sample``; of an output with a learned variance the first half of the channels counts.
-                A flow network is given the time that its own pipeline gives it, and read with that pipeline's sign;
-                a module of another class is given the scheduler's, ``num_train_timesteps`` times the noise level.
+                conditions for ``sample``; of an output with a learned variance the first half of the channels is used.
+                A flow network of diffusers is called with the time convention of its own pipeline, and its output has
+                that pipeline's sign; a module of any other class is called with the scheduler's time,
+                ``num_train_timesteps`` times the noise level.
             scheduler: a diffusers scheduler with a table ``alphas_cumprod``, or one of the EDM or the flow-matching
                 schedulers, or with ``use_flow_sigmas=True`` and flow prediction; its steps are not used.
             data_mean: as above.
@@ -211,13 +212,13 @@ class GuidedNetwork:
         network: the conditional network ``network(x, t, **condition)``.
         scale: guidance scale; 1 is the conditional network, 0 the unconditional one.
         null: the condition that stands for "none", one entry per condition that is given at the call: a tensor of one
-            row, ``(1, ...)``, or without a leading dimension.  It serves every row.  A condition that is a mapping,
-            list or tuple has one with the same entries.
+            row, ``(1, ...)``, or without a leading dimension, which is used for every row.  For a condition that is a
+            mapping, list or tuple, one with the same entries.
 
     Raises:
         TypeError: if the network is not callable or ``null`` is no mapping.
-        ValueError: if the scale is not finite; at the call, if ``null`` and the condition differ in their entries, or
-            an entry has several rows.
+        ValueError: if the scale is not finite; at the call, if ``null`` and the condition do not have the same entries,
+            or an entry of ``null`` has several rows.
 
     Reference: Ho & Salimans 2022 (arXiv 2207.12598, eq. 6).
     """

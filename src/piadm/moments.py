@@ -16,11 +16,11 @@ from piadm.network import network_device
 from piadm.problem import check_condition, check_denoiser, check_shape
 from piadm.sequential import sample_sequential
 
-#: Steps, even in log-SNR, that samples are drawn by: of Gaussian data they have 0.87 to 0.95 of the variance on every
+#: Steps of the sampler, even in log-SNR: samples of Gaussian data then have 0.87 to 0.95 of the variance on every
 #: schedule, with half as many steps 0.66 to 0.78.
 STEPS = 24
 
-#: Samples at least, and numbers in all of them together: so many give the variance to a tenth or so.
+#: Fewest samples, and fewest numbers in all of them together: enough for the variance to about a tenth.
 FEWEST, NUMBERS = 16, 256
 
 #: Seed of the samples.
@@ -35,15 +35,15 @@ def measure_moments(
 
         m = mean of all coordinates of all samples,      v = mean of (x - m)^2
 
-    of the probability-flow ODE in ``STEPS`` sequential steps: far too few for a good sample, and enough to tell how
-    wide it is.  Samples of fewer than 16 coordinates are more.  It is worth its calls where the data's scale is
-    unknown: data that are wider than told take finer nodes, as many rounds again as they would need, and a variance
-    within a factor of three costs nothing.
+    over samples of the probability-flow ODE in ``STEPS`` sequential steps, which are far too few for good samples but
+    enough for their mean and variance.  More than 16 samples are drawn where they have fewer than 16 coordinates.  It
+    is worth its calls if the scale of the data is unknown: a ``data_variance`` that is far too small leads to finer
+    nodes and about twice as many rounds, one within a factor of three costs nothing.
 
     Args:
-        denoiser: the denoiser; what it says of its data is not read.
+        denoiser: the denoiser; its ``data_mean``, ``data_variance`` and ``draft`` are ignored.
         shape: ``(B, *sample_shape)``, as for ``sample``; ``B`` matters for conditions only.
-        condition: the network's other keyword arguments, as for ``sample``; of what has rows, the first sample's.
+        condition: the network's other keyword arguments, as for ``sample``; the first sample's are used for all.
 
     Returns:
         A copy of the denoiser.

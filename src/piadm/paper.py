@@ -1,6 +1,6 @@
-"""PIADM-SDE and PIADM-ODE, Algorithms 1 and 2 of the paper, to the letter.
+"""PIADM-SDE and PIADM-ODE, Algorithms 1 and 2 of the paper, exactly as stated there.
 
-Both are settings of the one machinery: the score-frozen integrator, the score-frozen linearization, every step
+Both are settings of the common loop: the score-frozen integrator, the score-frozen linearization, every step
 a node, a constant start, and a fixed number of rounds per block.
 
 Reference: Chen, Ren, Ying & Rotskoff 2024, "Accelerating Diffusion Models with Parallel Sampling: Inference at
@@ -56,13 +56,13 @@ def piadm_sde(
 ) -> Solution:
     """PIADM-SDE, Algorithm 1: K Picard iterations of the reverse SDE on each block.
 
-    On a block that starts at ``t_n``, with steps ``eps_j`` and inner times ``tau_j``, all ``m`` at once, K times:
+    On a block that starts at ``t_n``, with steps ``eps_j`` and inner times ``tau_j``, for all ``m`` at once, K times:
 
         y_m <- e^{tau_m/2} y_0 + sum_{j<m} e^{(tau_m - tau_{j+1})/2} [2 (e^{eps_j/2} - 1) s(y_j, t_n + tau_j)
                + sqrt(e^{eps_j} - 1) xi_j]
 
-    starting from ``y_m = y_0``; the last node starts the next block.  A schedule of another scale runs through
-    the same iterates, ``x = sqrt(alpha^2 + sigma^2) y``.
+    starting from ``y_m = y_0``; the last node starts the next block.  A schedule that is not variance preserving has
+    the same iterates on its own scale, ``x = sqrt(alpha^2 + sigma^2) y``.
 
     Args:
         denoiser: network, schedule and prediction; any schedule, the blocks' OU times are converted by log-SNR.
@@ -73,14 +73,14 @@ def piadm_sde(
         initial: state at the first time, ``(B, *sample_shape)``, on the schedule's scale; None draws
             ``N(0, alpha^2 + sigma^2)``.
         noise: standard normals, ``(J, B, *sample_shape)``, ``J = blocks.steps``; None draws them.
-        condition: tensors with one row per sample, and any other values, as the network's keyword arguments.  Tensors
-            in nested mappings (which arrive as dicts), lists and tuples have rows, too; other objects go whole.
-        max_batch: most rows in one network call; None chooses.
+        condition: keyword arguments of the network.  Tensors and arrays have one row per sample, also inside nested
+            mappings (passed on as dicts), lists and tuples; every other value is passed on unchanged.
+        max_batch: most rows in one network call; None: chosen by device, and halved when memory runs out.
         callback: called with a ``RoundInfo`` after each round; a true return value ends the run.
-        progress: show a progress bar; None: no.
+        progress: whether to show a progress bar; None: no.
         return_states: keep the states at every step (of an interrupted run: of the blocks that were finished).
         raise_on_failure: raise ``NotConvergedError`` unless every sample is CONVERGED.
-        workers: who evaluates the network: ``piadm.Devices``, ``piadm.Ranks``, or None: this process.
+        workers: ``piadm.Devices`` or ``piadm.Ranks``, which evaluate the network; None: this process.
 
     Returns:
         A ``Solution``; CONVERGED means that the prescribed iterations are done, the error estimate is NaN.
@@ -89,7 +89,7 @@ def piadm_sde(
         TypeError, ValueError: for bad input, before any network call.
         NetworkError: if the network raises or returns the wrong shape.
         NotConvergedError: with ``raise_on_failure``, if a sample is not CONVERGED.
-        RuntimeError: if ``workers`` are ``Ranks`` and no process group is there.
+        RuntimeError: if ``workers`` is a ``Ranks`` and ``torch.distributed`` is not initialised.
 
     Reference: Chen, Ren, Ying & Rotskoff 2024 (arXiv 2405.15986), Algorithm 1.
     """
@@ -122,9 +122,9 @@ def piadm_ode(
     raise_on_failure: bool = False,
     workers: Workers | None = None,
 ) -> Solution:
-    """PIADM-ODE, Algorithm 2: Picard iterations of the probability-flow ODE, then Langevin, on each block.
+    """PIADM-ODE, Algorithm 2: on each block Picard iterations of the probability-flow ODE, then Langevin dynamics.
 
-    On a block that starts at ``t_n``, with steps ``eps_j`` and inner times ``tau_j``, all ``m`` at once, K times:
+    On a block that starts at ``t_n``, with steps ``eps_j`` and inner times ``tau_j``, for all ``m`` at once, K times:
 
         y_m <- e^{tau_m/2} y_0 + sum_{j<m} e^{(tau_m - tau_{j+1})/2} (e^{eps_j/2} - 1) s(y_j, t_n + tau_j)
 
@@ -141,16 +141,16 @@ def piadm_ode(
         initial: state at the first time, ``(B, *sample_shape)``, on the schedule's scale; None draws
             ``N(0, alpha^2 + sigma^2)``.
         noise: standard normals of the corrector, ``(blocks.count * corrector.normals, B, *sample_shape)``: for
-            each block ``v_0``, then per step one normal that drives the velocity and one for what is left of the
-            position's noise.  None draws them.
-        condition: tensors with one row per sample, and any other values, as the network's keyword arguments.  Tensors
-            in nested mappings (which arrive as dicts), lists and tuples have rows, too; other objects go whole.
-        max_batch: most rows in one network call; None chooses.
+            each block ``v_0``, then per step one normal for the velocity's noise and one for the part of the
+            position's noise that is independent of it.  None draws them.
+        condition: keyword arguments of the network.  Tensors and arrays have one row per sample, also inside nested
+            mappings (passed on as dicts), lists and tuples; every other value is passed on unchanged.
+        max_batch: most rows in one network call; None: chosen by device, and halved when memory runs out.
         callback: called with a ``RoundInfo`` after each round; a true return value ends the run.
-        progress: show a progress bar; None: no.
+        progress: whether to show a progress bar; None: no.
         return_states: keep the predictor's states at every step (of an interrupted run: of the finished blocks).
         raise_on_failure: raise ``NotConvergedError`` unless every sample is CONVERGED.
-        workers: who evaluates the network: ``piadm.Devices``, ``piadm.Ranks``, or None: this process.
+        workers: ``piadm.Devices`` or ``piadm.Ranks``, which evaluate the network; None: this process.
 
     Returns:
         A ``Solution``; CONVERGED means that the prescribed iterations are done, the error estimate is NaN.
@@ -159,7 +159,7 @@ def piadm_ode(
         TypeError, ValueError: for bad input, before any network call.
         NetworkError: if the network raises or returns the wrong shape.
         NotConvergedError: with ``raise_on_failure``, if a sample is not CONVERGED.
-        RuntimeError: if ``workers`` are ``Ranks`` and no process group is there.
+        RuntimeError: if ``workers`` is a ``Ranks`` and ``torch.distributed`` is not initialised.
 
     Reference: Chen, Ren, Ying & Rotskoff 2024 (arXiv 2405.15986), Algorithm 2.
     """

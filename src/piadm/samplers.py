@@ -47,12 +47,12 @@ def sample(
 ) -> Solution:
     """Sample in parallel over time: the result of ``sample_sequential`` within ``tol``, in few rounds.
 
-    Each round calls the network on the rows that matter of all unfinished samples at once and solves the recurrence
+    Each round calls the network once, on the active rows of all unfinished samples, and solves the linear recurrence
 
         x_{j+1} = (a_j + b_j G_j) x_j + b_j R_j + c_j xi_j,      R = D(x_old) - G x_old at the nodes
 
-    exactly for the whole path, with residuals interpolated between the nodes and, by default, slopes that the
-    rounds themselves have shown.  With every step a node its fixed point is the sequential sampler's path.
+    exactly for the whole path.  Residuals are interpolated between the nodes; by default the slopes ``G`` are improved
+    from round to round.  If every step is a node, the fixed point is the sequential sampler's path.
 
     Args:
         denoiser: network, schedule and prediction.
@@ -64,25 +64,25 @@ def sample(
         seed: one int, or one per sample (an int, or a pair (seed, sample)).
         initial: state at the first time, ``(B, *sample_shape)``; None draws it.
         noise: standard normals, ``(J, B, *sample_shape)``; None draws them.  The ODE methods do not read them.
-        condition: tensors with one row per sample, and any other values, as the network's keyword arguments.  Tensors
-            in nested mappings (which arrive as dicts), lists and tuples have rows, too; other objects go whole.
-        nodes: where the network is called: "all" steps (the fixed point is then exactly the sequential
-            sampler's), a number of steps spread in log-SNR, evenly or, for the SDE, closer where noise and data are
-            alike (fewer than 9, for the SDE 24, are too few to be certified), or None: as many as the tolerance should
-            need, doubled for samples that need more.
-        window: rows per sample evaluated in a round, the first ones that have not settled, >= 2; "all" of these; None:
-            half to three quarters of the nodes, or all where every step is one; "auto": as many as take the least time,
-            by a cost model of the network, whose first run times its first rounds.  A narrow window saves evaluations
-            and costs rounds.
-        linearization: "diagonal" (None), "secant", "gaussian", "score", "identity", "data", or an object with
-            ``slopes``.
-        max_rounds: most network rounds; None: twice as many as the path has steps, or nodes where you have set these.
-        max_batch: most rows in one network call; None chooses.
+        condition: keyword arguments of the network.  Tensors and arrays have one row per sample, also inside nested
+            mappings (passed on as dicts), lists and tuples; every other value is passed on unchanged.
+        nodes: where the network is called.  "all": at every step; the fixed point is then exactly the sequential
+            sampler's.  An integer >= 2: at so many steps, spread evenly in log-SNR (for the SDE more densely where
+            signal and noise are comparable); with fewer than 9 (SDE: 24) no error estimate is possible.  None: as many
+            as the tolerance is expected to need, about doubled for samples that turn out to need more.
+        window: most rows evaluated per sample and round, the first ones that have not settled.  An integer >= 2;
+            "all": no limit; None: half to three quarters of the nodes, or all if every step is a node; "auto": the
+            number of least expected time by a cost model of the network, whose first run times its first rounds.  A
+            narrow window saves evaluations and costs rounds.
+        linearization: the guess ``G`` of the network's Jacobian: "diagonal" (None), "secant", "gaussian", "score",
+            "identity", "data", or an object with a method ``slopes``.
+        max_rounds: most network rounds; None: twice the number of steps, or of nodes if ``nodes`` is a number.
+        max_batch: most rows in one network call; None: chosen by device, and halved when memory runs out.
         callback: called with a ``RoundInfo`` after each round; a true return value ends the run.
-        progress: show a progress bar; None: no.
+        progress: whether to show a progress bar; None: no.
         return_states: keep the states at every step.
         raise_on_failure: raise ``NotConvergedError`` unless every sample is CONVERGED.
-        workers: who evaluates the network: ``piadm.Devices``, ``piadm.Ranks``, or None: this process.
+        workers: ``piadm.Devices`` or ``piadm.Ranks``, which evaluate the network; None: this process.
 
     Returns:
         A ``Solution``, with a status and an error estimate per sample.
@@ -91,9 +91,9 @@ def sample(
         TypeError, ValueError: for bad input, before any network call.
         NetworkError: if the network raises or returns the wrong shape.
         NotConvergedError: with ``raise_on_failure``, if a sample is not CONVERGED.
-        RuntimeError: if ``workers`` are ``Ranks`` and no process group is there.
+        RuntimeError: if ``workers`` is a ``Ranks`` and ``torch.distributed`` is not initialised.
 
-    Reference: Chen et al. 2024 (arXiv 2405.15986) for the blocks' Picard iteration; Shih et al. 2023
+    Reference: Chen et al. 2024 (arXiv 2405.15986) for Picard iterations on blocks; Shih et al. 2023
         (arXiv 2305.16317) for Picard iterations on DDPM and DDIM.
     """
     settings = resolve(

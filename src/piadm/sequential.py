@@ -50,24 +50,24 @@ def sample_sequential(
         seed: one int, or one per sample (an int, or a pair (seed, sample)).
         initial: state at the first time, ``(B, *sample_shape)``; None draws it.
         noise: standard normals, ``(J, B, *sample_shape)``; None draws them.  The ODE methods do not read them.
-        condition: tensors with one row per sample, and any other values, as the network's keyword arguments.  Tensors
-            in nested mappings (which arrive as dicts), lists and tuples have rows, too; other objects go whole.
-        max_batch: most rows in one network call; None chooses.
+        condition: keyword arguments of the network.  Tensors and arrays have one row per sample, also inside nested
+            mappings (passed on as dicts), lists and tuples; every other value is passed on unchanged.
+        max_batch: most rows in one network call; None: chosen by device, and halved when memory runs out.
         callback: called with a ``RoundInfo`` after each step; a true return value ends the run.
-        progress: show a progress bar; None: no.
+        progress: whether to show a progress bar; None: no.
         return_states: keep every state (of an interrupted run: those that were reached).
         raise_on_failure: raise ``NotConvergedError`` unless every sample is CONVERGED.
-        workers: who evaluates the network: ``piadm.Devices``, ``piadm.Ranks``, or None: this process.
+        workers: ``piadm.Devices`` or ``piadm.Ranks``, which evaluate the network; None: this process.
 
     Returns:
-        A ``Solution``; its error estimate is 0, it being what errors are measured against, or inf where it was
-        interrupted or failed.
+        A ``Solution``; its error estimate is 0, since errors are measured against this result, or inf for samples
+        that were interrupted or failed.
 
     Raises:
         TypeError, ValueError: for bad input, before any network call.
         NetworkError: if the network raises or returns the wrong shape.
         NotConvergedError: with ``raise_on_failure``, if a sample is not CONVERGED.
-        RuntimeError: if ``workers`` are ``Ranks`` and no process group is there.
+        RuntimeError: if ``workers`` is a ``Ranks`` and ``torch.distributed`` is not initialised.
 
     Reference: Ho et al. 2020 (arXiv 2006.11239) for DDPM; Song et al. 2020 (arXiv 2010.02502) for DDIM; Chen et al.
         2024 (arXiv 2405.15986) for the exponential integrators of "paper-sde" and "paper-ode".

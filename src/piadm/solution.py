@@ -1,4 +1,4 @@
-"""What a sampler returns: the sample, a verdict per sample, and honest counts."""
+"""What a sampler returns: the samples, a status and an error estimate for each, and the counts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Status(Enum):
     """Verdict on one sample; the value is the message."""
 
     CONVERGED = "the error estimate is within the tolerance, or the prescribed iterations are done"
-    MAX_ROUNDS = "the error estimate was still above the tolerance when the rounds or what they could tell were used up"
+    MAX_ROUNDS = "the error estimate is above the tolerance, and no rounds are left or more would change nothing"
     NONFINITE = "the network returned a value that is not finite"
     INTERRUPTED = "stopped by the callback or from the keyboard before the sample was finished"
 
@@ -36,7 +36,7 @@ class NotConvergedError(RuntimeError):
 
 @dataclass(frozen=True)
 class Stats:
-    """What a sample has cost.
+    """What a run has cost.
 
     Attributes:
         rounds: sequential batched network calls on the critical path, all of them.
@@ -45,14 +45,15 @@ class Stats:
         evaluations_per_sample: network rows of each sample, shape ``(B,)`` int64.
         peak_batch: most rows handed to the network in one call, after micro-batching.
         peak_states: most states, samples x nodes, on the paths of one round.
-        nodes: nodes of the last node set of ``sample``; None for the other samplers, which call the network at every
-            step.
-        window: most rows per sample and round on it, likewise.
-        wall_time: seconds from the call to the return, everything included; of a pipeline, to the end of its sampling.
+        nodes: nodes of the finest node set that ``sample`` used; None for the other samplers, which call the network
+            at every step.
+        window: most rows per sample and round on that node set; None likewise.
+        wall_time: seconds from the call to the return, everything included; of a diffusers pipeline, to the end of its
+            denoising loop.
         residuals: error estimate after each round, RMS per coordinate of the final sample, shape ``(rounds, B)``;
             empty where the method makes no estimate.
-        draft_rounds: sequential batched calls of the denoiser's draft, which are not among the rounds.
-        draft_evaluations: its rows, per sample (mean over the batch).
+        draft_rounds: sequential batched calls of the denoiser's draft, which do not count as rounds.
+        draft_evaluations: rows of the draft, per sample (mean over the batch).
     """
 
     rounds: int
@@ -136,7 +137,7 @@ class RoundInfo:
 
     Attributes:
         round: number of network rounds so far.
-        total: rounds that will be needed at most, or None where that is not known.
+        total: number of rounds of the whole run, or None where that is not known in advance.
         sample: current final sample (of the sequential sampler: current state), shape ``(B, *shape)``.
         denoised: best guess of the clean sample so far, a preview, shape ``(B, *shape)``.
         error_estimate: per sample, shape ``(B,)`` float64 on the CPU.

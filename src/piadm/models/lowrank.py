@@ -89,14 +89,14 @@ class LowRankMixtureNetwork(nn.Module):
 def fit_draft(denoiser: Denoiser, samples: Tensor, *, components: int = 16, rank: int = 12) -> Denoiser:
     """The denoiser with a draft fitted to samples: a mixture of low-rank Gaussians, in closed form.
 
-    ``sample`` solves for the draft's own path first, which costs no call of the network, and starts from there.  It is
-    worth its while for networks that take many rounds: the first ones find out what a draft knows already.
+    ``sample`` first solves for the draft's own path, which costs no call of the network, and starts from there.  It is
+    worth doing for networks that take many rounds, the first of which only establish what a draft knows already.
 
     Args:
         denoiser: the denoiser.
-        samples: data, or samples of the network itself, shape ``(S, *sample_shape)``; a thousand will do.
+        samples: data points or samples of the network, shape ``(S, *sample_shape)``; about a thousand are enough.
         components: number of Gaussians, at most ``S``.
-        rank: wide directions of each.
+        rank: number of principal directions of each; along all others its variance is one number.
 
     Returns:
         A copy of the denoiser with ``draft``, on the device of its network.

@@ -265,7 +265,7 @@ def parallelize(
     data_variance: float = 1.0,
     raise_on_failure: bool = False,
 ) -> ParallelPipeline:
-    """A diffusers pipeline that runs parallel in time, by its own code: same arguments, same generator, same output.
+    """A diffusers pipeline that runs parallel in time by its own code, with the same arguments, generator and output.
 
         x_{j+1} = sum_{i<=j} (a_ji x_i + b_ji D(x_i)) + c_j xi_j        solved for all j at once, in rounds
 
@@ -275,10 +275,11 @@ def parallelize(
         pipe: a ``DiffusionPipeline``.
         tol: RMS error per coordinate of the final latents (of pixels, without an autoencoder) against the sequential
             pipeline, > 0, judged per sample.
-        max_batch: most network rows in one call, guidance included; None: 128 on a CPU, elsewhere what memory holds.
+        max_batch: most network rows in one call, guidance included; None: 128 to 1024 on a CPU, the more the smaller the
+            latents, elsewhere what memory holds.
         nodes: steps at which the network is called, as for ``piadm.sample``: "all", a number, or None: as many as the
-            tolerance needs, which are all for up to about 100 steps, of a stochastic scheduler 440, and wherever
-            arguments other than the time change between steps.
+            tolerance needs.  At ``tol=1e-2`` that is every step of up to 105, of a stochastic scheduler up to 304; and
+            always every step if arguments of a network other than the time change between steps.
         window: rows per sample evaluated in a round, as for ``piadm.sample``.
         linearization: as for ``piadm.sample``.
         max_rounds: most rounds; None: twice as many as steps.
@@ -291,8 +292,8 @@ def parallelize(
 
     Raises:
         TypeError, ValueError: naming the argument, what was received and what is accepted.
-        ImportError: for a diffusers that is missing or too old.
-        UnsupportedError: a ``ValueError``, for a pipeline without a scheduler or a network that reads a time.
+        ImportError: if diffusers is missing or too old.
+        UnsupportedError: a ``ValueError``, if the pipeline has no scheduler or no network that reads a timestep.
 
     Reference: Shih et al. 2023 (arXiv 2305.16317), whose ParaDiGMS pipelines were the first of their kind.
     """
