@@ -275,8 +275,8 @@ def parallelize(
         pipe: a ``DiffusionPipeline``.
         tol: RMS error per coordinate of the final latents (of pixels, without an autoencoder) against the sequential
             pipeline, > 0, judged per sample.
-        max_batch: most network rows in one call, guidance included; None: 128 to 1024 on a CPU, the more the smaller the
-            latents, elsewhere what memory holds.
+        max_batch: most network rows in one call, guidance included; None: 128 on a CPU, up to 1024
+            for latents of few numbers; elsewhere what memory holds.
         nodes: steps at which the network is called, as for ``piadm.sample``: "all", a number, or None: as many as the
             tolerance needs.  At ``tol=1e-2`` that is every step of up to 105, of a stochastic scheduler up to 304; and
             always every step if arguments of a network other than the time change between steps.
