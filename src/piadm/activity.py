@@ -12,7 +12,7 @@ from piadm.numerics import Flags, Table
 
 
 class ActiveRows(Protocol):
-    """Chooses the rows of a round from what evaluating them is expected to tell."""
+    """Chooses the rows of a round by the surprise that evaluating them is expected to bring."""
 
     def choose(self, expected: Table, rounds: int) -> Flags:
         """Rows to evaluate.
@@ -28,7 +28,7 @@ class ActiveRows(Protocol):
         ...
 
     def took(self, rows: int, seconds: float) -> None:
-        """Hear how long a round of so many rows took."""
+        """Record how long a round of so many rows took, in seconds."""
         ...
 
 
@@ -41,18 +41,18 @@ class AllRows:
         return np.ones_like(expected, dtype=np.bool_)
 
     def took(self, rows: int, seconds: float) -> None:
-        """Nothing depends on it."""
+        """Does nothing: the rows do not depend on time."""
 
 
-#: Rows of a round, relative to the nodes, where no window was given and not every step is a node.  States further ahead
-#: are still far from where they will end.  The SDE takes fewer rounds without them, and a tenth fewer evaluations; so
-#: does the ODE in its first rounds, and a fifth fewer evaluations from a draft.  Its later rounds, if there was none,
-#: are better wide: on mixtures half a round more was taken with half of the nodes.
+#: Default window relative to the nodes, unless every step is a node.  States further ahead are still far from their
+#: final values.  Without them the SDE takes fewer rounds and a tenth fewer evaluations; so does the ODE in its first
+#: rounds, and a fifth fewer evaluations if it starts from a draft.  Without a draft its later rounds are better wide:
+#: with half of the nodes mixtures took half a round more.
 NARROW, WIDE, ROUGH = 1 / 2, 3 / 4, 3 / 5
 
-#: Rounds, of so many rows or what comes to it, after which rows settle at half the threshold, then at a quarter, and so
-#: on, but not for ever.  A sample that takes so long may end on one or the other side of a border, where the smallest
-#: errors grow.
+#: Rounds, counted in windows of ``NARROW`` times the nodes, after which rows settle at half the threshold, then a
+#: quarter and so on, and the number of these halvings.  A sample that takes so long may be close to a border between
+#: two outcomes, where small errors grow.
 PATIENCE, HALVINGS = 12, 6
 
 
@@ -60,14 +60,14 @@ PATIENCE, HALVINGS = 12, 6
 class SlidingWindow:
     """Rows whose evaluation matters: of every sample the first ``size``.
 
-    A row whose state has hardly moved since its last evaluation would tell nothing new: it has settled, until those
-    before it move it again.  As wide as the path the window only leaves out settled rows; much narrower, it
-    saves evaluations and costs rounds.  Every sample has its own, so that an easy one never waits for a hard one.
+    A row whose state has hardly moved since its last evaluation would bring nothing new: it has settled, until rows
+    before it move it again.  A window as wide as the path leaves out settled rows only; a much narrower one saves
+    evaluations and costs rounds.  Every sample has its own window, so that an easy one never waits for a hard one.
 
     Attributes:
         size: rows per sample and round.
         threshold: a row has settled when its expected surprise is no more than this, ``(n, B)`` float64.
-        patience: rounds after which it has to be no more than part of this, as far as there is room in the window.
+        patience: rounds after which the threshold is halved repeatedly, as far as there is room in the window.
 
     Reference: Shih et al. 2023 (arXiv 2305.16317), section 3.2, for the window.
     """
@@ -83,13 +83,13 @@ class SlidingWindow:
         matter = expected > self.threshold
         chosen = _first(matter, self.size)
         if late:
-            # They take what room those leave that matter more: there may be many of them, and far in front.
+            # Only as many as the others leave room for: there may be many of them, near the noise end.
             finer = (expected > self.threshold * 2.0**-late) & ~matter
             chosen |= _first(finer, self.size - chosen.sum(0))
         return chosen
 
     def took(self, rows: int, seconds: float) -> None:
-        """Nothing depends on it."""
+        """Does nothing: the rows do not depend on time."""
 
 
 def _first(rows: Flags, size: int | NDArray[np.int64]) -> Flags:
@@ -99,14 +99,14 @@ def _first(rows: Flags, size: int | NDArray[np.int64]) -> Flags:
 
 
 class Outlook:
-    """What an evaluation of every row would tell: the surprise to be expected of it.
+    """The surprise to be expected if a row is evaluated now.
 
-    The surprise is the RMS difference of a denoised estimate from what the linear model made of it.  It grows with
-    the distance that the state has drifted from where it was last evaluated:
+    The surprise is the RMS difference between an evaluated residual and the one that the local model predicted.  It
+    grows with the drift, the RMS distance of the state from where the row was last evaluated:
 
-        expected = rate * drift,    rate = surprise / drift at the row's last evaluation, or the assumed one if larger
+        expected = rate * drift,    rate = surprise / drift at the row's last evaluation, or the assumed rate if larger
 
-    A network is not linear: a small surprise far from a border between two outcomes says little of the next.
+    The lower bound on the rate is there because networks are not linear: a small surprise says little of the next.
 
     Args:
         rate: what is assumed at least, shape ``(n,)`` float64.

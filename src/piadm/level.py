@@ -1,4 +1,4 @@
-"""Samples on a node set: their path, its active rows and its stopping rule, and the way on to finer nodes."""
+"""Levels: samples on one node set, with their path, active rows and stopping rule, and the transfer to finer nodes."""
 
 from __future__ import annotations
 
@@ -35,20 +35,19 @@ from piadm.stopping import (
     Verdict,
 )
 
-#: Least influence of a node: one that has none, where a step does not move the state, is still evaluated once.
+#: Least influence of a node, so that one without any, where a step does not move the state, is still evaluated once.
 FAINTEST = 1e-9
 
-#: Least influence of a node, in that of those beside it.  Where a step asks the network twice, its first answer may act
-#: only through what the network makes of it when asked again: of a midpoint rule's the models below see nothing, and
-#: those calls were never repeated.  Of twelve samples of such a scheduler twelve stopped 3 to 5 times outside.
+#: Least influence of a node, relative to its neighbours'.  If a step calls the network twice, as a midpoint rule does,
+#: the first output may act on the end only through the second call, which the models of ``_influence`` do not see: its
+#: row was never evaluated again, and twelve of twelve samples of such a scheduler ended at 3 to 5 times the tolerance.
 BESIDE = 0.1
 
-#: Variance, in that of the data, of data whose noise hides nothing of them.
+#: Stands for an unbounded data variance, relative to ``data_variance``.
 BOUNDLESS = 1e12
 
-#: A sample that went in circles is nearly undecided between two outcomes, and all but the smallest errors choose for
-#: it: on finer nodes its aim is so many times smaller.  Of two such samples half ended on the wrong side with the aim
-#: of all, none with a quarter of it.
+#: A sample that oscillated is close to a border between two outcomes, where small errors decide: on finer nodes its aim
+#: is divided by this.  Of two such samples one ended on the wrong side with the common aim, none with a quarter of it.
 CARE = 16
 
 
@@ -106,7 +105,7 @@ class Builder:
     def interpolation(
         self, nodes: NodeSet, reference: CondensedPath, coarse_end: Tensor | None = None
     ) -> Interpolation | None:
-        """How to estimate what interpolation leaves, carried to the end by the reference; None: all steps are nodes."""
+        """Estimates the interpolation error, propagated to the end by the reference; None: all steps are nodes."""
         settings = self.settings
         if nodes.count == settings.steps.count:
             return None
@@ -137,12 +136,12 @@ class Builder:
         )
 
     def _influence(self, nodes: NodeSet, reference: CondensedPath) -> Table:
-        """How strongly each node's residual acts on the end, shape ``(n,)``: the larger of two models' answers.
+        """How strongly each node's residual acts on the end, shape ``(n,)``: the larger of two models' values.
 
-        One is the iteration's own.  It may see no way from an early residual to the end, as a frozen denoised estimate
-        does, or a short-sighted one: what the network answers may be wider than what is told of the data, or
-        correlated, and forgets less.  The other is that of data without bounds, of which nothing is forgotten.
-        And never less than ``BESIDE`` of that of a neighbour.
+        One is the iteration's own linearization.  It may underestimate the influence of early residuals: with the
+        denoised estimate frozen it is zero, and a network's Jacobian may be larger than ``data_variance`` implies, so
+        that perturbations are damped less.  The other is the model for data of unbounded variance, which damps nothing.
+        The result is at least ``BESIDE`` times that of a neighbour.
         """
         steps, denoiser = self.settings.steps, self.problem.denoiser
         leading = weights_on_end(steps, Gaussian(BOUNDLESS * denoiser.data_variance).slopes(denoiser.schedule, steps))

@@ -24,43 +24,44 @@ from piadm.stopping import LOOSEST
 #: Degree of the interpolation between nodes, for the ODE and for the SDE, whose residuals are as rough as its noise.
 SMOOTH_ORDER, ROUGH_ORDER = 3, 1
 
-#: Nodes of the first node set that the library chooses: ``factor (std of the data/aim)^power``, so that few samples
-#: need a second one; with a fifth fewer for the SDE at 1e-2 half of a U-Net's samples did, with these four in ten.
-#: With a power of 1 for the SDE at 3e-3 every step was a node, and eight networks' samples took 3000 evaluations
-#: instead of 1600, half a round less, and ended with a tenth of the error that was allowed.
+#: Number of nodes of the first node set if the library chooses it: ``factor (std of the data/aim)^power``, such that
+#: few samples need a second one.  With a fifth fewer for the SDE at 1e-2, half of a U-Net's samples did, with these
+#: four in ten.  With a power of 1 every step was a node for the SDE at 3e-3: samples of eight networks took 3000
+#: evaluations instead of 1600 and half a round less, and ended with a tenth of the error that was allowed.
 FACTOR_SMOOTH, FACTOR_ROUGH, POWER = 1.65, 6.4, 0.75
 
-#: Grids of fewer steps than so many times the nodes are solved with every step a node.  The ODE's ripples hide from
-#: even gaps; the SDE's averages over a gap do not care.
+#: With fewer steps than this many times the nodes, every step is a node.  The factor is larger for the ODE, whose
+#: ripples may go unnoticed if nodes alternate with steps that are none; averages over a gap (SDE) have no such problem.
 ROOM_SMOOTH, ROOM_ROUGH = 2.0, 1.5
 
-#: Share of the nodes that a sample of its size would take with which it is content.
+#: A sample keeps its nodes as long as they are at least this share of those that data of its size would take.
 CONTENT = 0.7
 
-#: Nodes of a finer set of the SDE at least, relative to the coarser.  A U-Net's slowest sample of 32 went over 156,
-#: 293, 512, 799, 979 and all 1000 steps; the last but one took 16 rounds, and 7000 of its 30000 evaluations.
+#: Least ratio of the nodes of a finer set to those of the coarser (SDE); below it every step becomes a node.  Without
+#: it a U-Net's slowest sample of 32 went through 156, 293, 512, 799, 979 and 1000 nodes, of which those with 979 took
+#: 16 rounds and 7000 of its 30000 evaluations.
 WORTHWHILE = 1.5
 
-#: Nodes of the first round, where the library chooses them: so many times fewer than an aim takes, but at least.  The
-#: first rounds find out what the sample is to be, which takes few nodes.  One on a quarter of them and one on half
-#: saved mixtures, an MLP and a U-Net 10 to 30 % of the evaluations and cost a quarter of a round on average; two on the
-#: quarter saved as much and cost a little more, two on each saved a few per cent more and cost up to a round.
+#: The first round uses one in this many of the nodes that the library chooses, if at least so few remain.  The first
+#: rounds only determine which sample the path leads to, which takes few nodes.  One on a quarter of them and one on
+#: half saved mixtures, an MLP and a U-Net 10 to 30 % of the evaluations and cost a quarter of a round on average; two
+#: on the quarter saved as much and cost a little more, two on each saved a few per cent more and cost up to a round.
 OPENING_SHARE, OPENING_FEWEST = 4, 6
 
-#: Aim, relative to the data, for which it is known when a sample is slow.  With every halving of a smaller one an
-#: iteration takes about a round more: of eight of a U-Net's SDE at 3e-3, taken to be slow after as many rounds as at
-#: 1e-2, three went on to finer nodes and took 20 rounds where now 16 are enough.
+#: Aim, relative to the data, for which the rounds of slow samples were calibrated.  Every halving of a smaller aim
+#: takes about one round more: of eight samples of a U-Net's SDE at 3e-3 that counted as slow after as many rounds as at
+#: 1e-2, three moved on to finer nodes and took 20 rounds where now 16 are enough.
 USUAL_AIM = 0.01
 
-#: Surprise per drift that is assumed at least, relative to the mean of two bounds.  In most rows trained networks
-#: showed 0.3 to 0.5 of that mean; with all of it one round in twenty more was taken, and of 5932 samples 0.2 % were
-#: outside the tolerance instead of 0.4 %.
+#: Surprise per drift that is assumed at least, relative to the geometric mean of two bounds (see ``resolve``).  In most
+#: rows trained networks showed 0.3 to 0.5 of that mean; with 1 here rounds were 5 % more, and of 5932 samples 0.2 %
+#: were outside the tolerance instead of 0.4 %.
 ASSUMED = 0.5
 
-#: Rounds in which one more state is exact: the window must move on before the next one is used.
+#: Rounds after which one more state is certainly exact: the window has to move on before the next state is evaluated.
 TURNS_PER_NODE = 2
 
-#: Relative spacing of a network's numbers above which they have sixteen bits: float16's is 1e-3, float32's 1e-7.
+#: Relative spacing above which a network's dtype counts as half precision: float16 has 1e-3, float32 1e-7.
 HALF = 1e-4
 
 
@@ -78,14 +79,15 @@ class SampleSettings:
         importance: how strongly every step's residual acts on what follows, where the network is to read averages of
             the states about a node; None: where it reads the states.
         nodes: the first node set.
-        opening: the few of its nodes that each of the first rounds is confined to.
+        opening: for each of the first rounds, the few of these nodes that it uses.
         refinable: whether finer node sets may follow.
         noisy: whether the steps take noise.
         window: rows per sample and round that are evaluated; None: a share of the nodes, or all where every
             step is one; "auto": as many as take the least time.
         tol: tolerance.
-        aim: what errors that can be helped are brought below: the tolerance, but no looser than is safe.
-        later: how many rounds more than at ``USUAL_AIM`` it takes to bring them there.
+        aim: what the errors of the iteration and of the interpolation are brought below: the tolerance, but no more
+            than ``LOOSEST`` standard deviations of the data.
+        later: rounds that the aim is expected to take beyond those at ``USUAL_AIM``.
     """
 
     grid: TimeGrid
@@ -110,11 +112,11 @@ class SampleSettings:
         return ROUGH_ORDER if self.noisy else SMOOTH_ORDER
 
     def finer(self, nodes: NodeSet) -> NodeSet:
-        """Twice as many nodes, or every step where more would not help.
+        """A node set with one more node in every gap, or every step.
 
-        With the ODE that is instead of more than half of the steps, since ripples hide from even gaps; with the SDE,
-        where so many gaps have no step left that nodes would be few more; and with half precision, whose rounding
-        differs from node set to node set and at every step is the sequential sampler's.
+        It is every step for the ODE if more than half of the steps would be nodes (``ROOM_SMOOTH``); for the SDE if
+        hardly any nodes would be added (``WORTHWHILE``), as most gaps have no step left; and always for half precision,
+        since rounding differs from node set to node set, and with every step it is the sequential sampler's.
         """
         finer = refine(nodes, self.clock, self.order)
         few = finer.count < WORTHWHILE * nodes.count if self.noisy else 2 * finer.count > self.steps.count
@@ -127,7 +129,7 @@ class SampleSettings:
         return self.refinable and nodes.count < self.steps.count
 
     def widest(self, nodes: NodeSet) -> float:
-        """Size of samples, about the mean that was told, for which there are nodes enough."""
+        """RMS distance from ``data_mean`` up to which these nodes are enough for a sample."""
         return self.tol * _size(nodes.count / CONTENT, noisy=self.noisy) if self.refines(nodes) else math.inf
 
     @property
@@ -136,19 +138,19 @@ class SampleSettings:
         return self.learning.resolution > HALF
 
     def rows(self, nodes: int, *, narrow: bool) -> int:
-        """Rows of a round on so many nodes where no window was given; the ODE has a narrow and a wide one."""
+        """Default window on so many nodes; for the ODE there is a narrow and a wide one."""
         if nodes == self.steps.count:
             return nodes
         return math.ceil((ROUGH if self.noisy else NARROW if narrow else WIDE) * nodes)
 
     @property
     def held(self) -> int:
-        """Nodes of all paths that are held at once: that of the first rounds gives way to that of all nodes."""
+        """Most nodes held at once: those of the path of a first round are there while that on all nodes is built."""
         return self.nodes.count + max((few.count for few in self.opening), default=0)
 
     @property
     def most_rounds(self) -> int:
-        """Rounds after which a narrow window, too, has been over the path or never will be."""
+        """Default round limit: by then a window of any width has passed over the whole path."""
         return TURNS_PER_NODE * (self.steps.count if self.refinable else self.nodes.count)
 
 
@@ -184,7 +186,7 @@ def resolve(
     importance = _importance(scheme, jacobian) if noisy else None
     opening = _opening(first, clock, aim / deviation, noisy=noisy) if nodes is None else ()
     bounds = chosen.bounds(schedule, scheme) if isinstance(chosen, LearnedSlopes) else (slopes, slopes)
-    # The mean of what Gaussian data answer and the bound 1/alpha, sqrt(G/alpha), finite where alpha is 0.
+    # The geometric mean of the slope for Gaussian data and the bound 1/alpha: sqrt(G/alpha), finite where alpha is 0.
     alpha, sigma = schedule.levels(scheme.times)
     total = alpha.square() * checked.data_variance + sigma.square()
     rate = ASSUMED * (checked.data_variance / total).sqrt()
@@ -235,17 +237,17 @@ def _first_nodes(nodes: object, clock: Tensor, deviation: float, aim: float, *, 
 
 
 def _enough(aim: float, *, noisy: bool) -> float:
-    """How many nodes an aim relative to the data takes."""
+    """Number of nodes for an aim relative to the standard deviation of the data: ``factor aim^-power``."""
     return (FACTOR_ROUGH if noisy else FACTOR_SMOOTH) * math.pow(aim, -POWER)
 
 
 def _size(count: float, *, noisy: bool) -> float:
-    """How large data may be, relative to the aim, for which so many nodes are enough: the inverse of ``_enough``."""
+    """Standard deviation of the data, relative to the aim, for which so many nodes are enough: inverts ``_enough``."""
     return math.pow(count / (FACTOR_ROUGH if noisy else FACTOR_SMOOTH), 1 / POWER)
 
 
 def _opening(nodes: NodeSet, clock: Tensor, aim: float, *, noisy: bool) -> tuple[NodeSet, ...]:
-    """The nodes of the first rounds, each round's among those of the next; none where they would be too few."""
+    """The node sets of the first rounds, each a subset of the next; none if they would have too few nodes."""
     stride = int(OPENING_SHARE * nodes.count / _enough(aim, noisy=noisy) + 0.5)
     half = stride // 2
     if half < 1 or nodes.count < OPENING_FEWEST * stride or not bool((clock.diff() > 0).all()):
