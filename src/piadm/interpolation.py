@@ -1,7 +1,7 @@
-"""What interpolation between the nodes leaves at the end of the path: estimated from the residuals at the nodes.
+"""The error at the end of the path due to interpolation between the nodes, estimated from the residuals at the nodes.
 
-Some linear combinations of the residuals, the ``rows``, tell of it by their size.  Which ones, and what follows from
-them, depends on whether the path is rough with noise (SDE) or smooth (ODE).
+It is estimated from the sizes of some linear combinations of the residuals, the ``rows``.  Which ones, and how, depends
+on whether the path is rough with noise (SDE) or smooth (ODE).
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ FINER_SHARE = 0.5
 
 @dataclass(frozen=True)
 class Interpolation(ABC):
-    """How the error that interpolation between the nodes leaves at the end of the path is estimated.
+    """How the error at the end of the path due to interpolation between the nodes is estimated.
 
     Attributes:
-        fewest: nodes, with fewer of which nothing can be told and the error counts as unknown.
+        fewest: with fewer nodes than this the error counts as unknown, and the estimate is inf.
         rows: linear combinations of the residuals at the nodes, shape ``(m, n)`` float64.
-        coarse_end: end of the path on a node set of half as many nodes, shape ``(B, d)``, where that was solved: it
-            has also seen what the network made of the difference.  The error is taken to be at least all of the
-            distance, as if each doubling only halved it.
+        coarse_end: end of the path on a node set of half as many nodes, shape ``(B, d)``; None: that was not solved.
+            Its distance also contains the network's response to the difference.  The error is taken to be at least the
+            distance, which is what it is if doubling the nodes halves the error.
     """
 
     fewest: ClassVar[int]
     rows: Tensor
     coarse_end: Tensor | None
 
-    @np.errstate(all="ignore")  # a network that fails is told of by the stopping rule
+    @np.errstate(all="ignore")  # the stopping rule reports a network that fails
     def error(self, sizes: Table, apart: Table) -> Table:
         """The estimate, shape ``(B,)``.
 
@@ -74,7 +74,7 @@ class Interpolation(ABC):
 @final
 @dataclass(frozen=True)
 class RoughInterpolation(Interpolation):
-    """Of a path that is rough with noise: the larger change of the end with half of the nodes."""
+    """For a path that is rough with noise: the larger of the two changes of the end with half of the nodes."""
 
     fewest = 24
 
@@ -86,11 +86,12 @@ class RoughInterpolation(Interpolation):
 @final
 @dataclass(frozen=True)
 class SmoothInterpolation(Interpolation):
-    """Of a smooth path, whose network has ripples in the time that the nodes may miss.
+    """For a smooth path, whose network has ripples in time that the nodes may miss.
 
-    Two rows are changes of the end with half of the nodes; ``n`` rows what the ripples at the nodes would do to the end
-    were they independent, and as many the same of the two halves of the nodes.  The changes tell of what adds up, but
-    where there are few coordinates they may be small by chance; the ripples, summed as squares, may not.
+    Two rows are the changes of the end with half of the nodes; ``n`` rows are the effects on the end of the ripples at
+    the nodes if these are independent, and as many are the same for the two halves of the nodes.  The changes contain
+    errors that add up coherently, but may be small by chance if there are few coordinates; the sum of the squares of
+    the ripples may not.
     """
 
     fewest = 9
@@ -137,7 +138,7 @@ def smooth_rows(nodes: NodeSet, clock: Tensor, order: int, node_influence: Tenso
 
 
 def _changes(nodes: NodeSet, halves: list[NodeSet], node_influence: Tensor, step_influence: Tensor) -> Tensor:
-    """What the end changes by if residuals are interpolated from each half of the nodes, shape ``(2, n)``."""
+    """The change of the end if residuals are interpolated from each half of the nodes, shape ``(2, n)``."""
     rows = node_influence.repeat(len(halves), 1)
     for row, half in zip(rows, halves, strict=True):
         row[torch.isin(nodes.indices, half.indices)] -= step_influence @ half.weights
@@ -145,13 +146,13 @@ def _changes(nodes: NodeSet, halves: list[NodeSet], node_influence: Tensor, step
 
 
 def _ripples(nodes: NodeSet, clock: Tensor, order: int, step_influence: Tensor) -> Tensor:
-    """What independent ripples at the nodes do to the end, node by node: their squares add, shape ``(n, n)``.
+    """The effect of independent ripples at the nodes on the end, one row per node, shape ``(n, n)``: their squares add.
 
-    At a step between nodes a ripple ``r_j`` is missed and an interpolated one put in its place, so that at the end
+    At a step between nodes a ripple ``r_j`` is missed and an interpolated one takes its place, so that at the end
 
-        e^2 = sum_i ( (sum_j w_j W_ji)^2 + sum_{j about i} w_j^2 ) r_i^2,      w_j: how step ``j`` acts on the end
+        e^2 = sum_i ( (sum_j w_j W_ji)^2 + sum_{j about i} w_j^2 ) r_i^2,      w_j: influence of step ``j`` on the end
 
-    summed over steps that are no nodes.  ``r_i`` is what a node's residual lacks of its neighbours' interpolation.
+    summed over steps that are not nodes.  ``r_i`` is the residual at a node less its interpolation from others.
     """
     between = step_influence.clone()
     between[nodes.indices] = 0

@@ -119,17 +119,18 @@ def refine(nodes: NodeSet, log_snr: Tensor, order: int = 1) -> NodeSet:
 def averaged(nodes: NodeSet, importance: Tensor) -> NodeSet:
     """The same nodes, but the network reads an average of the states about each: for paths that are rough with noise.
 
-    Interpolated residuals miss what the noise does between two nodes, ``J (x_j - (W x)_j)`` at every step ``j``.  Its
-    weighted mean about node ``i`` is told to the network there, so that one call answers for its whole surroundings:
+    Interpolated residuals miss the effect of the noise between two nodes, ``J (x_j - (W x)_j)`` at every step ``j``.
+    The weighted mean of that deviation about node ``i`` is added to the state that the network reads there, so that one
+    call accounts for the steps around it:
 
         x_i + sum_j m_ij (x_j - (W x)_j),    m_ij = W[j, i] k_j / sum_j W[j, i] k_j
 
-    For a denoised estimate that is linear near the node, nothing of first order is left, and the extra noise in
-    what the network reads is a small part of a percent for a hundred nodes.
+    If the denoised estimate is linear near the node, no error of first order is left.  The state that is read has a
+    little more noise than its time says, a small fraction of a percent for a hundred nodes.
 
     Args:
         nodes: the node set.
-        importance: ``k_j > 0``, how strongly every step's residual acts on what follows, shape ``(J,)``.
+        importance: ``k_j > 0``, the influence of every step's residual on the end, shape ``(J,)``.
     """
     share = nodes.weights * importance[:, None]
     readings = (share / share.sum(0)).T
@@ -147,10 +148,10 @@ def strided(nodes: NodeSet, log_snr: Tensor, stride: int, order: int = 1) -> Nod
 
 @memoized
 def thin(nodes: NodeSet, log_snr: Tensor, order: int = 1) -> list[NodeSet]:
-    """What the interpolation is compared with to judge it: those from half of the same residuals.
+    """Two sets of about half of the nodes, whose interpolation is compared with that of all to estimate its error.
 
-    Of the nodes beside which there are steps that are none every second one is left out, the even and the odd ones.
-    Two, since for few coordinates one alone may happen to agree.
+    They leave out the odd and the even nodes, of those next to steps that are not nodes.  There are two, since with few
+    coordinates a single one may agree by chance.
     """
     clock, apart = _finite(log_snr), nodes.indices.diff() > 1
     needed = torch.ones(nodes.count, dtype=torch.bool, device="cpu")
@@ -161,7 +162,7 @@ def thin(nodes: NodeSet, log_snr: Tensor, order: int = 1) -> list[NodeSet]:
 
 @memoized
 def left_out(nodes: NodeSet, log_snr: Tensor, order: int = 1) -> Tensor:
-    """What each node's residual lacks of that interpolated from the others, ``(n, n)``; zeros for the two ends."""
+    """Residual at each node less its interpolation from the other nodes, ``(n, n)``; zero rows for the two ends."""
     knots, count = _finite(log_snr)[nodes.indices], nodes.count
     size, inner = min(order + 1, count - 1), torch.arange(1, count - 1, device="cpu")[:, None]
     others = (inner - size // 2).clamp(0, count - 1 - size) + torch.arange(size, device="cpu")

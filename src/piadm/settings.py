@@ -76,8 +76,8 @@ class SampleSettings:
         prior: slopes and constants of the Gaussian reference model, whose path is the starting guess, each ``(J,)``.
         learning: what local models may learn at every step.
         clock: log-SNR at the start of every step, on which residuals are interpolated.
-        importance: how strongly every step's residual acts on what follows, where the network is to read averages of
-            the states about a node; None: where it reads the states.
+        importance: influence of every step's residual on the end, by which the averages of states about a node are
+            weighted (SDE); None: the network reads the states themselves.
         nodes: the first node set.
         opening: for each of the first rounds, the few of these nodes that it uses.
         refinable: whether finer node sets may follow.

@@ -1,4 +1,4 @@
-"""Stopping rules: when a sample is finished, judged by what a round has moved.
+"""Stopping rules: whether a sample is finished, judged by what a round has changed.
 
 The tolerance is the RMS error per coordinate of the final sample against the sequential sampler on the same
 grid and noise, judged sample by sample.
@@ -20,7 +20,7 @@ from piadm.turn import Movement
 #: A ``Verdict`` for every sample.
 Verdicts = NDArray[np.int64]
 
-#: In the place of a divisor of zero.
+#: Replaces divisors of zero.
 TINY = float(np.finfo(np.float64).tiny)
 
 
@@ -38,7 +38,7 @@ class StoppingRule(Protocol):
 
     @property
     def growth(self) -> Table | float:
-        """How many times more a row matters than the linear model says, shape ``(B,)`` or one for all."""
+        """Factor on the influence that the linear model gives to a row, shape ``(B,)`` or one for all."""
         ...
 
     def judge(self, movement: Movement, expected: Table) -> tuple[Table, Verdicts]:
@@ -73,63 +73,63 @@ class FixedIterations:
         return np.full_like(movement.end, self.estimate), judged
 
 
-#: Errors that can be helped are brought below this, relative to the data, even where the tolerance is looser: near a
-#: border between two outcomes the error is as large as the data or far smaller, and a looser aim does not see the
-#: difference coming.  Of samples of mixtures up to 16 % ended on the wrong side with 0.07, 6 % with 0.04 and 1 % with
-#: 0.02; the rounds differ by one.
+#: The errors of iteration and interpolation are brought below this, relative to the standard deviation of the data,
+#: even if the tolerance is looser: near a border between two outcomes the error is either as large as the data or far
+#: smaller, and a looser aim cannot tell which.  Of samples of mixtures up to 16 % ended on the wrong side with 0.07, 6
+#: % with 0.04 and 1 % with 0.02; the rounds differ by one.
 LOOSEST = 0.02
 
-#: A sample smaller than the data were told to be is held to so many times that share of its own size, but to no less
-#: than a share of the aim: one of few coordinates may be small by chance.
+#: The aim of a sample is at most ``SMALL * LOOSEST`` times its own size, but no less than 1/``KEENEST`` of the common
+#: aim, since a sample of few coordinates may be small by chance.
 SMALL, KEENEST = 2.0, 10.0
 
-#: Contraction factors above this are not trusted: what is still to come is then ten times the next move.
+#: Largest contraction factor that is used: the changes still to come then sum to ten times the next one.
 SLOWEST = 0.9
 
-#: Share of the aim that rows which are no longer evaluated may leave together, for the ODE and for the SDE.  With twice
+#: Share of the aim that all settled rows together may leave as an error, for the ODE and for the SDE.  With twice
 #: as much samples take 3 % (ODE) and 4 to 13 % (SDE, trained networks most) fewer evaluations, and half a round less of
 #: the SDE.  Of its samples as many were within the tolerance; of 4608 of mixtures' ODE 10 ended on the wrong side of a
 #: border instead of 3.  With 0.7 one of sixteen of a U-Net's SDE was outside.
 SETTLED_SMOOTH, SETTLED_ROUGH = 0.25, 0.5
 
-#: The surprises of a round do not all point one way: they move the end by less than their sum.  The share that was
-#: seen is believed up to this factor.
+#: The surprises of a round do not all have one direction: they change the end by less than their sum.  The observed
+#: ratio is multiplied by this factor.
 SHARE_SAFETY = 2.0
 
-#: Evaluations per node after which a sample goes in circles: where nodes read ahead, the iteration may be drawn to and
-#: fro between two outcomes for ever.  Of the samples that converged, on mixtures and on a trained network, few took
-#: more than ten.
+#: Evaluations per node after which a sample counts as oscillating: if nodes read ahead (averages), the iteration may
+#: alternate between two outcomes for ever.  Of the samples that converged, on mixtures and on a trained network, few
+#: took more than ten.
 LAPS = 16
 
-#: The same with half precision: rounding is heard from at every evaluation, and more than that settle never.  A rough
-#: network in bfloat16 took a quarter to two fifths fewer rounds with it, and as many evaluations.
+#: The same for half precision, where every evaluation brings rounding, so that some rows never settle.  A rough network
+#: in bfloat16 took a quarter to two fifths fewer rounds with it, and as many evaluations.
 LAPS_HALF = 8
 
-#: Iteration error, in the aim, from which on a path has arrived as far as finer nodes ask.  With 1 the samples of a
-#: mixture took 8.1 rounds and 134 evaluations on average instead of 7.8 and 127, those of rough networks 0.1 rounds
+#: A sample may move on to finer nodes when its iteration error is below this many times the aim.  With 1 the samples of
+#: a mixture took 8.1 rounds and 134 evaluations on average instead of 7.8 and 127, those of rough networks 0.1 rounds
 #: more.
 ARRIVED = 4.0
 
-#: Times that the interpolation error of a slow sample may double.
+#: Most doublings of the interpolation error of a slow sample.
 MOST_DOUBLINGS = 6
 
-#: The ends on two node sets of an ordinary sample are at most this share of the error apart that interpolation was said
-#: to leave on the coarser.  Where they are further apart, errors grow on their way to the end, by as many times more
-#: than linear models say, and so do those that rows leave when they settle.  Believed up to a limit: with 16 samples
-#: went in circles, as one did where the estimate of what is still to come was counted up as well.
+#: For an ordinary sample, the distance between the ends on two node sets is at most this share of the interpolation
+#: error that was estimated on the coarser one.  If it is larger, errors grow on their way to the end by the ratio of
+#: the two more than the linear models say, and so do those that settled rows leave.  The ratio is limited: with 16 some
+#: samples oscillated, as one did when the estimate of the remaining changes was multiplied as well.
 ORDINARY_SHARE, MOST_GROWTH = 0.5, 4.0
 
 
 @dataclass(frozen=True)
 class Caution:
-    """How little is believed of what the rounds on a node set show.
+    """How cautiously the rounds on a node set are judged.
 
     Attributes:
-        earliest: round before which no sample is judged that still moves.
-        calm: rounds, of half the nodes or what comes to it, after which a sample is slow: with each further one its
-            interpolation error is taken to double.
-        least_share: least share of a round's surprises that is taken to move the end.
-        settled: share of the aim that rows which have settled may leave together.
+        earliest: first round after which a sample that still changes may be judged.
+        calm: rounds, counted in windows of half the nodes, after which a sample is slow: each further one doubles its
+            interpolation error.
+        least_share: lower bound on the ratio of the end's change to the sum of the surprises.
+        settled: share of the aim that all settled rows together may leave as an error.
     """
 
     earliest: int = 1
@@ -138,9 +138,9 @@ class Caution:
     settled: float = SETTLED_SMOOTH
 
 
-#: On the first node set what makes an iteration slow makes errors grow: on a trained network the error of samples that
-#: took seven to nine rounds was 0.2 times its estimate, of those that took twelve or more 1 to 10 times (ODE); of those
-#: that took ten to twelve 0.4 times, of those that took fourteen and more up to 9 times (SDE).
+#: On the first node set what makes an iteration slow also amplifies errors: on a trained network the error of samples
+#: that took seven to nine rounds was 0.2 times its estimate, of those that took twelve or more 1 to 10 times (ODE); of
+#: those that took ten to twelve 0.4 times, of those that took fourteen and more up to 9 times (SDE).
 FIRST_SMOOTH, FIRST_ROUGH = Caution(calm=9), Caution(calm=13, settled=SETTLED_ROUGH)
 
 #: On a finer one the distance from the end on the coarser, which starts at zero, has to grow first.  Its first
@@ -156,9 +156,9 @@ class CoarseRecord:
     """What a coarser node set has shown of the samples that go on with finer nodes.
 
     Attributes:
-        contraction: what each round left of the iteration's error, shape ``(B,)``.
-        interpolation: the error that interpolation was said to leave, shape ``(B,)``.
-        growth: how many times more than the linear model says errors were found to act on the end, shape ``(B,)``.
+        contraction: factor by which the last round reduced the iteration error, shape ``(B,)``.
+        interpolation: the interpolation error to be expected on the finer nodes, shape ``(B,)``.
+        growth: observed factor on the influence that the linear model gives to errors, shape ``(B,)``.
     """
 
     contraction: Table
@@ -196,9 +196,9 @@ class CarriedResidual:
             shape ``(B,)`` float64.
         refinable: whether finer nodes can be had when interpolation is what limits the sample.
         widest: size of samples for which there are nodes enough.
-        caution: how little is believed.
+        caution: how cautiously to judge.
         exact_after: number of rounds after which the iteration is exact but for settled rows.
-        most_laps: evaluations per node after which a sample goes in circles.
+        most_laps: evaluations per node after which a sample counts as oscillating.
         coarse: what a coarser node set has shown of the samples; None: there was none.
     """
 
@@ -238,7 +238,7 @@ class CarriedResidual:
 
     @property
     def circling(self) -> Flags:
-        """Which samples go in circles, shape ``(B,)`` bool."""
+        """Which samples oscillate, shape ``(B,)`` bool."""
         return self.laps >= self.most_laps
 
     def _cancellation(self, movement: Movement) -> Table:
@@ -255,7 +255,7 @@ class CarriedResidual:
         ahead = np.where(reached, self.influence @ np.where(live & (expected < np.inf), expected, 0.0), np.inf)
         settled = self.influence @ np.where(live, 0.0, expected)
         if self.last is not None:
-            # A sample that is judged already stands still; what it had contracted by is kept.
+            # A sample that is judged already no longer changes; its contraction is kept.
             anew = np.isfinite(self.last) & (ahead != self.last)
             seen = np.clip(ahead / np.maximum(self.last, TINY), 0, SLOWEST)
             self.contraction = np.where(anew, seen, self.contraction)
@@ -289,14 +289,14 @@ class CarriedResidual:
         wide, aim = self._measure(movement.size)
         settled = self.caution.settled * aim
         left = np.where(exact, settled, self._iteration_error(movement, expected, reached))
-        # A rate that was seen once may be luck: no less is left than what this round has moved.
+        # A contraction that was seen once may be chance: the error is at least the last change.
         iteration = np.maximum(left, movement.end)
         interpolation = movement.interpolation * np.exp2(np.clip(self.passed - self.caution.calm, 0, MOST_DOUBLINGS))
         error = np.hypot(iteration, interpolation) + movement.rounding
         self._compare(movement.interpolation)
 
         ripe = still | (self.rounds >= self.caution.earliest)
-        # Finer nodes are for paths that have arrived: one that still goes to and fro would take its errors along.
+        # Finer nodes are for paths that have nearly converged: others would take their errors along.
         enough = np.maximum(settled, np.minimum(0.5 * interpolation, ARRIVED * aim)) if self.refinable else settled
         refine = ripe & (iteration <= enough) & (interpolation > 0.5 * aim)
         refine |= (self.circling | wide) & self.refinable
