@@ -1,4 +1,4 @@
-"""The user's callback: it hears of every step, may look and interrupt, and is refused where it changes something."""
+"""Step numbers and the user's callback: it hears of every step, may look and interrupt, and may change nothing."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 import piadm
 from piadm.interop.diffusers import UnsupportedError, parallelize
+from piadm.interop.diffusers.loop import Loop
 
 CALL = dict(SD, num_inference_steps=12, output_type="latent", latents=normals(7, 2, 4, 8, 8))
 
@@ -102,3 +103,21 @@ def test_it_may_interrupt_either_pipeline_and_hears_no_more(which: str) -> None:
     fast(**CALL, callback_on_step_end=callback)
     assert set(fast.last_solution.status) == {piadm.Status.INTERRUPTED}
     assert heard[-1] == 4 and not getattr(pipe, "_interrupt", False)
+
+
+def test_a_loop_that_counts_from_another_number_does_so_in_rounds_too() -> None:
+    class Events:
+        rounds = 2
+
+        def begin(self, timesteps: torch.Tensor) -> None: ...
+
+        def turn_to_rounds(self) -> None: ...
+
+        def going(self) -> bool:
+            self.rounds -= 1
+            return self.rounds >= 0
+
+        def finish(self) -> None: ...
+
+    steps = Loop(Events(), torch.tensor([20, 10, 0])).numbered(1)
+    assert [(i, int(t)) for i, t in steps] == [(1, 20), (2, 10), (3, 0), (3, 0), (3, 0)]

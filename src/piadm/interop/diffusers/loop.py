@@ -37,13 +37,13 @@ class Loop:
     def __iter__(self) -> Iterator[Tensor]:
         return (t for _, t in self.numbered())
 
-    def numbered(self) -> Iterator[tuple[int, Tensor]]:
-        """Steps and their numbers; rounds have those of the last step, whose code is that of the end."""
+    def numbered(self, start: int = 0) -> Iterator[tuple[int, Tensor]]:
+        """Steps and their numbers from ``start`` on; rounds repeat the last step, whose code is that of the end."""
         run = self.run
         run.begin(self.timesteps)
-        yield from builtins.enumerate(self.timesteps)
+        yield from builtins.enumerate(self.timesteps, start)
         run.turn_to_rounds()
         last = len(self.timesteps) - 1
         while run.going():
-            yield last, self.timesteps[last]
+            yield start + last, self.timesteps[last]
         run.finish()

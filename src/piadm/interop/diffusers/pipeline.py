@@ -118,7 +118,7 @@ class Run:
         """The pipeline's ``enumerate``: the loop over timesteps is this run's."""
         if isinstance(iterable, Tensor) and self._are_timesteps(iterable):
             iterable = Loop(self, iterable)
-        return iterable.numbered() if isinstance(iterable, Loop) else builtins.enumerate(iterable, start)
+        return iterable.numbered(start) if isinstance(iterable, Loop) else builtins.enumerate(iterable, start)
 
     def progress_bar(self, iterable: Any = None, total: int | None = None, **looks: Any) -> Any:  # noqa: ANN401
         """No bar of the pipeline's own: the engine shows one of rounds."""
