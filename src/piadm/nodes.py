@@ -67,7 +67,7 @@ def spread(log_snr: Tensor, count: int, order: int = 1, deviation: float | None 
         order: degree of the interpolation: 1 for residuals that are rough (SDE), 3 for smooth ones (ODE).
         deviation: standard deviation of the data, about whose log-SNR nodes are to crowd; None: evenly in log-SNR.
     """
-    clock = _finite(log_snr)
+    clock = finite_log_snr(log_snr)
     steps = len(clock)
     count = min(positive_int("nodes", count, minimum=2), steps)
     if count == steps:
@@ -88,7 +88,7 @@ def crowded(log_snr: Tensor, deviation: float) -> Tensor:
         log_snr: as for ``spread``.
         deviation: standard deviation of the data.
     """
-    level = _finite(log_snr) + 2 * math.log(deviation) + NOISY_SIDE
+    level = finite_log_snr(log_snr) + 2 * math.log(deviation) + NOISY_SIDE
     return FLOOR * level + 2 * REACH * torch.atan(torch.tanh(level / (2 * REACH)))
 
 
@@ -108,7 +108,7 @@ def refine(nodes: NodeSet, log_snr: Tensor, order: int = 1) -> NodeSet:
 
     The old nodes stay, so residuals interpolated to the new set describe the very same path.
     """
-    clock, old = _finite(log_snr), nodes.indices
+    clock, old = finite_log_snr(log_snr), nodes.indices
     middle = torch.searchsorted(clock, (clock[old[1:]] + clock[old[:-1]]) / 2)
     middle = torch.maximum(torch.minimum(middle, old[1:] - 1), old[:-1] + 1)
     indices = torch.unique(torch.cat([old, middle[old[1:] - old[:-1] > 1]]))
@@ -143,7 +143,7 @@ def averaged(nodes: NodeSet, importance: Tensor) -> NodeSet:
 def strided(nodes: NodeSet, log_snr: Tensor, stride: int, order: int = 1) -> NodeSet:
     """Every ``stride``-th node of a set, and the last one."""
     indices = torch.unique(torch.cat([nodes.indices[::stride], nodes.indices[-1:]]))
-    return NodeSet(indices, weights(_finite(log_snr), indices, order))
+    return NodeSet(indices, weights(finite_log_snr(log_snr), indices, order))
 
 
 @memoized
@@ -153,7 +153,7 @@ def thin(nodes: NodeSet, log_snr: Tensor, order: int = 1) -> list[NodeSet]:
     They leave out the odd and the even nodes, of those next to steps that are not nodes.  There are two, since with few
     coordinates a single one may agree by chance.
     """
-    clock, apart = _finite(log_snr), nodes.indices.diff() > 1
+    clock, apart = finite_log_snr(log_snr), nodes.indices.diff() > 1
     needed = torch.ones(nodes.count, dtype=torch.bool, device="cpu")
     needed[1:-1] = ~(apart[1:] | apart[:-1])
     halves = [nodes.indices[needed | (torch.arange(nodes.count, device="cpu") % 2 == first)] for first in (0, 1)]
@@ -163,7 +163,7 @@ def thin(nodes: NodeSet, log_snr: Tensor, order: int = 1) -> list[NodeSet]:
 @memoized
 def left_out(nodes: NodeSet, log_snr: Tensor, order: int = 1) -> Tensor:
     """Residual at each node less its interpolation from the other nodes, ``(n, n)``; zero rows for the two ends."""
-    knots, count = _finite(log_snr)[nodes.indices], nodes.count
+    knots, count = finite_log_snr(log_snr)[nodes.indices], nodes.count
     size, inner = min(order + 1, count - 1), torch.arange(1, count - 1, device="cpu")[:, None]
     others = (inner - size // 2).clamp(0, count - 1 - size) + torch.arange(size, device="cpu")
     others = others + (others >= inner).long()
@@ -195,7 +195,7 @@ def _lagrange(near: Tensor, at: Tensor) -> Tensor:
     return factors.prod(2)
 
 
-def _finite(log_snr: Tensor) -> Tensor:
+def finite_log_snr(log_snr: Tensor) -> Tensor:
     """Log-SNR with an infinite first entry (alpha = 0) moved to one spacing before the second."""
     if len(log_snr) < 3 or log_snr[0].isfinite():
         return log_snr

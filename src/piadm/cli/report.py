@@ -14,6 +14,7 @@ from torch import Tensor
 
 from piadm.cli import files
 from piadm.cli.device import device_text
+from piadm.numerics import rms
 from piadm.solution import Status
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class Trace:
 def rms_difference(x: Tensor, y: Tensor) -> Tensor:
     """Return ``sqrt(mean (x - y)^2)`` per sample, float64 of shape ``(B,)``, for ``x, y (B, *shape)``."""
     difference = x.detach().double().cpu() - y.detach().double().cpu()
-    return difference.flatten(1).square().mean(1).sqrt()
+    return rms(difference.flatten(1))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from piadm.denoiser import Denoiser
 from piadm.grid import TimeGrid
 from piadm.integrators import AffineSteps, integrator
 from piadm.noise import Seed
+from piadm.numerics import rms
 from piadm.problem import check_denoiser, grid_of, make_problem
 from piadm.sequential import sample_sequential
 from piadm.solution import RoundInfo, Solution
@@ -82,7 +83,7 @@ class Course:
 
     def errors(self, sample: Tensor) -> Tensor:
         """RMS per coordinate against the sequential sample, float64 on the CPU ``(B,)``; inf where not finite."""
-        apart = (sample.flatten(1).double() - self.truth.sample.flatten(1).double()).square().mean(1).sqrt().cpu()
+        apart = rms(sample.flatten(1).double() - self.truth.sample.flatten(1).double()).cpu()
         return torch.where(apart.isfinite(), apart, torch.inf)
 
 

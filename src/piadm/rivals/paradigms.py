@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from piadm.grid import TimeGrid
+from piadm.numerics import rms
 from piadm.rivals.course import Course, Lane
 from piadm.rivals.drive import Solver
 from piadm.rivals.rival import TOLERANCES, Ladder, Rival, Setting, Unavailable, at_most, setting
@@ -51,7 +52,7 @@ def paradigms(
         old = x[first:last]
         estimate = yield old, torch.arange(first, last, device="cpu")
         fresh = x[first] + (step(first, last, old, estimate) - old).cumsum(0)
-        change = (fresh - x[first + 1 : last + 1]).square().mean(1).sqrt()
+        change = rms(fresh - x[first + 1 : last + 1])
         settled = change <= tolerance * spread[first + 1 : last + 1]
         x[first + 1 : last + 1] = fresh
         stride = 1 + int(settled.long().cumprod(0).sum())

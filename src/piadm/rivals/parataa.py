@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from piadm.numerics import rms
 from piadm.rivals.course import Course, Lane
 from piadm.rivals.drive import Solver
 from piadm.rivals.picard import frozen_score_increments
@@ -43,7 +44,7 @@ def parataa(lane: Lane, window: int, order: int, memory: int, tolerance: float) 
     while first < course.count:
         here = slice(first + 1, last + 1)
         estimate = yield x[first:last], torch.arange(first, last, device="cpu")
-        off = (lane.step(first, last, x[first:last], estimate) - x[here]).square().mean(1).sqrt()
+        off = rms(lane.step(first, last, x[first:last], estimate) - x[here])
         settled = int((off <= tolerance * course.spread[here]).long().cumprod(0).sum())
         sums = torch.cat([torch.zeros_like(x[:1]), frozen_score_increments(lane, first, last, x, estimate).cumsum(0)])
         base = (torch.arange(1, last - first + 1, device=x.device) - order).clamp(min=0)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from piadm._checks import choice, positive_int
-from piadm.nodes import evenly
+from piadm.nodes import evenly, finite_log_snr
 from piadm.rivals.course import Course
 
 SPACINGS = ("grid", "log-snr", "karras", "ou")
@@ -49,9 +49,7 @@ def borders(course: Course, count: int, spacing: str) -> Tensor:
 
 def _clock(course: Course, spacing: str) -> Tensor:
     """What grows evenly from border to border, ``(J + 1,)``."""
-    log_snr = course.log_snr.clone()
-    if not log_snr[0].isfinite() and len(log_snr) > 3:
-        log_snr[0] = 2 * log_snr[1] - log_snr[2]
+    log_snr = finite_log_snr(course.log_snr)
     if spacing == "grid":
         return torch.arange(len(log_snr), dtype=torch.float64, device="cpu")
     if spacing == "log-snr":
