@@ -15,14 +15,14 @@ def has_rows(value: object) -> bool:
 
 
 def parts(value: object) -> dict[Any, Any] | None:
-    """What is in a mapping, list or tuple, by key or index; None: it is none of these."""
+    """The items of a mapping, list or tuple by key or index; None for any other value."""
     if isinstance(value, (list, tuple)):
         return dict(enumerate(value))
     return dict(value) if isinstance(value, Mapping) else None
 
 
 def rebuilt(value: Any, inside: Mapping[Any, Any], fresh: Sequence[Any]) -> Any:  # noqa: ANN401 - any of these
-    """A mapping, list or tuple with other parts, as a dict, list or tuple; itself where the parts are the same.
+    """A dict, list or tuple with the structure of ``value`` and new parts; ``value`` itself if no part has changed.
 
     Args:
         value: the mapping, list or tuple.
@@ -39,11 +39,11 @@ def rebuilt(value: Any, inside: Mapping[Any, Any], fresh: Sequence[Any]) -> Any:
 
 
 def with_rows(value: Any, change: Callable[[Any, str], Any], name: str = "condition") -> Any:  # noqa: ANN401
-    """A condition with ``change(it, name)`` in place of all that has rows, also within mappings, lists and tuples.
+    """A condition with ``change(it, name)`` in place of every value with rows, also in mappings, lists and tuples.
 
     Args:
         value: the condition, or all of them by name.
-        change: takes a tensor or array, and its name, such as ``condition['obs']['image']``.
+        change: called with a tensor or array and its name, such as ``condition['obs']['image']``.
         name: the condition's own name.
     """
     if has_rows(value):

@@ -24,14 +24,14 @@ from piadm.settings import SampleSettings
 from piadm.stopping import CarriedResidual, FixedIterations, Verdict
 from piadm.tally import Tally
 
-#: Copies of the states at every step that are held while they are found: those of the caller, and of a path its free
-#: states, states and residuals.
+#: Copies of the states at every step that are held if the caller asks for them: the caller's, and of a path on every
+#: step its reference states, states and residuals.
 STATE_COPIES = 4
 
 
 @torch.no_grad()
 def run(settings: SampleSettings, problem: Problem, tally: Tally, limit: int, return_states: bool) -> Tensor | None:
-    """Solve with the problem's network: ``rounds``, answered by it; the states at every step where asked for."""
+    """Run ``rounds`` with the problem's network; returns the states at every step if asked for, else None."""
     return drive(rounds(settings, problem, tally, limit, return_states), problem.executor.answer)
 
 
@@ -39,7 +39,7 @@ def run(settings: SampleSettings, problem: Problem, tally: Tally, limit: int, re
 def rounds(
     settings: SampleSettings, problem: Problem, tally: Tally, limit: int, return_states: bool
 ) -> Asking[Tensor | None]:
-    """Solve; a sample stays in the batch until it is judged, on the nodes that it needs."""
+    """All rounds of a run, as a generator of requests to the network; returns what ``run`` does."""
     states = None
     if return_states:
         states = problem.start.new_full((settings.steps.count + 1, *problem.start.shape), math.nan)
@@ -57,13 +57,13 @@ def rounds(
 
 @dataclass(frozen=True)
 class _Batch:
-    """All samples of a run, each on a level: on the first node set, or beside the others on a finer one.
+    """All samples of a run, each on one level: the first node set or a finer one.
 
     Attributes:
-        builder: has the settings, and what is sampled.
-        tally: counts, and takes the results.
+        builder: builds the levels.
+        tally: counts, and collects the results.
         limit: number of rounds after which to give up.
-        states: takes the states at every step, shape ``(J + 1, B, d)``; None: they are not asked for.
+        states: to be filled with the states at every step, shape ``(J + 1, B, d)``; None: they are not wanted.
     """
 
     builder: Builder
@@ -77,7 +77,7 @@ class _Batch:
         return self.tally.over(self.limit)
 
     def first(self) -> Asking[Level]:
-        """All samples on the first node set, from where the draft or the first rounds have brought them."""
+        """All samples on the first node set, started from the draft or from the first rounds on few nodes."""
         builder, settings, problem = self.builder, self.builder.settings, self.builder.problem
         nodes, samples = settings.nodes, torch.arange(problem.batch, device="cpu")
         opening = () if problem.denoiser.draft is not None else settings.opening
@@ -100,7 +100,7 @@ class _Batch:
         return Level(builder, nodes, path, rule, self.tally.failed)
 
     def _open(self, nodes: NodeSet, path: ParallelPath, rule: CarriedResidual) -> Asking[None]:
-        """A round on few of the nodes: a draft made by the network itself."""
+        """One round on few of the nodes, which serves as a draft made by the network itself."""
         settings = self.builder.settings
         size = settings.rows(nodes.count, narrow=True)
         size = min(size, settings.window) if isinstance(settings.window, int) else size
@@ -122,7 +122,7 @@ class _Batch:
         return following
 
     def _next(self, level: Level, busy: bool) -> Flags:
-        """Which samples go on with finer nodes now: as many as fit, and one of them where no other is at work."""
+        """Which samples move on to finer nodes now: as many as fit into memory; at least one if no level is busy."""
         waiting, path = level.waiting, level.path
         if self.over or not waiting.any():
             return np.zeros_like(waiting)
@@ -133,13 +133,13 @@ class _Batch:
         return waiting & (waiting.cumsum() <= (most if busy else max(1, most)))
 
     def _close(self, level: Level) -> None:
-        """The results of the samples of a level that have not been handed on to another."""
+        """Record the results of the samples of a level that have not been handed on to another."""
         tally, path, own = self.tally, level.path, ~level.run.handed
         kept = torch.from_numpy(own)
         if self.states is not None and own.any():
             numbers = path.numbers[kept.to(path.device)]
             self.states[:-1, numbers], self.states[-1, numbers] = level.states(kept)
-            if tally.torn:  # the path may have taken in a part of a round
+            if tally.mid_round:  # the path may contain a part of a round
                 tally.end[numbers] = self.states[-1, numbers]
         if tally.nodes is None or level.nodes.count >= tally.nodes:
             tally.nodes, tally.window = level.nodes.count, min(level.rows.size or level.nodes.count, level.nodes.count)

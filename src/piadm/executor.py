@@ -18,21 +18,21 @@ from piadm.denoiser import Denoiser
 from piadm.numerics import joined
 from piadm.solution import NetworkError
 
-#: Rows per network call on a CPU where the caller sets no ``max_batch``: large enough to fill the cores, small
-#: enough that activations stay in cache.  Samples of few coordinates come in more rows, up to so many numbers: networks
-#: on them are as fast with a thousand rows, and a call costs half a millisecond beside the network.  Accelerators take
-#: the whole round and halve when memory runs out.
+#: Rows per network call on a CPU if the caller sets no ``max_batch``: enough to use all cores, few enough that
+#: activations stay in cache.  For samples of few coordinates there are more rows, up to ``CPU_NUMBERS`` numbers: their
+#: networks are as fast with a thousand rows, and every call has an overhead of half a millisecond.  Accelerators get
+#: the whole round, halved when memory runs out.
 CPU_ROWS, MOST_CPU_ROWS, CPU_NUMBERS = 128, 1024, 1 << 16
 
 _T = TypeVar("_T")
 
-#: A computation that asks for the denoised estimates of rows, ``(states (r, d), samples (r,), times (r,))``, and is
-#: sent them, ``(r, d)``; or None: too many rows for the memory, ask for fewer.
+#: A generator that yields rows, ``(states (r, d), samples (r,), times (r,))``, and is sent their denoised estimates,
+#: ``(r, d)``, or None if memory ran out, whereupon it yields fewer rows.
 Asking = Generator[tuple[Tensor, Tensor, Tensor], Tensor | None, _T]
 
 
 def drive(asking: Asking[_T], answer: Callable[[Tensor, Tensor, Tensor], Tensor | None]) -> _T:
-    """Run such a computation to its end; what ``answer`` raises is raised where it asked."""
+    """Run such a generator to its end and return its result; exceptions of ``answer`` are raised at its ``yield``."""
     resume: Callable[[], tuple[Tensor, Tensor, Tensor]] = partial(next, asking)
     while True:
         try:
@@ -78,7 +78,7 @@ class Team(ABC):
 
     @abstractmethod
     def answer(self, executor: Executor, x: Tensor, samples: Tensor, times: Tensor) -> Tensor | None:
-        """Denoised estimates ``(r, d)`` of some rows, or None for want of memory."""
+        """Denoised estimates ``(r, d)`` of some rows, or None if memory ran out."""
 
 
 @final
@@ -91,7 +91,7 @@ class Here(Team):
         self.first = first
 
     def answer(self, executor: Executor, x: Tensor, samples: Tensor, times: Tensor) -> Tensor | None:
-        """Those of the executor's own network."""
+        """Denoised estimates by the executor's own network."""
         return executor.evaluate(x, samples, times)
 
 
@@ -119,7 +119,7 @@ class Executor:
         team: Team | None = None,
     ) -> None:
         self.denoiser, self.shape, self.condition = denoiser, shape, dict(condition or {})
-        # Looked for once: lists of other things may be long.
+        # Searched once: nested conditions may be large.
         self.by_row = {
             name: value for name, value in self.condition.items() if with_rows(value, lambda *_: None) is not value
         }
@@ -149,7 +149,7 @@ class Executor:
             if estimate is None:
                 self.max_batch = max(1, (last - first) * self.denoiser.rows_per_call // 2)
                 continue
-            if self.team.count == 1:  # several note themselves what each of them was handed
+            if self.team.count == 1:  # with several, each records its own
                 self.peak_batch = max(self.peak_batch, (last - first) * self.denoiser.rows_per_call)
             found = torch.split(estimate, [part.stop - part.start for _, part in parts])
             for (request, part), own in zip(parts, found, strict=True):
@@ -162,7 +162,7 @@ class Executor:
         self.evaluations += counted * self.denoiser.rows_per_call
 
     def answer(self, x: Tensor, samples: Tensor, times: Tensor) -> Tensor | None:
-        """Denoised estimates ``(r, d)`` of some rows by the team, or None for want of memory.
+        """Denoised estimates ``(r, d)`` of some rows by the team, or None if memory ran out.
 
         Raises:
             NetworkError: if the network fails, naming the times and samples of the rows it was given.
@@ -190,7 +190,7 @@ class Executor:
         return found
 
     def evaluate(self, x: Tensor, samples: Tensor, times: Tensor) -> Tensor | None:
-        """Denoised estimates ``(r, d)`` of some rows by the network itself, or None for want of memory.
+        """Denoised estimates ``(r, d)`` of some rows by the network itself, or None if memory ran out.
 
         Raises:
             NetworkError: if the network fails, naming the times and samples of the rows it was given.
@@ -218,7 +218,7 @@ def out_of_memory(error: Exception) -> bool:
 
 
 def error_text(error: Exception) -> str:
-    """An exception for a message, by its type: many say little without it, or nothing."""
+    """Type and message of an exception; many have no message, or one that says little without the type."""
     return f"{type(error).__name__}: {error}".removesuffix(": ")
 
 

@@ -65,7 +65,7 @@ class PathRun:
             tally.fail(int(self.samples[sample]), self._where(movement, sample))
 
     def _record_ends(self, tally: Tally) -> None:
-        """Those of the samples that have not been handed on."""
+        """Copy the ends of all samples that have not been handed on to the tally."""
         if not self.handed.any():
             tally.end[self.path.numbers] = self.path.end[:, 0]
         else:
@@ -92,11 +92,11 @@ def one_round(tally: Tally, runs: Sequence[PathRun]) -> Asking[None]:
     began = time.perf_counter()
     turns = [Turn(run.path, active) for run, active in zip(runs, chosen, strict=True)]
     yield from tally.problem.executor.ask([turn.request for turn in turns])
-    heard = _hear(turns)
+    tables = _to_host(turns)
     seconds = time.perf_counter() - began
     samples, rows = [], []
-    for run, turn, numbers in zip(runs, turns, heard, strict=True):
-        run.judge(tally, turn.active, turn.hear(numbers))
+    for run, turn, numbers in zip(runs, turns, tables, strict=True):
+        run.judge(tally, turn.active, turn.finish(numbers))
         samples.append(run.samples[turn.active.any(0)])
         rows.append(np.broadcast_to(run.samples, turn.active.shape)[turn.active])
     evaluated = torch.from_numpy(np.concatenate(rows))
@@ -108,14 +108,14 @@ def one_round(tally: Tally, runs: Sequence[PathRun]) -> Asking[None]:
     tally.round(torch.from_numpy(np.concatenate(samples)), evaluated)
 
 
-def _hear(turns: Sequence[Turn]) -> list[Table]:
-    """What the paths have to tell the host, in the round's only synchronisation."""
-    told = [turn.follow() for turn in turns]
-    return np.split(host(torch.cat(told)), np.cumsum([len(numbers) for numbers in told[:-1]]))
+def _to_host(turns: Sequence[Turn]) -> list[Table]:
+    """Solve for all paths and copy their numbers to the host, in the round's only synchronisation."""
+    found = [turn.follow() for turn in turns]
+    return np.split(host(torch.cat(found)), np.cumsum([len(numbers) for numbers in found[:-1]]))
 
 
 def iterate(tally: Tally, path: ParallelPath, rows: ActiveRows, rule: StoppingRule, limit: int) -> Asking[PathRun]:
-    """Iterate one path until every sample is judged, or for so many rounds of the whole run, or to an interrupt."""
+    """Iterate one path until every sample is judged, the run has had ``limit`` rounds, or it is interrupted."""
     run = PathRun(path, rows, rule, tally.failed[path.samples.numpy()])
     with tally.stoppable():
         while run.going.any() and not tally.over(limit):

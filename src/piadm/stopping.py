@@ -242,10 +242,10 @@ class CarriedResidual:
         return self.laps >= self.most_laps
 
     def _cancellation(self, movement: Movement) -> Table:
-        """``c``: the last one seen, or half of the one before if that is larger; kept where nothing was heard."""
-        heard = self.influence @ movement.surprise
-        seen = np.maximum(SHARE_SAFETY * movement.end / np.maximum(heard, TINY), self.caution.least_share)
-        measured = (heard > 0) & (movement.end > movement.rounding)  # a ratio of roundings says nothing
+        """``c``: the last ratio, or half of the one before if that is larger; unchanged where nothing was evaluated."""
+        bound = self.influence @ movement.surprise
+        seen = np.maximum(SHARE_SAFETY * movement.end / np.maximum(bound, TINY), self.caution.least_share)
+        measured = (bound > 0) & (movement.end > movement.rounding)  # a ratio of roundings says nothing
         self.share = np.where(measured, np.maximum(seen, 0.5 * self.share), self.share)
         return self.share
 
@@ -281,9 +281,9 @@ class CarriedResidual:
         """The estimate of the class docstring, and its verdict."""
         self.rounds += 1
         reached: Flags = np.asarray(np.isfinite(expected).all(0))
-        heard = (movement.surprise > 0).mean(0)
-        self.laps, self.passed = self.laps + heard, self.passed + np.minimum(heard / NARROW, 1.0)
-        # Where nothing was heard, nothing was left to evaluate, unless there are rows ahead of the window.
+        evaluated = (movement.surprise > 0).mean(0)
+        self.laps, self.passed = self.laps + evaluated, self.passed + np.minimum(evaluated / NARROW, 1.0)
+        # No surprise in any row: nothing is left to evaluate, unless there are rows ahead of the window.
         still = (movement.surprise == 0).all(0) & reached
         exact = still | (self.rounds >= self.exact_after)
         wide, aim = self._measure(movement.size)

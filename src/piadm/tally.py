@@ -33,7 +33,7 @@ class Tally:
         progress: show a progress bar.
 
     ``end`` is the current final state of the whole batch, ``(B, d)``; ``error`` and ``status`` are per sample.
-    ``interrupted`` says that the run was to end; ``torn`` that this was heard anywhere, perhaps amid a round.
+    ``interrupted`` says that the run was asked to end; ``mid_round`` that this was by Ctrl-C, perhaps within a round.
     """
 
     problem: Problem
@@ -53,7 +53,7 @@ class Tally:
         self.error = torch.full((batch,), torch.inf, dtype=torch.float64, device="cpu")
         self.status = [Status.INTERRUPTED] * batch
         self.rounds_per_sample = torch.zeros(batch, dtype=torch.int64, device="cpu")
-        self.interrupted = self.torn = False
+        self.interrupted = self.mid_round = False
         self.bar = tqdm(total=self.total, unit="round", disable=not self.progress, leave=False)
 
     def round(self, samples: Tensor, rows: Tensor, denoised: Tensor | None = None) -> None:
@@ -131,7 +131,7 @@ class Tally:
         except Interrupted:
             self.interrupted = True
         except KeyboardInterrupt:
-            self.interrupted = self.torn = True
+            self.interrupted = self.mid_round = True
 
     @contextmanager
     def running(self) -> Iterator[None]:

@@ -65,7 +65,7 @@ class _Rows:
 
 
 class Turn:
-    """A round of a path, under way: ``request`` is to be answered, then ``follow`` called, then ``hear``.
+    """A round of one path: first ``request`` is answered, then ``follow`` called, then ``finish``.
 
     Args:
         path: the path.
@@ -81,7 +81,7 @@ class Turn:
         self.numbers = rows.node * path.batch + rows.sample
         # The innovations, as in ``LocalModel.follow``; the surprise and the stride of every row.
         self.innovation = path.state.new_zeros(*rows.places.shape, path.size)
-        self.heard = path.state.new_zeros(2, path.path.count * path.batch)
+        self.measured = path.state.new_zeros(2, path.path.count * path.batch)
         self.request = Request(path.numbers[rows.sample], path.times[rows.node], self._fetch, self._store)
 
     def _fetch(self, part: slice) -> Tensor:
@@ -97,12 +97,12 @@ class Turn:
         innovation = evaluated - residual[row]
         residual[row], self.innovation[sample, self.rows.place[part]] = evaluated, innovation
         if path.local is None:
-            self.heard[0, row] = rms(innovation)
+            self.measured[0, row] = rms(innovation)
         else:
-            self.heard[:, row] = path.local.observe(row, x, innovation)
+            self.measured[:, row] = path.local.observe(row, x, innovation)
 
     def follow(self) -> Tensor:
-        """Solve; what the host is to hear of it, one row of numbers on the device."""
+        """Solve for the path; returns all that the host needs to know of it, one row of numbers on the device."""
         path = self.path
         before = path.end.clone()
         if self.active.any():  # else nothing is new, and the path stays as it is to the last digit
@@ -112,11 +112,11 @@ class Turn:
         moved, length, size = torch.stack([end - before[:, 0], end, end - path.centre]).square_().mean(2).sqrt_()
         # Where the reference is far off, by a wrong mean, states are small differences of large numbers.
         rounding = ROUNDINGS * torch.finfo(path.dtype).eps * length.maximum(path.reference_size)
-        drift = self.heard[1] if path.local is None else path.local.drift(path.rows)
-        return torch.cat([*self.heard, drift, moved, rounding, size, *self._left(end)])
+        drift = self.measured[1] if path.local is None else path.local.drift(path.rows)
+        return torch.cat([*self.measured, drift, moved, rounding, size, *self._left(end)])
 
     def _left(self, end: Tensor) -> list[Tensor]:
-        """What tells of the interpolation error: sizes of its rows ``(m B,)``, the distance of two ends ``(B,)``."""
+        """For the interpolation error: the sizes of its rows, ``(m B,)``, and the distance of two ends, ``(B,)``."""
         path = self.path
         if path.interpolation is None or path.left is None:
             return []
@@ -126,8 +126,8 @@ class Turn:
         sizes = rows.view(-1, path.size).square_().mean(1).sqrt_()  # in place: there are twice as many as nodes
         return [sizes, torch.zeros_like(end[:, 0]) if coarse is None else rms(end - coarse)]
 
-    def hear(self, numbers: Table) -> Movement:
-        """Take in the numbers of ``follow``, on the host."""
+    def finish(self, numbers: Table) -> Movement:
+        """Update the outlook by the numbers of ``follow``, copied to the host, and return what the round changed."""
         path = self.path
         of_rows, of_end, left = np.split(numbers, np.cumsum([3 * self.active.size, 3 * path.batch]))
         surprise, stride, distance = of_rows.reshape(3, path.path.count, path.batch)
