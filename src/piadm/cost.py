@@ -1,7 +1,7 @@
-"""The cost model: from the time that a few rounds took, the window that takes the least.
+"""The cost model: the window of least expected time, from the times of a few rounds.
 
-A small window spends few evaluations on states that are still far from right, a wide one few rounds.  Which is
-faster depends on what a network call of many rows costs beside one of a few, and that on the network and the device.
+A narrow window takes fewer evaluations, a wide one fewer rounds.  Which is faster depends on the time of a network
+call of many rows relative to one of a few, and so on the network and the device.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import torch
 from piadm.activity import PATIENCE, SlidingWindow
 from piadm.numerics import Flags, Table
 
-#: Rows of the rounds that are timed, the first ones of a network's first run.  The smallest comes twice: a network's
-#: first call may have to warm up.
+#: Rows of the rounds that are timed, which are the first ones of a network's first run.  One row comes twice, since a
+#: network's first call may be slow.
 TIMED = (1, 1, 4, 16, 64)
 
-#: Times that are apart by no more than this factor count as the same: of windows that take so long the widest is taken,
-#: which needs fewest rounds.
+#: Expected times within this factor of the least count as equal: of such windows the widest is taken, which takes the
+#: fewest rounds.
 INDIFFERENT = 1.25
 
 #: Rounds of a path of ``n`` nodes with a window of ``w`` rows, ``ROUNDS + ROUNDS_PER_WINDOW n/w``: about right for 33

@@ -1,4 +1,4 @@
-"""The start from a draft: its own path on the network's nodes, which costs no call of the network."""
+"""The start from a draft: the draft's own path on the same nodes, solved without calling the network."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from piadm.tally import Tally
 
 
 def start_from_draft(problem: Problem, path: ParallelPath, rule: CarriedResidual) -> Tally:
-    """Bring a path to where the denoiser's draft would have it, with the slopes that the draft has shown.
+    """Solve a path with the denoiser's draft in the place of the network, and keep its states and slopes as a guess.
 
-    The network's iteration then starts there.  Its fixed point is what it was, and no row counts as evaluated: what
-    the draft says is believed of no sample.  Where the draft fails the path starts from the reference.
+    The network's iteration starts from there.  Its fixed point is unchanged, and no row counts as evaluated, so the
+    result does not rely on the draft.  For samples on which the draft fails, the path starts from the reference.
 
     Args:
         problem: what is being sampled.

@@ -1,4 +1,4 @@
-"""What the states of a run will take, against what is free: told before the run, not in its middle."""
+"""Memory that the states of a run will take, compared with what is free before the run starts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from piadm.reference import NOISE_CHUNK
 
-#: Copies of the node states that a run holds at most, the free path, states, residuals and what a round adds to them;
+#: Most copies of the node states that a run holds: reference states, states, residuals and temporaries of a round;
 #: measured by ``benchmarks/overhead.py``.
 COPIES = 7
 
@@ -28,7 +28,7 @@ def needed(nodes: int, batch: int, size: int, itemsize: int, kept: int = 0) -> i
 
 
 def free(device: torch.device) -> int | None:
-    """Bytes that are free on a device, or None where that cannot be found out."""
+    """Bytes that are free on a device, or None if that is unknown."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + cached
@@ -37,7 +37,7 @@ def free(device: torch.device) -> int | None:
 
 
 def fitting(samples: int, device: torch.device, dtype: torch.dtype, nodes: int, size: int) -> int:
-    """How many of some samples of ``size`` coordinates fit beside what is there, on so many nodes."""
+    """How many of ``samples`` samples of ``size`` coordinates fit into the free memory, on ``nodes`` nodes."""
     room = free(device)
     return samples if room is None else min(samples, room // needed(nodes, 1, size, dtype.itemsize))
 
@@ -45,9 +45,10 @@ def fitting(samples: int, device: torch.device, dtype: torch.dtype, nodes: int, 
 def refuse_excess(
     shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, nodes: int, kept: int = 0
 ) -> None:
-    """Refuse a run whose states do not fit into memory; what the network itself needs is not known and not counted.
+    """Refuse a run whose states do not fit into memory.
 
-    Nor are the finer nodes that some samples may go on with: where they do not fit, these samples go on by turns.
+    The memory of the network is not known and not counted, nor are the finer nodes that some samples may move on to:
+    if these do not fit, such samples take turns.
 
     Args:
         shape: ``(B, *sample_shape)``.

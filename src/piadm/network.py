@@ -1,4 +1,4 @@
-"""What the library asks of a network beside calling it: its tensors, their dtype and device, and what it returned."""
+"""What is needed of a network besides calling it: its tensors, their dtype and device, the tensor in its output."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from piadm.numerics import autocast_dtype
 
 Network = Callable[..., Any]
 
-#: Wrappers about a network that are followed at most: objects that make up any attribute seem to have no end of them.
+#: Most wrappers around a network that are followed: objects that invent attributes seem to have no end of them.
 DEEPEST = 32
 
 
@@ -37,10 +37,10 @@ def unwrap(output: Any) -> Tensor:  # noqa: ANN401 - anything a network may retu
 
 
 def wrapped(network: object) -> object:
-    """What a network wraps; None: it is seen to wrap nothing.
+    """The callable that a network wraps, or None.
 
-    That is the ``network`` of a wrapper such as ``GuidedNetwork``, the function of a ``functools.partial``, the object
-    of a bound method, or what a decorator has wrapped.
+    It is the ``network`` of a wrapper such as ``GuidedNetwork``, the function of a ``functools.partial``, the object of
+    a bound method, or the function that a decorator has wrapped.
     """
     if callable(inner := getattr(network, "network", None)):
         return inner
@@ -67,7 +67,7 @@ def module(network: object) -> object:
 
 
 def tensors(network: object) -> Iterator[Tensor]:
-    """The parameters of a network, then its buffers, or those of the network in a wrapper; none of a function."""
+    """The parameters of a network, then its buffers, or those of the network that it wraps; nothing for a function."""
     owner = network if hasattr(network, "parameters") else module(network)
     for kind in ("parameters", "buffers"):
         listed = getattr(owner, kind, None)
@@ -86,7 +86,7 @@ def network_device(network: object) -> torch.device | None:
 
 
 def rows_per_call(network: object) -> int:
-    """Rows that a network makes of one that it is given, as a wrapper says: two under guidance, else one."""
+    """Rows that are evaluated per row handed to a network, by its ``rows_per_call``: two under guidance, else one."""
     told = (getattr(one, "rows_per_call", None) for one in layers(network))
     return next((int(rows) for rows in told if isinstance(rows, Integral)), 1)
 

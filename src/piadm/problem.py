@@ -1,4 +1,4 @@
-"""What every sampler is given: the checked arguments, as one object."""
+"""The sampling problem: the checked arguments that all samplers share, as one object."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from piadm.solution import RoundInfo
 
 Callback = Callable[[RoundInfo], Any]
 
-#: How far log-SNR may fall from one step to the next for rounding's sake: that of float32 levels, with room to spare.
+#: How much log-SNR may fall from one step to the next before it is an error: rounding of float32 levels, with a margin.
 ROUNDING = 1e-4
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One call of a sampler, checked: nothing below this line can fail for bad input.
+    """The arguments of one call of a sampler, checked: whoever has a ``Problem`` need not check its input.
 
     Attributes:
         denoiser: the denoiser.
@@ -73,11 +73,11 @@ def make_problem(
     nodes: int = 1,
     kept: int = 0,
 ) -> Problem:
-    """Check the arguments that all samplers share and lay out states and noise.
+    """Check the arguments that all samplers share, and set up the initial state, the noise and the executor.
 
     The arguments are those of ``piadm.sample``; ``noise_count`` is the number of standard normals per coordinate,
-    the leading size of ``noise``, and 0 where none is taken; ``workers`` a ``Team`` that is at work, or None; ``nodes``
-    and ``kept`` the states that will be held, as for ``refuse_excess``.
+    the leading size of ``noise``, and 0 if none may be given; ``workers`` is a running ``Team`` or None; ``nodes`` and
+    ``kept`` are the numbers of states that will be held, as for ``refuse_excess``.
 
     Raises:
         TypeError, ValueError: naming the argument, what was received and what is accepted.
@@ -112,10 +112,10 @@ def make_problem(
 
 
 def check_denoiser(denoiser: object) -> Denoiser:
-    """The denoiser itself.
+    """Return the denoiser.
 
     Raises:
-        TypeError: if it is none.
+        TypeError: if it is not a ``Denoiser``.
     """
     if not isinstance(denoiser, Denoiser):
         raise TypeError(
@@ -126,10 +126,10 @@ def check_denoiser(denoiser: object) -> Denoiser:
 
 
 def check_grid(grid: object, schedule: NoiseSchedule) -> TimeGrid:
-    """The grid itself.
+    """Return the grid.
 
     Raises:
-        TypeError: if it is none.
+        TypeError: if it is not a ``TimeGrid``.
         ValueError: if it leaves the schedule's range.
     """
     if not isinstance(grid, TimeGrid):
@@ -145,10 +145,11 @@ def check_grid(grid: object, schedule: NoiseSchedule) -> TimeGrid:
 
 
 def grid_of(grid: object, schedule: NoiseSchedule, steps: int) -> TimeGrid:
-    """The grid itself, or the default one where it is None, on which the schedule is a schedule.
+    """Return the grid, or the default one if it is None, after checking the schedule's levels on it.
 
     Raises:
-        TypeError, ValueError: if it is no grid, leaves the schedule's range, or the schedule's levels are none.
+        TypeError, ValueError: if it is not a grid, leaves the schedule's range, or the schedule's levels are not
+            finite, not of one per time, or of a log-SNR that does not rise towards the data.
     """
     times = TimeGrid.default(schedule, steps) if grid is None else check_grid(grid, schedule)
     alpha, sigma = schedule.levels(times.times)
@@ -163,7 +164,7 @@ def grid_of(grid: object, schedule: NoiseSchedule, steps: int) -> TimeGrid:
             raise ValueError(
                 f"schedule must give a {name} that is {accepted}, got {level[at].item()} at time {times.times[at]:g}"
             )
-    # Some schedulers have a level twice, but for rounding.
+    # Some schedulers have the same level twice, up to rounding.
     if bool((falls := log_snr[1:] < log_snr[:-1] - ROUNDING).any()):
         at = int(falls.nonzero()[0])
         raise ValueError(
@@ -174,10 +175,10 @@ def grid_of(grid: object, schedule: NoiseSchedule, steps: int) -> TimeGrid:
 
 
 def check_shape(shape: object) -> tuple[int, ...]:
-    """The shape ``(B, *sample_shape)`` itself.
+    """Return the shape ``(B, *sample_shape)`` as a tuple of ints.
 
     Raises:
-        TypeError, ValueError: if it is none.
+        TypeError, ValueError: if it is not a tuple of at least two positive ints.
     """
     if not isinstance(shape, (tuple, list, torch.Size)):
         raise TypeError(f"shape must be a tuple (B, *sample_shape), got {described(shape)}")
@@ -187,10 +188,10 @@ def check_shape(shape: object) -> tuple[int, ...]:
 
 
 def _warn_of_chance(network: object) -> None:
-    """Warn of layers that draw random numbers or mix rows: there is no right answer then to converge to."""
+    """Warn of layers that draw random numbers or mix rows: then there is no well-defined sample to converge to."""
     inner = module(network)
     for name, layer in inner.named_modules() if isinstance(inner, nn.Module) else ():
-        # Asked of these alone: modules of frozen code do not say whether they train.
+        # Only these are asked: frozen modules, as of torch.jit.freeze, have no attribute ``training``.
         if (isinstance(layer, _BatchNorm) or (isinstance(layer, _DropoutNd) and layer.p > 0)) and layer.training:
             warnings.warn(
                 f"the network's {name or type(layer).__name__} is in training mode, in which its output depends on "
@@ -234,7 +235,7 @@ def check_condition(condition: object, batch: int, device: torch.device) -> dict
     """Conditions by name; tensors and arrays, nested too, have one row per sample and live, as tensors, with the state.
 
     Raises:
-        TypeError, ValueError: if they are no such thing.
+        TypeError, ValueError: if a name is not accepted, or a tensor does not have one row per sample.
     """
     if condition is None:
         return {}
@@ -255,7 +256,7 @@ def check_condition(condition: object, batch: int, device: torch.device) -> dict
 
 
 def _tensor(array: NDArray[Any]) -> Tensor:
-    """An array of numbers as a tensor of its own; types that torch does not know, or hardly, as int64 or float64."""
+    """A copy of an array as a tensor; unsigned integers of more than a byte become int64, longer floats float64."""
     near = array.dtype.newbyteorder("=")
     if near.kind == "u" and near.itemsize > 1:
         near = np.dtype(np.int64)

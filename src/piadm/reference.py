@@ -1,4 +1,4 @@
-"""The path of a reference model, ``D = G x + g``: what the network is compared with, free of its calls."""
+"""The path of the reference model, ``D = G x + g``, which needs no call of the network."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 from piadm.condense import CondensedPath
 from piadm.numerics import full_precision
 
-#: Gives standard normals ``first .. last - 1`` of a path, shape ``(last - first, B, d)``.
+#: Returns standard normals ``first .. last - 1`` of a path, shape ``(last - first, B, d)``.
 Draw = Callable[[int, int], Tensor]
 
-#: Steps whose noise is drawn at once: that of a path is never stored whole.  Accelerators draw more steps where these
-#: have few numbers, up to so many in all: many small draws take longer there than the numbers themselves.
+#: Steps whose noise is drawn at once, so that the noise of a path is never stored as a whole.  Accelerators draw more
+#: steps, up to so many numbers, because launching many small draws takes longer there than the numbers themselves.
 NOISE_CHUNK, ACCELERATOR_NUMBERS = 64, 1 << 20
 
 

@@ -1,4 +1,4 @@
-"""The small protocol: a sampler asks for the denoised estimates of rows, and a team of workers answers."""
+"""The argument ``workers`` of every sampler: who evaluates the rows that the sampler requests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from piadm.solution import Solution, timed
 
 P = ParamSpec("P")
 
-#: What every sampler takes that is on or off.
+#: The boolean arguments of the samplers.
 SWITCHES = {"progress", "return_states", "raise_on_failure"}
 
 
@@ -26,7 +26,7 @@ class Workers(ABC):
 
 
 def on_workers(sampler: Callable[P, Solution]) -> Callable[P, Solution]:
-    """A sampler that hands itself to its argument ``workers``; without one it runs here."""
+    """Decorate a sampler so that its argument ``workers`` runs it; None: it runs in this process."""
 
     @functools.wraps(sampler)
     def call(*args: P.args, **kwargs: P.kwargs) -> Solution:

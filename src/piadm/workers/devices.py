@@ -1,4 +1,4 @@
-"""Several devices of this process: a copy of the network on each, and a thread that feeds it."""
+"""Several devices of this process, each with a copy of the network and a thread that calls it."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from piadm.workers.shares import Shares
 @final
 @dataclass(frozen=True)
 class Devices(Workers):
-    """Several devices of one machine, in one process: every network call is shared out among them.
+    """Several devices of one machine, in one process: the rows of every network call are split among them.
 
-    Rows are cut in proportion to the speed that the devices have shown.  The state, which is small, stays where the
-    network that is handed in lives; the others get copies of the network, made anew for every run.
+    Shares are proportional to the measured speeds of the devices.  The state, which is small, stays on the device of
+    the denoiser's network; every device gets a copy of the network, made at the start of each run.
 
     Args:
         devices: two or more torch devices, such as ``["cuda:0", "cuda:1"]``.  A device may come twice, as
@@ -69,7 +69,7 @@ class Devices(Workers):
 
 @final
 class _Devices(Team):
-    """The devices at work on one run.
+    """The devices during one run.
 
     Args:
         places: every device and its copy of the denoiser.

@@ -1,4 +1,4 @@
-"""Samples dealt out to ranks: the arguments of some samples, and the solution of all from those of the parts."""
+"""Samples split among ranks: the arguments for some samples, and the solution of all from those of the parts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Signs of life: what every rank is doing, told to all once in a while, so that the one that failed can be named."""
+"""Heartbeats: every rank regularly publishes what it is doing, so that the one that failed can be named."""
 
 from __future__ import annotations
 

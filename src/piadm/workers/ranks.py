@@ -1,4 +1,4 @@
-"""A group of processes: the same program on every rank, with network rows or samples dealt out among them."""
+"""A group of processes: the same program on every rank, with the network rows or the samples split among them."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from piadm.workers.merge import merged, part_of
 from piadm.workers.pulse import SPENT, Pulse
 from piadm.workers.teams import RowTeam, SampleTeam
 
-#: Seconds between two beats, at most, and as a share of the time limit.
+#: Seconds between two heartbeats: the most, and as a share of the time limit.
 BEAT, BEATS = 1.0, 1 / 20
 
-#: Samples are dealt out, instead of rows, if the ranks with fewer of them then idle for no more than this factor.
+#: Samples are split, instead of rows, if the rank with most of them has at most this many times the average.
 IDLE = 1.25
 
 #: Arguments that may differ between ranks.
@@ -41,16 +41,16 @@ OWN = ("workers", "callback", "progress")
 class Ranks(Workers):
     """The processes of a ``torch.distributed`` group, as torchrun starts them.
 
-    Every rank calls the sampler with the same arguments and gets the same solution.  Either the ranks share out the
-    rows of every network call, gather the denoised estimates to all and do the rest, which is small, each for
-    themselves; or they share out the samples, and gather the solutions at the end.
+    Every rank calls the sampler with the same arguments and gets the same solution.  Either the rows of every network
+    call are split among the ranks, which gather all denoised estimates and do everything else, which is little,
+    redundantly; or the samples are split, and the solutions are gathered at the end.
 
     A rank that dies, hangs or meets an exception ends the run on all of them, with a ``NetworkError`` that names it.
 
     Args:
         group: the process group, gloo or NCCL; None: all processes.
-        timeout: seconds that a rank waits for the others at most, and that one network call may take longer on one
-            rank than on another, > 0.
+        timeout: most seconds that a rank waits for the others, and that a network call may take longer on one rank than
+            on another, > 0.
         split: "rows", "samples", or "auto": samples if every rank has about as many of them, else rows.
 
     Raises:
@@ -73,11 +73,11 @@ class Ranks(Workers):
 
     @property
     def _patience(self) -> float:
-        """Seconds to wait: what the time limit leaves beside finding out who has failed."""
+        """Seconds to wait: the time limit less what it takes to find out who has failed."""
         return self.timeout - SPENT * self._interval
 
     def by_samples(self, batch: int) -> bool:
-        """Whether samples are dealt out, for a batch of so many."""
+        """Whether a batch of so many samples is split by samples."""
         count = dist.get_world_size(self.group)
         return self.split == "samples" or (self.split == "auto" and math.ceil(batch / count) * count <= IDLE * batch)
 

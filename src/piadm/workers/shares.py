@@ -1,4 +1,4 @@
-"""How rows are dealt out: evenly among workers of one speed, by measured speed among others."""
+"""How rows are split: evenly among workers of about equal speed, else in proportion to measured speeds."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Sequence
 #: Workers whose speeds are within this factor count as equal: timing scatters, and the same cut gives the same bits.
 EVEN = 1.25
 
-#: Weight of the newest timing.  The first call of a network is slow; half of what it said is forgotten by each other.
+#: Weight of the newest timing in the moving average; the first call of a network is slow, and is soon forgotten.
 NEWEST = 0.5
 
 
 class Shares:
-    """Contiguous shares of the rows of a call, in proportion to the speeds that the calls before have shown.
+    """Contiguous shares of the rows of a call, in proportion to the speeds measured in earlier calls.
 
     Args:
         count: number of workers ``W``.

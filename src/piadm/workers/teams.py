@@ -1,4 +1,4 @@
-"""The ranks of a group at work on one run."""
+"""The ranks of a group during one run."""
 
 from __future__ import annotations
 
