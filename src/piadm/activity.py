@@ -124,7 +124,7 @@ class Outlook:
         self.known = np.zeros(self.rate.shape, dtype=np.bool_)
         self.expected = np.full_like(self.rate, np.inf)
 
-    @np.errstate(all="ignore")  # a network that fails is told of by the stopping rule
+    @np.errstate(all="ignore")  # the stopping rule reports a network that fails
     def learn(self, active: Flags, surprise: Table, stride: Table) -> None:
         """Take in a round: which rows were evaluated, their surprise, and how far they had drifted, ``(n, B)``."""
         again = active & self.known & (stride > 0)

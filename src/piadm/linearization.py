@@ -133,13 +133,13 @@ class Secant(LearnedSlopes):
 @final
 @dataclass(frozen=True)
 class DiagonalSecant(LearnedSlopes):
-    """``Secant``, and on top of it a slope of its own for every coordinate, from all its evaluations.
+    """``Secant``, and on top of it a slope per coordinate, from all evaluations of a row.
 
         G = diag(g),   g <- g + dx (dD - g dx) / (dx^2 + r mean(dx^2)),   kept within [0, 1/alpha]
 
-    coordinate by coordinate, ``g`` having been turned first by what all coordinates have in common, the secant.  What
-    the network makes of noise, edges and flat parts is told apart where states are images, and coordinates of
-    different widths where they are not.  It costs no network call.
+    coordinate by coordinate, after ``g`` was updated by the secant, which all coordinates share.  In
+    images, the network responds differently to noise, edges and flat areas; in other data, coordinates may have
+    different scales.  It costs no network call.
 
     Args:
         variance: ``v`` of ``Gaussian``.

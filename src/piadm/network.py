@@ -87,8 +87,8 @@ def network_device(network: object) -> torch.device | None:
 
 def rows_per_call(network: object) -> int:
     """Rows that are evaluated per row handed to a network, by its ``rows_per_call``: two under guidance, else one."""
-    told = (getattr(one, "rows_per_call", None) for one in layers(network))
-    return next((int(rows) for rows in told if isinstance(rows, Integral)), 1)
+    stated = (getattr(one, "rows_per_call", None) for one in layers(network))
+    return next((int(rows) for rows in stated if isinstance(rows, Integral)), 1)
 
 
 def resolution(network: object) -> float:

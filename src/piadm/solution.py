@@ -100,7 +100,7 @@ class Solution:
 
 
 def timed(solve: Callable[[], Solution], began: float) -> Solution:
-    """What ``solve`` returns, or hands over with its ``NotConvergedError``, with the time since ``began`` told in it.
+    """The solution that ``solve`` returns, or raises with a ``NotConvergedError``, with ``wall_time`` set.
 
     Args:
         solve: a sampler's work.

@@ -227,8 +227,8 @@ class CarriedResidual:
 
     def record(self, samples: Flags) -> CoarseRecord:
         """What this node set has shown of some samples, ``(B,)`` bool."""
-        foretold = np.minimum(self.interpolation, 0.5 * self.coarse.interpolation)  # finer nodes leave half
-        return CoarseRecord(self.contraction[samples], foretold[samples], self.grown[samples])
+        predicted = np.minimum(self.interpolation, 0.5 * self.coarse.interpolation)  # finer nodes leave half
+        return CoarseRecord(self.contraction[samples], predicted[samples], self.grown[samples])
 
     @property
     def growth(self) -> Table:
@@ -271,12 +271,12 @@ class CarriedResidual:
         return wide, aim
 
     def _compare(self, interpolation: Table) -> None:
-        """Compare the interpolation error, on finer nodes at least the distance of the ends, with what was foretold."""
+        """Compare the interpolation error, on finer nodes at least the distance of the ends, with that predicted."""
         ratio = interpolation / (ORDINARY_SHARE * self.coarse.interpolation)
         grown = np.clip(np.where(np.isfinite(ratio), ratio, 1.0), 1.0, MOST_GROWTH)
         self.grown, self.interpolation = np.maximum(self.grown, grown), interpolation
 
-    @np.errstate(all="ignore")  # what is not finite is told of by the verdict
+    @np.errstate(all="ignore")  # the verdict reports what is not finite
     def judge(self, movement: Movement, expected: Table) -> tuple[Table, Verdicts]:
         """The estimate of the class docstring, and its verdict."""
         self.rounds += 1
