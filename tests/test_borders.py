@@ -74,6 +74,13 @@ def test_data_far_wider_than_told_do_not_pass_for_converged(schedule: piadm.Nois
     assert int((errors > 0.1).sum()) <= 1
 
 
+def moved(surprise: Table, end: Table, interpolation: Table) -> Movement:
+    """A round of samples of any size, of which no row was lost."""
+    nothing = np.zeros_like(end)
+    lost = np.zeros_like(surprise, dtype=bool)
+    return Movement(surprise, end, interpolation, nothing, nothing + 99, lost=lost, failed=lost[0])
+
+
 def test_the_interpolation_error_of_a_slow_sample_is_doubted() -> None:
     def judged(rounds: int) -> tuple[float, stopping.Verdict]:
         rule = stopping.CarriedResidual(
@@ -82,7 +89,7 @@ def test_the_interpolation_error_of_a_slow_sample_is_doubted() -> None:
         )  # fmt: skip
         for number in range(rounds):
             heard, small = np.full((2, 1), 1e-3 * 0.1**number), np.full(1, 1e-3 * 0.1**number)
-            movement = Movement(heard, small, np.full(1, 0.3), np.zeros(1), np.full(1, 99.0))
+            movement = moved(heard, small, np.full(1, 0.3))
             error, verdict = rule.judge(movement, 0.1 * heard)
         return float(error[0]), stopping.Verdict(int(verdict[0]))
 
@@ -98,7 +105,7 @@ def test_what_is_left_on_finer_nodes_is_not_taken_to_cancel_like_their_first_sur
         )  # fmt: skip
         heard, nothing = np.ones((2, 1)), np.zeros(1)
         for _round in range(6):  # the end moves by 0.005 of what is heard
-            movement = Movement(heard, np.full(1, 0.01), nothing, nothing, np.full(1, 99.0))
+            movement = moved(heard, np.full(1, 0.01), nothing)
             error, _ = rule.judge(movement, np.full((2, 1), 0.5))
         return float(error[0])
 
@@ -117,10 +124,10 @@ def test_errors_count_more_where_the_ends_are_further_apart_than_foretold() -> N
     heard, small = np.full((2, 4), 1e-3), np.full(4, 1e-3)
     assert rule.growth.tolist() == [1, 1, 3, 1]
     for apart in ([0.05, 0.2, 0.2, 9.0], [0.05, 0.1, 0.2, 9.0]):  # what was once seen is kept
-        rule.judge(Movement(heard, small, np.array(apart), np.zeros(4), np.full(4, 99.0)), heard)
+        rule.judge(moved(heard, small, np.array(apart)), heard)
         assert rule.growth.tolist() == [1, pytest.approx(2), 3, 1]
     assert rule.record(np.array([True, True, False, True])).interpolation.tolist() == [0.05, 0.1, 9.0]
-    rule.judge(Movement(heard, small, np.full(4, 9.0), np.zeros(4), np.full(4, 99.0)), heard)
+    rule.judge(moved(heard, small, np.full(4, 9.0)), heard)
     assert rule.growth.tolist() == [stopping.MOST_GROWTH] * 3 + [1]
     assert rule.record(np.ones(4, bool)).interpolation.tolist() == [0.1, 0.1, 0.1, 9.0]  # finer nodes leave half
 
@@ -156,7 +163,7 @@ def test_a_sample_whose_rows_have_all_settled_does_not_wait_for_more(caution: st
         np.ones(2), np.full((2, samples), 0.5 * caution.settled), 1.0, aim=np.ones(samples), refinable=True,
         exact_after=math.inf, caution=caution,
     )  # fmt: skip
-    movement = Movement(nothing, np.zeros(samples), interpolation, np.zeros(samples), np.full(samples, 99.0))
+    movement = moved(nothing, np.zeros(samples), interpolation)
     error, verdict = rule.judge(movement, np.full((2, samples), 0.5 * caution.settled))
     assert (error[interpolation == 0] == caution.settled).all()  # what the rows that settled may leave
     assert ((verdict == stopping.Verdict.DONE) == (error <= 1)).all()

@@ -132,6 +132,10 @@ class Outlook:
         self.rate = np.where(again, rate, self.rate)
         self.known |= active
 
+    def forget(self, lost: Flags) -> None:
+        """Take some rows ``(n, B)`` for never evaluated, so that they are evaluated in the next round."""
+        self.known &= ~lost
+
     @np.errstate(all="ignore")
     def look(self, drift: Table) -> None:
         """Expect what the distances ``(n, B)`` from the last evaluations say."""

@@ -74,7 +74,7 @@ class PathRun:
 
     def _where(self, movement: Movement, sample: int) -> str:
         """Where a sample's values first stopped being finite."""
-        bad = (~np.isfinite(movement.surprise[:, sample])).nonzero()[0]
+        bad = movement.lost[:, sample].nonzero()[0]
         if len(bad) == 0:
             return "the states overflowed although the network's values were finite"
         return f"the network returned a value that is not finite at time {self.path.path.times[bad[0]]:g}"

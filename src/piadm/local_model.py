@@ -90,13 +90,17 @@ class LocalModel:
         Args:
             rows: their numbers, shape ``(r,)``.
             states: where they were evaluated, shape ``(r, d)``.
-            innovation: innovations ``s``, shape ``(r, d)``.
+            innovation: innovations ``s``, shape ``(r, d)``.  One that is not finite is set to zero, and nothing is
+                learnt from it: the state may still be far from where the iteration ends.
 
         Returns:
-            Surprise ``RMS(s)`` and stride ``RMS(x - x_seen)``, ``(2, r)``; a stride of 0 where it is below the
-            network's resolution, and the innovation nothing but rounding.
+            Surprise ``RMS(s)``, not finite where ``s`` was not, and stride ``RMS(x - x_seen)``, ``(2, r)``; a stride of
+            0 where it is below the network's resolution, and the innovation nothing but rounding.
         """
         dx, old, size = states - self.seen[rows], self.excess[rows], states.shape[1]
+        surprise = innovation.square().sum(1)
+        finite = surprise.isfinite()
+        innovation.masked_fill_(~finite[:, None], 0)
         least, most = self.least[rows], self.most[rows]
         across = dx.square().sum(1, keepdim=True)
         square = states.square().sum(1, keepdim=True)
@@ -107,9 +111,9 @@ class LocalModel:
         if self.own:
             left = torch.addcmul(innovation, slope - old, dx, value=-1)
             slope = (slope + left.mul_(dx).div_(dx.square().add_(RIDGE / size * length))).clamp_(least, most)
-        self.excess[rows] = torch.where(far & self.known[rows, None], slope, old)
-        self.seen[rows], self.known[rows] = states, True
-        return torch.stack([innovation.square().sum(1), stride[:, 0]]).div_(size).sqrt_()
+        self.excess[rows] = torch.where(far & (self.known[rows] & finite)[:, None], slope, old)
+        self.seen[rows], self.known[rows] = states, finite
+        return torch.stack([surprise, stride[:, 0]]).div_(size).sqrt_()
 
     def follow(
         self,

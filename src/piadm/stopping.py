@@ -69,7 +69,7 @@ class FixedIterations:
         """DONE for every sample after K rounds."""
         self.done += 1
         verdict = Verdict.DONE if self.done >= self.iterations else Verdict.GO_ON
-        judged = np.where(np.isfinite(movement.end), verdict, Verdict.NONFINITE)
+        judged = np.where(movement.failed, Verdict.NONFINITE, verdict)
         return np.full_like(movement.end, self.estimate), judged
 
 
@@ -285,7 +285,7 @@ class CarriedResidual:
         self.laps, self.passed = self.laps + evaluated, self.passed + np.minimum(evaluated / NARROW, 1.0)
         # No surprise in any row: nothing is left to evaluate, unless there are rows ahead of the window.
         still = (movement.surprise == 0).all(0) & reached
-        exact = still | (self.rounds >= self.exact_after)
+        exact = still | (reached & (self.rounds >= self.exact_after))
         wide, aim = self._measure(movement.size)
         settled = self.caution.settled * aim
         left = np.where(exact, settled, self._iteration_error(movement, expected, reached))
@@ -302,4 +302,4 @@ class CarriedResidual:
         refine |= (self.circling | wide) & self.refinable
         within = ripe & ~wide & (iteration <= aim) & (error <= (aim if self.refinable else self.tol))
         verdict = np.where(within, Verdict.DONE, np.where(refine, Verdict.REFINE, Verdict.GO_ON))
-        return error, np.where(np.isfinite(movement.end), verdict, Verdict.NONFINITE)
+        return error, np.where(movement.failed, Verdict.NONFINITE, verdict)

@@ -169,6 +169,8 @@ class Tally:
             draft_evaluations=0.0 if self.draft is None else self.draft.evaluations,
         )
         sample = self.end.reshape(self.problem.shape)
+        for result in (sample, *(() if states is None else (states[-1],))):
+            result[torch.from_numpy(self.failed)] = torch.nan  # not to be taken for a sample
         solution = Solution(sample, tuple(self.status), self.error, stats, states, tuple(self.failures))
         if self.failures:
             warnings.warn("; ".join(self.failures), RuntimeWarning, stacklevel=caller_level())

@@ -22,12 +22,15 @@ class Movement:
 
     Attributes:
         surprise: RMS difference of every row's residual from what its local model had said, shape ``(n, B)``;
-            0 where not evaluated.
+            0 where not evaluated, or lost.
         end: RMS change of the end of the path, shape ``(B,)``.
         interpolation: estimated RMS error at the end of the path that interpolation between the nodes leaves,
             shape ``(B,)``.
         rounding: what rounding of the states may leave at the end of the path, shape ``(B,)``.
         size: RMS distance of the end from the mean that ``data_mean`` gives, shape ``(B,)``.
+        lost: which rows the network answered with a value that is not finite, shape ``(n, B)``.
+        failed: samples whose end is not finite, or whose first row of the round was lost: all rows before it had
+            settled, so that the sequential sampler would evaluate it there, too; shape ``(B,)``.
     """
 
     surprise: Table
@@ -35,6 +38,8 @@ class Movement:
     interpolation: Table
     rounding: Table
     size: Table
+    lost: Flags
+    failed: Flags
 
 
 @dataclass(frozen=True)
@@ -95,11 +100,12 @@ class Turn:
         evaluated.addcmul_(path.slopes[at, None], model.sub_(x))
         del model
         innovation = evaluated - residual[row]
-        residual[row], self.innovation[sample, self.rows.place[part]] = evaluated, innovation
         if path.local is None:
             self.measured[0, row] = rms(innovation)
         else:
             self.measured[:, row] = path.local.observe(row, x, innovation)
+            torch.where(self.measured[0, row, None].isfinite(), evaluated, residual[row], out=evaluated)
+        residual[row], self.innovation[sample, self.rows.place[part]] = evaluated, innovation
 
     def follow(self) -> Tensor:
         """Solve for the path; returns all that the host needs to know of it, one row of numbers on the device."""
@@ -131,9 +137,14 @@ class Turn:
         path = self.path
         of_rows, of_end, left = np.split(numbers, np.cumsum([3 * self.active.size, 3 * path.batch]))
         surprise, stride, distance = of_rows.reshape(3, path.path.count, path.batch)
-        path.outlook.learn(self.active, surprise, stride)
+        lost: Flags = self.active & ~np.isfinite(surprise)
+        surprise = np.where(lost, 0.0, surprise)
+        path.outlook.learn(self.active & ~lost, surprise, stride)
+        path.outlook.forget(lost)
         path.outlook.look(distance)
         moved, rounding, size = of_end.reshape(3, path.batch)
         sizes, apart = np.split(left.reshape(-1, path.batch), [-1])
         error = np.zeros_like(moved) if path.interpolation is None else path.interpolation.error(sizes, apart[0])
-        return Movement(surprise, moved, error, rounding, size)
+        first = self.active.argmax(0)[None]
+        failed: Flags = ~np.isfinite(moved) | np.take_along_axis(lost, first, 0)[0]
+        return Movement(surprise, moved, error, rounding, size, lost, failed)
