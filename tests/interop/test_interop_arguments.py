@@ -137,6 +137,26 @@ def test_scales_of_layers_are_shared_by_all_rows(scales: Tensor) -> None:
     assert torch.equal(given["control_hidden_states_scale"], scales)
 
 
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("visual_rope_pos", [torch.arange(1), torch.arange(3)]),  # Kandinsky 5's, of an image
+        ("text_rope_pos", torch.arange(1)),
+        ("padding_mask", torch.zeros(1, 1, 4, 4)),  # Cosmos'
+    ],
+)
+def test_what_all_rows_share_is_not_multiplied_for_a_single_sample(name: str, value: Any) -> None:  # noqa: ANN401
+    state = torch.ones(1, 1)
+    arguments = {"hidden_states": state, name: value}
+    slot = Slot("network", arguments, state, denoises=True)
+    for _ in range(3):
+        slot.learn(arguments)
+    samples = torch.zeros(5, dtype=torch.long)
+    given = slot.call(lambda arguments: arguments, {}, Rows(state[samples], samples, samples))
+    for found, wanted in zip(given[name], value, strict=True):
+        assert torch.equal(found, wanted)
+
+
 def test_what_the_pipeline_sets_is_put_into_its_rows() -> None:
     mask = normals(1, 2, 3, 4) > 0.5
     values = [normals(k, int(mask.sum())) for k in range(2, 7)]  # calls 1 to 5

@@ -18,11 +18,14 @@ from torch import Tensor
 from piadm.interop.diffusers.probe import UnsupportedError
 
 #: All that is known of single networks, by the names of their arguments.  Positions and scales, tables of two axes that
-#: all rows share even where the first happens to be as long as the batch; conditions with several rows per network row,
-#: one per frame; and those of several layers, whose second axis has the rows.
+#: all rows share even where the first happens to be as long as the batch; what has one row for all, of any axes;
+#: conditions with several rows per network row, one per frame; and those of several layers, whose second axis has the
+#: rows.
 SHARED = (
     "img_ids", "txt_ids", "image_rotary_emb", "freqs_cis", "img_shapes", "txt_seq_lens", "control_hidden_states_scale",
+    "visual_rope_pos", "text_rope_pos",
 )  # fmt: skip
+SINGLE = ("padding_mask",)
 PER_FRAME = ("encoder_hidden_states", "encoder_hidden_states_image")
 PER_LAYER = ("encoder_hidden_states_llama3",)
 
@@ -222,7 +225,7 @@ class Slot:
             return table.flatten()[step]
         if path[-1] in PER_LAYER and table.ndim > 2 and table.shape[2] == total:
             return table.transpose(1, 2)[step, row].transpose(0, 1).contiguous()
-        shared = table.ndim <= 3 and bool(set(path) & set(SHARED))
+        shared = bool(set(path) & set(SHARED if table.ndim <= 3 else SINGLE))
         if table.ndim > 1 and not shared:
             if table.shape[1] == total:
                 return table[step, row]
