@@ -265,6 +265,15 @@ def test_from_diffusers_names_what_it_cannot_use() -> None:
         piadm.Denoiser.from_diffusers(network, df.IPNDMScheduler())
 
 
+@pytest.mark.parametrize("count", [3, 4, 5, 6])
+def test_equal_levels_are_equal_whatever_their_rounding(count: int) -> None:
+    # The last two calls are at one level, of which single precision leaves four digits.
+    scheduler = df.KDPM2AncestralDiscreteScheduler(**SCALED)
+    scheduler.set_timesteps(count)
+    found = levels(scheduler, scheduler.timesteps, probe(scheduler, scheduler.timesteps, {}).scales).sigmas
+    assert bool((found.diff() <= 0).all()) and float(found[-2]) == pytest.approx(0.0292, rel=1e-2)
+
+
 def test_first_calls_of_midpoint_steps_are_made_again() -> None:
     # They act only through the second ones: by a network that answers as it did, not at all.
     pipe = stable_diffusion(scheduler=df.KDPM2AncestralDiscreteScheduler(**SCALED, use_karras_sigmas=True))

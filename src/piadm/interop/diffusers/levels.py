@@ -129,6 +129,10 @@ def levels(scheduler: Any, times: Tensor, scales: Tensor) -> CallLevels:  # noqa
         found[:, :-1] = found[:, :-1].flip(0)
     if exploding:
         found[1, :-1] = (scales.pow(-2) - 1).sqrt()
+        # Near the data, single precision leaves little of the difference: of two equal levels the later may be larger.
+        least, rounding = found[1, :-1].cummin(0).values, 8 * torch.finfo(torch.float32).eps * scales.pow(-2)
+        equal = found[1, :-1].square() - least.square() <= rounding
+        found[1, :-1] = torch.where(equal, least, found[1, :-1])
     at = CallLevels(*found)
     try:
         grid_of(TimeGrid(range(at.count, -1, -1)), at, at.count)
