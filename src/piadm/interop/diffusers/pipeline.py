@@ -151,6 +151,7 @@ class Run:
         if self.rounds is None:
             return self.rehearsal.step(model_output, timestep, sample, *args, **more)
         self.ended_round = self.rounds.step(model_output)
+        self.rehearsal.again(sample)
         return replaced(self.rehearsal.result, self.rounds.end().to(self.rehearsal.result[0].dtype))
 
     def scale(self, sample: Tensor) -> Tensor:
@@ -167,7 +168,7 @@ class Run:
         """The loop begins: rehearse."""
         if self.rehearsal is not None:
             raise UnsupportedError(f"{self.name} loops over scheduler.timesteps more than once")
-        self.rehearsal = Rehearsal(self.scheduler, timesteps, self.parallel._outputs)
+        self.rehearsal = Rehearsal(self.scheduler, timesteps, self.parallel._outputs, (self.args, self.kwargs))
         self.rehearsing = True
 
     def turn_to_rounds(self) -> None:

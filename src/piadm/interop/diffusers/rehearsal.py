@@ -17,6 +17,7 @@ from torch import Tensor
 
 from piadm.integrators import Steps
 from piadm.interop.diffusers.arguments import Slot, copied, leaves, same, with_tensors
+from piadm.interop.diffusers.draws import Draws
 from piadm.interop.diffusers.fixed import Fixed
 from piadm.interop.diffusers.levels import CallLevels, Estimate, estimate, levels, steps
 from piadm.interop.diffusers.probe import UnsupportedError, probe, stepper
@@ -85,6 +86,7 @@ class Rehearsal:
         scheduler: the pipeline's scheduler, a copy of its own.
         timesteps: the steps, shape ``(J,)``.
         outputs: stand-ins for network outputs, known from earlier runs; added to.
+        given: the arguments of the pipeline's call.
 
     Attributes:
         evaluated: rows of each network that were evaluated, to learn the shape of its output.
@@ -93,7 +95,8 @@ class Rehearsal:
         result: what the scheduler's latest step returned.
     """
 
-    def __init__(self, scheduler: Any, timesteps: Tensor, outputs: StandIns) -> None:  # noqa: ANN401 - any scheduler
+    def __init__(self, scheduler: Any, timesteps: Tensor, outputs: StandIns, given: Any = ()) -> None:  # noqa: ANN401
+        self.draws, self.ended = Draws(given), False
         self.scheduler, self.timesteps, self.outputs = scheduler, timesteps, outputs
         self.unused = given_back(scheduler)
         self.generator = torch.Generator().manual_seed(0x5EED)
@@ -160,6 +163,7 @@ class Rehearsal:
         self.result = stepper(self.scheduler, keeping)(output, timestep, sample, **options)
         self.noise.append(drawn[0] if drawn else None)
         self.held = Held(self.scheduler, output, sample)
+        self.draws.keep()
 
     def _read(self, options: dict[str, Any]) -> None:
         """Read the scheduler, as it is with these options of ``step``."""
@@ -212,6 +216,19 @@ class Rehearsal:
             raise UnsupportedError("the pipeline changes other parts of the state after some steps than after others")
         if self.fixed is not None:
             self._set(self.fixed, marker[mask].float())
+
+    def again(self, sample: Tensor) -> None:
+        """The last step is made once more, the first time from what became of the rehearsal's last state.
+
+        Raises:
+            UnsupportedError: if the pipeline has left alone there what it sets after all other steps.
+        """
+        if self.fixed is not None and not self.ended:
+            left = sample[: self.batch] == self.marker[self.sources][: self.batch]
+            if bool((left & self.fixed.mask).any()):
+                raise UnsupportedError("the pipeline sets parts of the state after the other steps, not after the last")
+        self.ended = True
+        self.draws.put_back()
 
     def _as_before(self, key: str, options: dict[str, Any]) -> bool:
         """Whether an argument of the scheduler is what it was at the first step."""
