@@ -22,7 +22,7 @@ def normals(*shape: int, seed: int = 0) -> Tensor:
 
 def model(states: Tensor, most: float = 2.0, *, own: bool = False) -> LocalModel:
     bound = torch.ones(NODES, dtype=torch.float64)
-    return LocalModel(Learning(0 * bound, most * bound, bound, own), 0.25 * bound, states)
+    return LocalModel(Learning(0 * bound, most * bound, bound, bound, bound, own), 0.25 * bound, states)
 
 
 def observed(slope: Tensor, most: float = 2.0, *, own: bool = False) -> tuple[LocalModel, Tensor]:
@@ -54,6 +54,15 @@ def test_slopes_are_kept_within_their_bounds(slope: float, kept: float, own: boo
     assert torch.allclose(local.excess + 0.25, torch.full_like(local.excess, kept), rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_the_slope_along_a_move_is_measured_beyond_the_bounds(own: bool) -> None:
+    local, states = observed(torch.full((NODES * BATCH, 1), 5.0, dtype=torch.float64), own=own)  # kept at 2
+    rows, moved = torch.arange(NODES * BATCH), normals(NODES * BATCH, SIZE, seed=2)
+    _, _, along = local.observe(rows, moved, 3.0 * (moved - states))
+    assert torch.allclose(along, torch.full_like(along, 5.0 - 0.25), rtol=0, atol=1e-12)
+    assert local.observe(rows, moved, 0 * moved)[2].isnan().all()  # no move
+
+
 def test_coordinates_of_different_slopes_are_told_apart() -> None:
     """Ever better with every evaluation: what one leaves of a coordinate's error is at most ``r/(r + its share)``."""
     slope = torch.linspace(0.1, 1.9, SIZE, dtype=torch.float64)
@@ -69,8 +78,8 @@ def test_coordinates_of_different_slopes_are_told_apart() -> None:
 
 
 def test_a_coordinate_that_has_not_moved_keeps_what_all_have_in_common() -> None:
-    rows, bound = torch.arange(NODES * BATCH), torch.ones(NODES, dtype=torch.float64)
-    local = LocalModel(Learning(0 * bound, 2 * bound, bound, own=True), 0.25 * bound, normals(NODES, BATCH, SIZE))
+    rows = torch.arange(NODES * BATCH)
+    local = model(normals(NODES, BATCH, SIZE), own=True)
     start = local.seen.clone()
     local.observe(rows, start, torch.zeros_like(start))
     moved = start + torch.tensor([0.0, *[1.0] * (SIZE - 1)], dtype=torch.float64)
@@ -80,7 +89,7 @@ def test_a_coordinate_that_has_not_moved_keeps_what_all_have_in_common() -> None
 
 def test_equal_bounds_learn_nothing() -> None:
     bound = torch.full((NODES,), 0.25, dtype=torch.float64)
-    assert not LocalModel(Learning(bound, bound, bound), bound, normals(NODES, BATCH, SIZE)).learns
+    assert not LocalModel(Learning(*[bound] * 5), bound, normals(NODES, BATCH, SIZE)).learns
 
 
 def test_a_step_too_short_for_the_networks_rounding_teaches_no_slope() -> None:
@@ -94,7 +103,7 @@ def test_surprise_and_stride_are_root_mean_squares() -> None:
     local, states = observed(torch.full((NODES * BATCH, 1), 0.5, dtype=torch.float64))
     rows, moved = torch.tensor([2, 11]), torch.tensor([2.0, 3.0], dtype=torch.float64)
     innovation = torch.tensor([[3.0, 0, 0, 0, 0, 0, 0], [0.125] * 7], dtype=torch.float64)
-    surprise, stride = local.observe(rows, states[rows] + moved[:, None], innovation)
+    surprise, stride, _ = local.observe(rows, states[rows] + moved[:, None], innovation)
     assert torch.allclose(stride, moved, rtol=1e-13, atol=0)
     assert torch.allclose(surprise, torch.tensor([3 / 7**0.5, 0.125], dtype=torch.float64), rtol=1e-13, atol=0)
 

@@ -49,7 +49,8 @@ class PathRun:
 
     def choose(self) -> Flags:
         """The rows of the next round, ``(n, B)``."""
-        chosen: Flags = self.rows.choose(self.path.outlook.expected * self.rule.growth, self.rounds) & self.going
+        matter = self.path.outlook.expected * self.path.amplification.factor * self.rule.growth
+        chosen: Flags = self.rows.choose(matter, self.rounds) & self.going
         return chosen
 
     def judge(self, tally: Tally, active: Flags, movement: Movement) -> None:

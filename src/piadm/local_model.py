@@ -37,6 +37,8 @@ class Learning:
         least: smallest slope dD/dx.
         most: largest slope; equal bounds learn nothing.
         rate: surprise per drift that is assumed before anything was learnt.
+        alpha: scale of the data.
+        clock: ``p ln(alpha/sigma)``, ``p`` as in ``Amplification``.
         own: whether every coordinate has a slope of its own.
         resolution: relative change of a state below which the network's dtype cannot resolve it.
     """
@@ -44,12 +46,15 @@ class Learning:
     least: Tensor
     most: Tensor
     rate: Tensor
+    alpha: Tensor
+    clock: Tensor
     own: bool = False
     resolution: float = 0.0
 
     def at(self, indices: Tensor) -> Learning:
         """That of some steps."""
-        return replace(self, least=self.least[indices], most=self.most[indices], rate=self.rate[indices])
+        tables = {name: getattr(self, name)[indices] for name in ("least", "most", "rate", "alpha", "clock")}
+        return replace(self, **tables)
 
 
 class LocalModel:
@@ -94,8 +99,9 @@ class LocalModel:
                 learnt from it: the state may still be far from where the iteration ends.
 
         Returns:
-            Surprise ``RMS(s)``, not finite where ``s`` was not, and stride ``RMS(x - x_seen)``, ``(2, r)``; a stride of
-            0 where it is below the network's resolution, and the innovation nothing but rounding.
+            Shape ``(3, r)``: surprise ``RMS(s)``, not finite where ``s`` was not; stride ``RMS(x - x_seen)``, 0 where
+            it is below the network's resolution, and the innovation nothing but rounding; and the secant slope along
+            the move less ``G``, not clamped, NaN where the move is too short or the row was not known.
         """
         dx, old, size = states - self.seen[rows], self.excess[rows], states.shape[1]
         surprise = innovation.square().sum(1)
@@ -107,13 +113,17 @@ class LocalModel:
         far = across > max(LEAST_STRIDE, self.resolution) ** 2 * square
         stride = across * (across > self.resolution**2 * square)
         length = across.where(far, torch.ones_like(across))
-        slope = (old + (dx * innovation).sum(1, keepdim=True) / length).clamp_(least, most)
+        change = (dx * innovation).sum(1, keepdim=True) / length
+        along = change + ((old * dx).mul_(dx).sum(1, keepdim=True) / length if self.own else old)
+        slope = (old + change).clamp_(least, most)
         if self.own:
             left = torch.addcmul(innovation, slope - old, dx, value=-1)
             slope = (slope + left.mul_(dx).div_(dx.square().add_(RIDGE / size * length))).clamp_(least, most)
-        self.excess[rows] = torch.where(far & (self.known[rows] & finite)[:, None], slope, old)
+        learnt = far & (self.known[rows] & finite)[:, None]
+        self.excess[rows] = torch.where(learnt, slope, old)
         self.seen[rows], self.known[rows] = states, finite
-        return torch.stack([surprise, stride[:, 0]]).div_(size).sqrt_()
+        lengths = torch.stack([surprise, stride[:, 0]]).div_(size).sqrt_()
+        return torch.cat([lengths, torch.where(learnt, along, torch.nan).mT])
 
     def follow(
         self,

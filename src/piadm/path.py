@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from piadm.activity import Outlook
+from piadm.amplification import Amplification
 from piadm.condense import CondensedPath
 from piadm.interpolation import Interpolation
 from piadm.local_model import Learning, LocalModel
@@ -76,6 +77,9 @@ class ParallelPath:
         own = self.local is not None and self.local.own
         self.sweeps = SWEEPS if own or path.response[:-1, 0].triu(1).any() else 0
         self.outlook = Outlook(np.ones(path.count) if learning is None else learning.rate.numpy(), self.batch)
+        nothing = torch.zeros(path.count, dtype=torch.float64, device="cpu")
+        alpha, clock = (nothing, nothing) if learning is None else (learning.alpha, learning.clock)
+        self.amplification = Amplification(alpha.numpy(), clock.numpy(), path.slopes.numpy(), self.batch)
 
     def _matrix(self, matrix: Tensor) -> Tensor:
         return matrix.to(self.device, self.dtype)
@@ -156,7 +160,9 @@ class ParallelPath:
         innovation.mul_(self.local.excess.view(n, self.batch, -1)[places])
         residual.index_add_(0, places, innovation)
         self.follow(places.expand(self.batch, -1), innovation.transpose(0, 1))
-        self.outlook.inherit(old.numpy(), coarse.outlook, keep.cpu().numpy() if isinstance(keep, Tensor) else keep)
+        kept = keep.cpu().numpy() if isinstance(keep, Tensor) else keep
+        self.outlook.inherit(old.numpy(), coarse.outlook, kept)
+        self.amplification.inherit(old.numpy(), coarse.amplification, kept)
         self.outlook.look(host(self.local.drift(self.rows).view(len(old), self.batch)))
 
     def unlearn(self) -> None:
@@ -168,3 +174,4 @@ class ParallelPath:
         self.residual.view(-1, self.batch, self.size)[:, lost] = 0
         self.local.forget(lost, self.nodes)
         self.outlook = Outlook(self.outlook.assumed[:, 0], self.batch)
+        self.amplification.forget()

@@ -195,7 +195,14 @@ def resolve(
         steps=scheme,
         slopes=slopes,
         prior=(jacobian, (1 - jacobian * alpha) * checked.data_mean),
-        learning=Learning(*bounds, rate, isinstance(chosen, DiagonalSecant), resolution(checked.network)),
+        learning=Learning(
+            *bounds,
+            rate,
+            alpha,
+            clock if noisy else 0.5 * clock,  # of the log-SNR, twice ln(alpha/sigma)
+            isinstance(chosen, DiagonalSecant),
+            resolution(checked.network),
+        ),
         clock=clock,
         importance=importance,
         nodes=with_readings(first, importance),

@@ -84,9 +84,9 @@ class Turn:
         self.path, self.active = path, active
         self.rows = rows = _Rows.of(active, path.device)
         self.numbers = rows.node * path.batch + rows.sample
-        # The innovations, as in ``LocalModel.follow``; the surprise and the stride of every row.
+        # The innovations, as in ``LocalModel.follow``; and what ``LocalModel.observe`` returns of every row.
         self.innovation = path.state.new_zeros(*rows.places.shape, path.size)
-        self.measured = path.state.new_zeros(2, path.path.count * path.batch)
+        self.measured = path.state.new_zeros(3, path.path.count * path.batch)
         self.request = Request(path.numbers[rows.sample], path.times[rows.node], self._fetch, self._store)
 
     def _fetch(self, part: slice) -> Tensor:
@@ -135,16 +135,17 @@ class Turn:
     def finish(self, numbers: Table) -> Movement:
         """Update the outlook by the numbers of ``follow``, copied to the host, and return what the round changed."""
         path = self.path
-        of_rows, of_end, left = np.split(numbers, np.cumsum([3 * self.active.size, 3 * path.batch]))
-        surprise, stride, distance = of_rows.reshape(3, path.path.count, path.batch)
+        of_rows, of_end, left = np.split(numbers, np.cumsum([4 * self.active.size, 3 * path.batch]))
+        surprise, stride, excess, distance = of_rows.reshape(4, path.path.count, path.batch)
         lost: Flags = self.active & ~np.isfinite(surprise)
         surprise = np.where(lost, 0.0, surprise)
         path.outlook.learn(self.active & ~lost, surprise, stride)
         path.outlook.forget(lost)
+        path.amplification.learn(np.where(self.active, excess, np.nan))
         path.outlook.look(distance)
         moved, rounding, size = of_end.reshape(3, path.batch)
         sizes, apart = np.split(left.reshape(-1, path.batch), [-1])
         error = np.zeros_like(moved) if path.interpolation is None else path.interpolation.error(sizes, apart[0])
         first = self.active.argmax(0)[None]
         failed: Flags = ~np.isfinite(moved) | np.take_along_axis(lost, first, 0)[0]
-        return Movement(surprise, moved, error, rounding, size, lost, failed)
+        return Movement(surprise, moved, error * path.amplification.factor.max(0), rounding, size, lost, failed)
