@@ -12,6 +12,7 @@ from piadm.condense import weights_on_end
 from piadm.interpolation import RoughInterpolation, SmoothInterpolation, smooth_rows
 from piadm.models import GaussianDenoiser
 from piadm.nodes import left_out
+from piadm.ripples import no_ripples
 from piadm.settings import SampleSettings, resolve
 
 SCHEDULE = piadm.VPSchedule()
@@ -48,7 +49,7 @@ def test_with_too_few_nodes_the_error_is_unknown() -> None:
     for kind in (SmoothInterpolation, RoughInterpolation):
         for count, known in ((kind.fewest - 1, False), (kind.fewest, True)):
             rows = torch.zeros(2 + 3 * count, count).double()
-            found = kind(rows, None).error(np.zeros((len(rows), 3)), np.zeros(3))
+            found = kind(rows, None, no_ripples).error(np.zeros((len(rows), 3)), np.zeros(3))
             assert found.tolist() == [0.0 if known else np.inf] * 3
 
 

@@ -91,7 +91,8 @@ class _Batch:
                 take_over(path, few, *opened)
             yield from self._open(few, path, rule)
             opened = few, path
-        path = builder.guess(nodes, samples, references[-1], free.pop(), builder.interpolation(nodes, references[-1]))
+        judged = builder.interpolation(nodes, samples, references[-1])
+        path = builder.guess(nodes, samples, references[-1], free.pop(), judged)
         if opened is not None:
             take_over(path, nodes, *opened)
             self.tally.end[path.numbers] = path.end[:, 0]
@@ -113,7 +114,7 @@ class _Batch:
         for level in levels:
             again = self._next(level, busy)
             if again.any():
-                following.append(level.finer(again))
+                following += [level.finer(nodes, part) for nodes, part in level.next_nodes(again)]
                 busy = True
             if not self.over and (level.going or level.waiting.any()):
                 following.append(level)
@@ -128,7 +129,7 @@ class _Batch:
             return np.zeros_like(waiting)
         if self.builder.problem.executor.team.lockstep:  # others may have less room
             return waiting
-        nodes = self.builder.settings.finer(level.nodes).count
+        nodes = max(nodes.count for nodes, _ in level.next_nodes(waiting))
         most = fitting(int(waiting.sum()), path.device, path.dtype, nodes, path.size)
         return waiting & (waiting.cumsum() <= (most if busy else max(1, most)))
 

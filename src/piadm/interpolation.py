@@ -7,6 +7,7 @@ on whether the path is rough with noise (SDE) or smooth (ODE).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, final
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from piadm.memo import memoized
 from piadm.nodes import NodeSet, left_out, thin
 from piadm.numerics import Table
+from piadm.ripples import missed
 
 #: SDE: estimated error per RMS of the change of the end with half of the nodes and without averages.  It was 0.03 to
 #: 0.24 times, but 0.4 and more for one sample in five of a network with autoguidance; on mixtures 0.2 and 0.04.  What
@@ -48,11 +50,14 @@ class Interpolation(ABC):
         coarse_end: end of the path on a node set of half as many nodes, shape ``(B, d)``; None: that was not solved.
             Its distance also contains the network's response to the difference.  The error is taken to be at least the
             distance, which is what it is if doubling the nodes halves the error.
+        ripples: what ripples from step to step leave, as far as it was measured, shape ``(B,)``; it is independent of
+            the rest: their squares add.
     """
 
     fewest: ClassVar[int]
     rows: Tensor
     coarse_end: Tensor | None
+    ripples: Callable[[], Table]
 
     @np.errstate(all="ignore")  # the stopping rule reports a network that fails
     def error(self, sizes: Table, apart: Table) -> Table:
@@ -63,7 +68,7 @@ class Interpolation(ABC):
             apart: RMS distance from ``coarse_end``, shape ``(B,)``; 0 where there is none.
         """
         unknown = self.rows.shape[1] < self.fewest
-        found: Table = np.maximum(apart, np.inf if unknown else self._estimate(sizes))
+        found: Table = np.hypot(np.maximum(apart, np.inf if unknown else self._estimate(sizes)), self.ripples())
         return found
 
     @abstractmethod
@@ -148,16 +153,8 @@ def _changes(nodes: NodeSet, halves: list[NodeSet], node_influence: Tensor, step
 def _ripples(nodes: NodeSet, clock: Tensor, order: int, step_influence: Tensor) -> Tensor:
     """The effect of independent ripples at the nodes on the end, one row per node, shape ``(n, n)``: their squares add.
 
-    At a step between nodes a ripple ``r_j`` is missed and an interpolated one takes its place, so that at the end
-
-        e^2 = sum_i ( (sum_j w_j W_ji)^2 + sum_{j about i} w_j^2 ) r_i^2,      w_j: influence of step ``j`` on the end
-
-    summed over steps that are not nodes.  ``r_i`` is the residual at a node less its interpolation from others.
+    Their size is the residual at a node less its interpolation from others (``missed`` has the equation).
     """
-    between = step_influence.clone()
-    between[nodes.indices] = 0
-    middles = (nodes.indices[1:] + nodes.indices[:-1] + 1) // 2
-    nearest = torch.searchsorted(middles, torch.arange(len(step_influence), device="cpu"), right=True)
-    squares = (between @ nodes.weights).square().index_add(0, nearest, between.square())
     lacks = left_out(nodes, clock, order)
-    return (squares / lacks.square().sum(1).clamp(min=1.0)).sqrt()[:, None] * lacks
+    squares = missed(nodes, step_influence) / lacks.square().sum(1).clamp(min=1.0)
+    return squares.sqrt()[:, None] * lacks

@@ -12,6 +12,7 @@ from piadm.activity import ActiveRows
 from piadm.executor import Asking, drive
 from piadm.numerics import Flags, Table, host
 from piadm.path import ParallelPath
+from piadm.probe import Probe
 from piadm.stopping import StoppingRule, Verdict
 from piadm.tally import Tally
 from piadm.turn import Movement, Turn
@@ -25,6 +26,7 @@ class PathRun:
         rows: chooses the rows of every round.
         rule: judges every sample after every round.
         failed: which of the samples had failed before, shape ``(B,)``.
+        probe: rows of its first round beside those of the path; None: there are none.
 
     Attributes:
         samples: number of each sample in the whole batch, shape ``(B,)``.
@@ -34,8 +36,10 @@ class PathRun:
         spent: whether the last round found no row to evaluate.
     """
 
-    def __init__(self, path: ParallelPath, rows: ActiveRows, rule: StoppingRule, failed: Flags) -> None:
-        self.path, self.rows, self.rule, self.rounds = path, rows, rule, 0
+    def __init__(
+        self, path: ParallelPath, rows: ActiveRows, rule: StoppingRule, failed: Flags, probe: Probe | None = None
+    ) -> None:
+        self.path, self.rows, self.rule, self.probe, self.rounds = path, rows, rule, probe, 0
         self.samples = path.samples.numpy()
         self.verdict = np.where(failed, Verdict.NONFINITE, Verdict.GO_ON)
         self.handed = np.zeros_like(failed)
@@ -92,12 +96,17 @@ def one_round(tally: Tally, runs: Sequence[PathRun]) -> Asking[None]:
     tally.peak_states = max(tally.peak_states, sum(active.size for active in chosen))
     began = time.perf_counter()
     turns = [Turn(run.path, active) for run, active in zip(runs, chosen, strict=True)]
-    yield from tally.problem.executor.ask([turn.request for turn in turns])
-    tables = _to_host(turns)
+    probes = [run.probe for run in runs if run.probe is not None]
+    asked: list[Turn | Probe] = [*turns, *probes]
+    yield from tally.problem.executor.ask([one.request for one in asked])
+    tables = _to_host(asked)
     seconds = time.perf_counter() - began
-    samples, rows = [], []
-    for run, turn, numbers in zip(runs, turns, tables, strict=True):
+    for probe, numbers in zip(probes, tables[len(turns) :], strict=True):
+        probe.finish(numbers)
+    samples, rows = [], [probe.samples.numpy() for probe in probes]
+    for run, turn, numbers in zip(runs, turns, tables[: len(turns)], strict=True):
         run.judge(tally, turn.active, turn.finish(numbers))
+        run.probe = None
         samples.append(run.samples[turn.active.any(0)])
         rows.append(np.broadcast_to(run.samples, turn.active.shape)[turn.active])
     evaluated = torch.from_numpy(np.concatenate(rows))
@@ -109,9 +118,9 @@ def one_round(tally: Tally, runs: Sequence[PathRun]) -> Asking[None]:
     tally.round(torch.from_numpy(np.concatenate(samples)), evaluated)
 
 
-def _to_host(turns: Sequence[Turn]) -> list[Table]:
+def _to_host(asked: Sequence[Turn | Probe]) -> list[Table]:
     """Solve for all paths and copy their numbers to the host, in the round's only synchronisation."""
-    found = [turn.follow() for turn in turns]
+    found = [one.follow() for one in asked]
     return np.split(host(torch.cat(found)), np.cumsum([len(numbers) for numbers in found[:-1]]))
 
 

@@ -20,8 +20,10 @@ from piadm.linearization import Gaussian
 from piadm.nodes import NodeSet, every_step
 from piadm.numerics import Flags, Table
 from piadm.path import ParallelPath
+from piadm.probe import Probe
 from piadm.problem import Problem
 from piadm.reference import free_states
+from piadm.ripples import Ripples, no_ripples
 from piadm.settings import TURNS_PER_NODE, SampleSettings
 from piadm.stopping import (
     FINER_ROUGH,
@@ -45,6 +47,10 @@ BESIDE = 0.1
 
 #: Stands for an unbounded data variance, relative to ``data_variance``.
 BOUNDLESS = 1e12
+
+#: A sample goes on to every step where ripples would leave more than this share of its aim on the next node set: with
+#: twice as many nodes independent ones leave 0.7 of what they left.
+RIPPLED = 0.5
 
 #: A sample that oscillated is close to a border between two outcomes, where small errors decide: on finer nodes its aim
 #: is divided by this.  Of two such samples one ended on the wrong side with the common aim, none with a quarter of it.
@@ -102,17 +108,34 @@ class Builder:
         alpha, sigma = (float(level) for level in denoiser.schedule.levels(self.settings.grid.times[-1:]))
         return alpha, math.hypot(alpha, sigma / math.sqrt(denoiser.data_variance))
 
+    @cached_property
+    def ripples(self) -> Ripples | None:
+        """Those of all samples from step to step; None: every step is a node before they could be measured.
+
+        They are measured on the first node set of the SDE, where noise hides them, and on the first finer one of the
+        ODE, where samples that show ripples go on to.
+        """
+        settings, denoiser = self.settings, self.problem.denoiser
+        nodes = settings.nodes if settings.noisy or not settings.refinable else settings.finer(settings.nodes)
+        if nodes.count == settings.steps.count:
+            return None
+        scale = denoiser.coefficients(settings.steps.times)[1].abs()
+        on_end = weights_on_end(settings.steps, settings.prior[0])
+        return Ripples(nodes, settings.steps.times, settings.clock, scale, on_end, self.problem.batch)
+
     def interpolation(
-        self, nodes: NodeSet, reference: CondensedPath, coarse_end: Tensor | None = None
+        self, nodes: NodeSet, samples: Tensor, reference: CondensedPath, coarse_end: Tensor | None = None
     ) -> Interpolation | None:
         """Estimates the interpolation error, propagated to the end by the reference; None: all steps are nodes."""
         settings = self.settings
         if nodes.count == settings.steps.count:
             return None
         acting, on_end = reference.response[-1, 0], weights_on_end(settings.steps, settings.prior[0])
+        ripples = no_ripples if self.ripples is None else self.ripples.on(nodes, samples)
+        given = nodes, settings.clock, settings.order, acting, on_end
         if settings.noisy:
-            return RoughInterpolation(rough_rows(nodes, settings.clock, settings.order, acting, on_end), coarse_end)
-        return SmoothInterpolation(smooth_rows(nodes, settings.clock, settings.order, acting, on_end), coarse_end)
+            return RoughInterpolation(rough_rows(*given), coarse_end, ripples)
+        return SmoothInterpolation(smooth_rows(*given), coarse_end, ripples)
 
     def rule(
         self, nodes: NodeSet, reference: CondensedPath, aim: Table, coarse: CoarseRecord | None = None
@@ -180,7 +203,9 @@ class Level:
     ) -> None:
         self.builder, self.nodes, self.path, self.rule = builder, nodes, path, rule
         self.rows = builder.active_rows(nodes.count, rule.threshold)
-        self.run = PathRun(path, self.rows, rule, failed)
+        ripples = builder.ripples
+        probe = Probe(ripples, path) if ripples is not None and ripples.wanted(nodes, path.samples) else None
+        self.run = PathRun(path, self.rows, rule, failed, probe)
 
     @property
     def going(self) -> bool:
@@ -194,15 +219,24 @@ class Level:
         found: Flags = (run.verdict == Verdict.REFINE) & ~run.handed & refines
         return found
 
-    def finer(self, again: Flags) -> Level:
+    def next_nodes(self, some: Flags) -> list[tuple[NodeSet, Flags]]:
+        """Finer nodes for some of them ``(B,)``: every step where ripples would be too large on twice as many."""
+        settings, ripples = self.builder.settings, self.builder.ripples
+        finer, steps = settings.finer(self.nodes), every_step(settings.steps.count)
+        blind = np.zeros_like(some)
+        if ripples is not None and finer.count < steps.count:
+            blind = ripples.on(finer, self.path.samples)() > RIPPLED * self.rule.aim
+        parts = (finer, some & ~blind), (steps, some & blind)
+        return [(nodes, part) for nodes, part in parts if part.any()]
+
+    def finer(self, nodes: NodeSet, again: Flags) -> Level:
         """Some of them that have not failed, ``again (B,)``, on finer nodes, from where they are on these."""
         builder, keep, path = self.builder, torch.from_numpy(again), self.path
-        nodes, samples = builder.settings.finer(self.nodes), path.samples[keep]
-        reference = builder.reference(nodes)
+        samples, reference = path.samples[keep], builder.reference(nodes)
         aim = np.where(self.rule.circling, builder.settings.aim / CARE, self.rule.aim)[again]
         rule = builder.rule(nodes, reference, aim, self.rule.record(again))
         there = keep.to(path.device)
-        judged = builder.interpolation(nodes, reference, path.end[there, 0])
+        judged = builder.interpolation(nodes, samples, reference, path.end[there, 0])
         free = builder.free(samples, [reference]).pop()
         fine = builder.guess(nodes, samples, reference, free, judged)
         take_over(fine, nodes, self.nodes, path, there)
