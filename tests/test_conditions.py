@@ -154,3 +154,12 @@ def test_guidance_and_padding_reach_what_is_nested(pad: bool) -> None:
 def test_what_has_no_rows_is_itself() -> None:
     condition = {"a": [1, {"b": "c"}], "d": np.array(["e"])}
     assert with_rows(condition, lambda value, name: pytest.fail(name)) is condition
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_rows_of_several_shapes_are_refused(layout: torch.layout) -> None:
+    ragged = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)], layout=layout)
+    denoiser = piadm.Denoiser(lambda x, t, a: pytest.fail("the network was called"), VP, "sample")
+    with pytest.raises(TypeError, match=r"condition\['a'\] must have rows of one shape, got a nested tensor"):
+        piadm.sample(denoiser, (2, 4), condition={"a": ragged})
