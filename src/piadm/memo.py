@@ -70,7 +70,7 @@ def _remember(result: object, key: bytes) -> None:
     """Note the key of a dataclass, or of each of several, unless it is an argument that was returned as it is."""
     for place, one in enumerate(result if isinstance(result, (tuple, list)) else [result]):
         if is_dataclass(one) and _origin(one) is None:
-            weakref.finalize(one, _origins.pop, id(one), None)
+            weakref.finalize(one, _origins.pop, id(one), None).atexit = False
             _origins[id(one)] = weakref.ref(one), key + bytes([place])
 
 

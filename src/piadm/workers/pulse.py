@@ -136,7 +136,7 @@ class Pulse:
             except RuntimeError as error:
                 # The others wait for this rank as long as it evaluates rows: one of them has not ended in peace.
                 if not self.verdict and self.sign.doing not in ("", BETWEEN):
-                    self.verdict = _STORE_GONE + str(error).splitlines()[0]
+                    self.verdict = _STORE_GONE + str(error).partition("\n")[0]
             if self.verdict and self.sign.doing and self._runner is not None:
                 signal.pthread_kill(self._runner, signal.SIGINT)
                 self._runner = None
