@@ -74,11 +74,30 @@ def test_data_far_wider_than_told_do_not_pass_for_converged(schedule: piadm.Nois
     assert int((errors > 0.1).sum()) <= 1
 
 
-def moved(surprise: Table, end: Table, interpolation: Table) -> Movement:
+def moved(surprise: Table, end: Table, interpolation: Table, amplification: float = 1.0) -> Movement:
     """A round of samples of any size, of which no row was lost."""
     nothing = np.zeros_like(end)
     lost = np.zeros_like(surprise, dtype=bool)
-    return Movement(surprise, end, interpolation, nothing, nothing + 99, lost=lost, failed=lost[0])
+    return Movement(surprise, end, interpolation, nothing, nothing + amplification, nothing + 99, lost, lost[0])
+
+
+@pytest.mark.parametrize("refinable", [True, False])
+def test_amplified_errors_are_held_to_the_same_aim(refinable: bool) -> None:
+    def judged(amplification: float) -> tuple[float, stopping.Verdict]:
+        rule = stopping.CarriedResidual(
+            np.ones(2), np.full((2, 1), 1e-9), 1.0, aim=np.ones(1), refinable=refinable, exact_after=math.inf,
+            caution=stopping.Caution(),
+        )  # fmt: skip
+        for number in range(4):
+            heard = np.full((2, 1), 0.1 * 0.1**number)
+            movement = moved(heard, np.full(1, 1e-9), np.full(1, 0.3), amplification)
+            error, verdict = rule.judge(movement, 0.1 * heard)
+        return float(error[0]), stopping.Verdict(int(verdict[0]))
+
+    once, often = judged(1.0), judged(10.0)
+    assert once[0] == pytest.approx(0.3, rel=1e-4) and often[0] == pytest.approx(10 * once[0])
+    assert once[1] is stopping.Verdict.DONE
+    assert often[1] is (stopping.Verdict.REFINE if refinable else stopping.Verdict.GO_ON)
 
 
 def test_the_interpolation_error_of_a_slow_sample_is_doubted() -> None:

@@ -57,7 +57,7 @@ def judged(rule: stopping.CarriedResidual, size: float, moved: float = 0.0) -> t
     """What the rule says of a sample of that size whose rows have settled."""
     heard = np.full((2, 1), moved)
     nothing, no = np.zeros(1), np.zeros((2, 1), bool)
-    movement = Movement(heard, np.full(1, moved), nothing, nothing, np.full(1, size), lost=no, failed=no[0])
+    movement = Movement(heard, np.full(1, moved), nothing, nothing, np.ones(1), np.full(1, size), no, no[0])
     error, verdict = rule.judge(movement, heard)
     return float(error[0]), stopping.Verdict(int(verdict[0]))
 

@@ -183,7 +183,7 @@ class CarriedResidual:
     rounds, measures the cancellation, and every round contracts ``m`` by a factor ``rho``: the remaining error is
     estimated by the geometric series ``c m/(1 - rho)``; rows that have settled enter without the factor 1/(1 - rho).
     The interpolation error, estimated by the path and increased for slow samples, is taken to be orthogonal to it:
-    the squares add.  Rounding is added to both.  No estimate is made before every row has been evaluated.  A sample
+    the squares add.  Near a border between two outcomes both are multiplied (``Amplification``).  Rounding is added.  No estimate is made before every row has been evaluated.  A sample
     that oscillates is sent to finer nodes, in the end to every step, where the iteration must terminate; so is one
     that is larger than ``data_variance`` says and has too few nodes for its size.  If its ends on two node sets are
     further apart than predicted, or it is far smaller than ``data_variance`` says, its rows settle later (``growth``).
@@ -288,12 +288,13 @@ class CarriedResidual:
         exact = still | (reached & (self.rounds >= self.exact_after))
         wide, aim = self._measure(movement.size)
         settled = self.caution.settled * aim
-        left = np.where(exact, settled, self._iteration_error(movement, expected, reached))
+        left = np.where(exact, settled, movement.amplification * self._iteration_error(movement, expected, reached))
         # A contraction that was seen once may be chance: the error is at least the last change.
         iteration = np.maximum(left, movement.end)
-        interpolation = movement.interpolation * np.exp2(np.clip(self.passed - self.caution.calm, 0, MOST_DOUBLINGS))
+        amplified = movement.interpolation * movement.amplification
+        interpolation = amplified * np.exp2(np.clip(self.passed - self.caution.calm, 0, MOST_DOUBLINGS))
         error = np.hypot(iteration, interpolation) + movement.rounding
-        self._compare(movement.interpolation)
+        self._compare(amplified)
 
         ripe = still | (self.rounds >= self.caution.earliest)
         # Finer nodes are for paths that have nearly converged: others would take their errors along.

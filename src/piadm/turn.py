@@ -27,6 +27,8 @@ class Movement:
         interpolation: estimated RMS error at the end of the path that interpolation between the nodes leaves,
             shape ``(B,)``.
         rounding: what rounding of the states may leave at the end of the path, shape ``(B,)``.
+        amplification: factor by which errors of the iteration and of the interpolation may grow on their way to the
+            end, beyond what their influence says, shape ``(B,)``.
         size: RMS distance of the end from the mean that ``data_mean`` gives, shape ``(B,)``.
         lost: which rows the network answered with a value that is not finite, shape ``(n, B)``.
         failed: samples whose end is not finite, or whose first row of the round was lost: all rows before it had
@@ -37,6 +39,7 @@ class Movement:
     end: Table
     interpolation: Table
     rounding: Table
+    amplification: Table
     size: Table
     lost: Flags
     failed: Flags
@@ -148,4 +151,5 @@ class Turn:
         error = np.zeros_like(moved) if path.interpolation is None else path.interpolation.error(sizes, apart[0])
         first = self.active.argmax(0)[None]
         failed: Flags = ~np.isfinite(moved) | np.take_along_axis(lost, first, 0)[0]
-        return Movement(surprise, moved, error * path.amplification.factor.max(0), rounding, size, lost, failed)
+        amplification = path.amplification.factor.max(0)
+        return Movement(surprise, moved, error, rounding, amplification, size, lost, failed)
