@@ -96,8 +96,7 @@ def test_amplified_errors_are_held_to_the_same_aim(refinable: bool) -> None:
 
     once, often = judged(1.0), judged(10.0)
     assert once[0] == pytest.approx(0.3, rel=1e-4) and often[0] == pytest.approx(10 * once[0])
-    assert once[1] is stopping.Verdict.DONE
-    assert often[1] is (stopping.Verdict.REFINE if refinable else stopping.Verdict.GO_ON)
+    assert (once[1], often[1]) == (stopping.Verdict.DONE, stopping.Verdict.REFINE)
 
 
 def test_the_interpolation_error_of_a_slow_sample_is_doubted() -> None:

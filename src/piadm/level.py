@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from piadm.activity import PATIENCE, SlidingWindow
+from piadm.clipped import ClippedWalk
 from piadm.condense import CondensedPath, condense, weights_on_end
 from piadm.cost import TimedWindow, latency
+from piadm.integrators import AffineSteps
 from piadm.interpolation import Interpolation, RoughInterpolation, SmoothInterpolation, rough_rows, smooth_rows
 from piadm.iteration import PathRun
 from piadm.linearization import Gaussian
@@ -105,7 +107,19 @@ class Builder:
         """The path of some samples, at the reference model's own solution."""
         learning = self.settings.learning.at(nodes.indices) if learns else None
         path, centre = self.condensed(nodes, reference), self.ending[0] * self.problem.denoiser.data_mean
-        return ParallelPath(path, free, samples, reference, interpolation, learning, centre)
+        return ParallelPath(path, free, samples, reference, interpolation, learning, centre, self._walk(nodes, samples))
+
+    def _walk(self, nodes: NodeSet, samples: Tensor) -> ClippedWalk | None:
+        """Follows the steps of some samples if they clip."""
+        settings, problem = self.settings, self.problem
+        if settings.excess is None or not isinstance(settings.steps, AffineSteps):
+            return None
+        start = problem.start[samples.to(problem.start.device)]
+        some = None if len(samples) == problem.batch else samples
+        return ClippedWalk(
+            settings.excess, settings.steps, settings.slopes, settings.prior, nodes, start,
+            lambda first, last: problem.noise.path(first, last, some),
+        )  # fmt: skip
 
     @cached_property
     def ending(self) -> tuple[float, float]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from piadm.activity import Outlook
 from piadm.amplification import Amplification
+from piadm.clipped import ClippedWalk
 from piadm.condense import CondensedPath
 from piadm.interpolation import Interpolation
 from piadm.local_model import Learning, LocalModel
@@ -49,6 +50,7 @@ class ParallelPath:
         learning: what the local model may learn at the nodes; None: residuals are constants and there is no
             outlook, as a fixed number of rounds needs none.
         centre: mean of the end according to ``data_mean``, about which its size is measured.
+        walk: follows evaluations where steps clip; None: they do not.
     """
 
     def __init__(
@@ -60,8 +62,9 @@ class ParallelPath:
         interpolation: Interpolation | None = None,
         learning: Learning | None = None,
         centre: float = 0.0,
+        walk: ClippedWalk | None = None,
     ) -> None:
-        self.samples, self.interpolation, self.centre = samples, interpolation, centre
+        self.samples, self.interpolation, self.centre, self.walk = samples, interpolation, centre, walk
         self.path, self.batch, self.size = path, len(samples), free.shape[1] // len(samples)
         self.dtype, self.device = free.dtype, free.device
         self.numbers, self.times = samples.to(self.device), path.times.to(self.device)
@@ -109,6 +112,9 @@ class ParallelPath:
 
     def solve(self) -> None:
         """The recurrence of constant residuals: ``x <- q + P R``."""
+        if self.walk is not None:
+            self._walk(self.walk, self.residual.new_zeros(self.path.count, self.batch, 1))
+            return
         with full_precision(self.device):
             torch.addmm(self.free, self.response, self.residual, out=self.state)
 
@@ -126,6 +132,9 @@ class ParallelPath:
         if self.local is None or not self.local.learns:
             self.solve()
             return
+        if self.walk is not None:
+            self._walk(self.walk, self.local.excess.view(self.path.count, self.batch, -1))
+            return
         outputs, residual = (table.view(-1, self.batch, self.size) for table in (self.state, self.residual))
         onward = self._onward(first)
         with full_precision(self.device):
@@ -133,6 +142,15 @@ class ParallelPath:
         self.turns += 1
         if self.turns % ANCHOR == 0:
             self.solve()
+
+    def _walk(self, walk: ClippedWalk, slopes: Tensor) -> None:
+        """The recurrence of steps that clip, by residuals of slopes ``(n, B, d)`` or ``(n, B, 1)``."""
+        state, free = (table.view(-1, self.batch, self.size) for table in (self.state, self.free))
+        residual, present = self.residual.view(-1, self.batch, self.size), state[:-1] - free[:-1]
+        with full_precision(self.device):
+            moved = walk(residual, slopes, present)
+        torch.add(free, moved, out=state)
+        residual.addcmul_(slopes, moved[:-1].sub_(present))
 
     def _onward(self, first: int) -> tuple[int, int]:
         """The first nodes whose residual and whose state change: each sweep reaches as far back as a residual does."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from piadm._checks import choice, described, finite_float, positive_int, shown
 from piadm.activity import NARROW, ROUGH, WIDE
+from piadm.clipped import Excess
 from piadm.condense import weights_on_end
 from piadm.grid import TimeGrid
 from piadm.integrators import Integrator, Steps, steps_of
@@ -61,6 +62,10 @@ ASSUMED = 0.5
 #: Rounds after which one more state is certainly exact: the window has to move on before the next state is evaluated.
 TURNS_PER_NODE = 2
 
+#: Least slope where steps clip, relative to the linearization's: what hardly acts on an estimate would be moved far to
+#: bring it back to where it is not clipped.
+LEAST_CLIPPED = 0.25
+
 #: Relative spacing above which a network's dtype counts as half precision: float16 has 1e-3, float32 1e-7.
 HALF = 1e-4
 
@@ -88,6 +93,7 @@ class SampleSettings:
         aim: what the errors of the iteration and of the interpolation are brought below: the tolerance, but no more
             than ``LOOSEST`` standard deviations of the data.
         later: rounds that the aim is expected to take beyond those at ``USUAL_AIM``.
+        excess: what steps that clip add to theirs; None: nothing.
     """
 
     grid: TimeGrid
@@ -105,6 +111,7 @@ class SampleSettings:
     tol: float
     aim: float
     later: float
+    excess: Excess | None = None
 
     @property
     def order(self) -> int:
@@ -213,6 +220,20 @@ def resolve(
         tol=tolerance,
         aim=aim,
         later=max(0.0, math.log2(USUAL_AIM * deviation / aim)),
+    )
+
+
+def clipped(settings: SampleSettings, excess: Excess) -> SampleSettings:
+    """The settings of steps that clip as well."""
+    few, learning, count = settings.refinable, settings.learning, settings.steps.count
+    nodes = every_step(count) if few else settings.nodes
+    return replace(
+        settings,
+        excess=excess,
+        nodes=nodes,
+        refinable=False,
+        window=math.ceil(NARROW * nodes.count) if settings.window is None else settings.window,
+        learning=replace(learning, least=(LEAST_CLIPPED * settings.slopes).clamp(learning.least, learning.most)),
     )
 
 

@@ -183,10 +183,11 @@ class CarriedResidual:
     rounds, measures the cancellation, and every round contracts ``m`` by a factor ``rho``: the remaining error is
     estimated by the geometric series ``c m/(1 - rho)``; rows that have settled enter without the factor 1/(1 - rho).
     The interpolation error, estimated by the path and increased for slow samples, is taken to be orthogonal to it:
-    the squares add.  Near a border between two outcomes both are multiplied (``Amplification``).  Rounding is added.  No estimate is made before every row has been evaluated.  A sample
-    that oscillates is sent to finer nodes, in the end to every step, where the iteration must terminate; so is one
-    that is larger than ``data_variance`` says and has too few nodes for its size.  If its ends on two node sets are
-    further apart than predicted, or it is far smaller than ``data_variance`` says, its rows settle later (``growth``).
+    the squares add.  Near a border between two outcomes both are multiplied (``Amplification``).  Rounding is added.
+    No estimate is made before every row has been evaluated.  A sample that oscillates is sent to finer nodes, in the
+    end to every step, where the iteration must terminate; so is one that is larger than ``data_variance`` says and has
+    too few nodes for its size.  If its ends on two node sets are further apart than predicted, or it is far smaller
+    than ``data_variance`` says, its rows settle later (``growth``).
 
     Args:
         influence: ``w``, shape ``(n,)`` float64.

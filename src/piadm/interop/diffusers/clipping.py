@@ -35,6 +35,11 @@ class Clipping:
     share: Tensor
     states: Tensor
 
+    @property
+    def apart(self) -> bool:
+        """Whether steps respond to what clipping takes off other than to the estimate: ``piadm.clipped``."""
+        return bool((self.share > 1 + ROUNDING).any())
+
 
 def clipping(
     scheduler: Any,  # noqa: ANN401 - any scheduler

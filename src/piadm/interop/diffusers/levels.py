@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from piadm.clipped import Excess
 from piadm.denoiser import Denoiser
 from piadm.grid import TimeGrid
 from piadm.integrators import AffineSteps, MultistepSteps, Steps
@@ -76,7 +77,8 @@ class CallLevels(NoiseSchedule):
 class Estimate:
     """The denoised estimate that a scheduler steps with, ``D = D_0 + share (clip(D_0) - D_0)``, ``D_0 = p x + q m``.
 
-    A scheduler that clips uses the clipped estimate in all of its step or in a share of it.
+    A scheduler that clips uses the clipped estimate in all of its step or in a share of it.  One that keeps the noise
+    of the unclipped estimate has shares above 1; then ``D_0`` is the estimate, and the rest a part of the steps.
 
     Attributes:
         p, q: coefficients of the state and of the model output at each call, each ``(J,)`` float64.
@@ -101,9 +103,16 @@ class Estimate:
             return table.to(state)[calls].reshape(-1, *[1] * (state.ndim - 1))
 
         estimate = (own(self.p) * state).addcmul_(own(self.q), output.to(state))
-        if self.clipping is None:
+        if self.clipping is None or self.clipping.apart:
             return estimate
         return estimate.lerp(self.clipping.clip(estimate), own(self.clipping.share))
+
+    def excess(self, steps: Steps) -> Excess | None:
+        """What clipping adds to the steps; None: nothing, or it is a part of the estimate."""
+        if self.clipping is None or not self.clipping.apart:
+            return None
+        clip = self.clipping.clip
+        return Excess(lambda rows: clip(rows[..., None, None]).flatten(1), steps.own()[1] * self.clipping.share)
 
 
 def levels(scheduler: Any, times: Tensor, scales: Tensor) -> CallLevels:  # noqa: ANN401 - any scheduler

@@ -21,7 +21,7 @@ from piadm.interop.diffusers.rehearsal import ROUNDING, Score, alike
 from piadm.linearization import Linearization
 from piadm.problem import make_problem
 from piadm.schedule import VPSchedule
-from piadm.settings import TURNS_PER_NODE, SampleSettings, resolve
+from piadm.settings import TURNS_PER_NODE, SampleSettings, clipped, resolve
 from piadm.solution import NetworkError, RoundInfo, Solution
 from piadm.tally import Interrupted, Tally
 
@@ -103,6 +103,8 @@ class Rounds:
         if options.nodes is None and engine.nodes.count < count and any(slot.jumps for slot in score.slots):
             # Between nodes a condition that holds for a few steps would not be seen.
             engine = replace(options, nodes="all").engine(*what)
+        if (excess := self.estimate.excess(score.steps)) is not None:
+            engine = clipped(engine, excess)
         problem = make_problem(
             denoiser, tuple(score.initial.shape), engine.grid, seed=0, initial=score.initial, noise=score.noise,
             noise_count=count, condition=None, max_batch=options.max_batch, callback=None,
