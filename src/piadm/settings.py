@@ -224,7 +224,11 @@ def resolve(
 
 
 def clipped(settings: SampleSettings, excess: Excess) -> SampleSettings:
-    """The settings of steps that clip as well."""
+    """The settings of steps that clip as well.
+
+    Which coordinates are clipped changes from step to step, so that interpolation would miss it: where the library
+    chooses, every step is a node.  A path like this is found from its start on, and rows far ahead are of no use yet.
+    """
     few, learning, count = settings.refinable, settings.learning, settings.steps.count
     nodes = every_step(count) if few else settings.nodes
     return replace(

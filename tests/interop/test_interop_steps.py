@@ -140,6 +140,13 @@ def test_a_clipping_scheduler_of_almost_no_data_has_the_fixed_point_of_the_pipel
     assert float((got - want).square().mean((1, 2, 3)).sqrt().max()) <= 1e-5  # what was asked for
 
 
+def test_rounds_of_a_chaotic_chain_that_clips_stay_finite() -> None:
+    pipe = pixels(df.DDIMPipeline, df.DDIMScheduler())
+    fast = parallelize(pipe, tol=1e-2)
+    fast(batch_size=1, generator=torch.Generator().manual_seed(6), num_inference_steps=100, output_type="pt")
+    assert fast.last_solution is not None and fast.last_solution.failures == ()  # surprises grew to 1e18
+
+
 class ClipsInPart(df.DDIMScheduler):
     """Several steps, which clip what they make of the data but not of the noise."""
 

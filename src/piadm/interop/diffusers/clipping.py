@@ -17,6 +17,9 @@ from torch import Tensor
 
 from piadm.interop.diffusers.probe import ROUNDING, Probe, UnsupportedError, on_host, scale, stepper
 
+#: Shares this much above 1 are none that rounding has made of it.
+SHARP = 1e-2
+
 #: A denoised estimate that every scheduler clips, in standard deviations of the data.
 FAR = 1e3
 
@@ -29,16 +32,13 @@ class Clipping:
         clip: what it makes of denoised estimates ``(r, *shape)``.
         share: how much of a step's response to the estimate is clipped, shape ``(J,)`` float64.
         states: the steps' responses to the states while the estimates stay as they are, ``(J, J)`` likewise.
+        apart: whether steps respond more to what clipping takes off than to the estimate (``piadm.clipped``).
     """
 
     clip: Callable[[Tensor], Tensor]
     share: Tensor
     states: Tensor
-
-    @property
-    def apart(self) -> bool:
-        """Whether steps respond to what clipping takes off other than to the estimate: ``piadm.clipped``."""
-        return bool((self.share > 1 + ROUNDING).any())
+    apart: bool = False
 
 
 def clipping(
@@ -74,7 +74,7 @@ def clipping(
         share[moves] = taken[moves] / (gains.diagonal() * cut)[moves]
     elif bool(((taken - gains.sum(1) * cut).abs() > ROUNDING * FAR * gains.abs().sum(1)).any()):
         raise UnsupportedError(f"{type(scheduler).__name__} clips the denoised estimate in a part of its steps only")
-    return Clipping(clip, share, states)
+    return Clipping(clip, share, states, bool((share > 1 + SHARP).any()))
 
 
 def _clip(scheduler: Any) -> Callable[[Tensor], Tensor] | None:  # noqa: ANN401 - any scheduler
