@@ -22,8 +22,8 @@ FREE = {
     "view", "t", "transpose", "select", "slice", "expand", "unsqueeze", "squeeze", "detach", "alias", "_unsafe_view",
     "as_strided", "permute", "diagonal", "split", "unbind", "_reshape_alias", "empty", "lift_fresh",
 }  # fmt: skip
-# An operation takes the host of an accelerator some 6 us: a millisecond a round.  145 were counted; each is there for
-# a reason, and another has to have one as well.
+# An operation takes the host of an accelerator some 6 us: a millisecond a round.  150 are; each is there for a
+# reason, and another has to have one as well.
 MOST = 150
 # Waits for the device: a number that the host reads.
 WAITS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero"}

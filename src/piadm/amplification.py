@@ -52,9 +52,9 @@ class Amplification:
         self.factor = self.inherited = np.ones((len(alpha), batch))
 
     def learn(self, excess: Table) -> None:
-        """Take in the slopes ``J - G`` that a round has measured, ``(n, B)``; NaN where it has not."""
+        """Take in the slopes ``J - G`` that a round has measured, ``(n, B)``; 0 where it has not."""
         rise = self.gap * (self.alpha * (self.slopes + excess[:-1]) - 1)
-        self.rise = np.where(np.isfinite(rise), rise, self.rise)
+        self.rise = np.where((excess[:-1] != 0) & np.isfinite(rise), rise, self.rise)
         total = np.zeros_like(excess)
         self.rise.cumsum(0, out=total[1:])
         most = np.maximum.accumulate(total[::-1])[::-1] - total

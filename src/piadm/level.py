@@ -130,14 +130,14 @@ class Builder:
 
     @cached_property
     def ripples(self) -> Ripples | None:
-        """Those of all samples from step to step; None: every step is a node before they could be measured.
+        """Those of all samples from step to step; None: nodes were asked for, or every step is one.
 
         They are measured on the first node set of the SDE, where noise hides them, and on the first finer one of the
         ODE, where samples that show ripples go on to.
         """
         settings, denoiser = self.settings, self.problem.denoiser
-        nodes = settings.nodes if settings.noisy or not settings.refinable else settings.finer(settings.nodes)
-        if nodes.count == settings.steps.count:
+        nodes = settings.nodes if settings.noisy else settings.finer(settings.nodes)
+        if not settings.refinable or nodes.count == settings.steps.count:
             return None
         scale = denoiser.coefficients(settings.steps.times)[1].abs()
         on_end = weights_on_end(settings.steps, settings.prior[0])

@@ -83,8 +83,8 @@ class LocalModel:
         batch, size = states.shape[1:]
         self.learns, self.own = bool((learning.most > learning.least).any()), learning.own
         self.resolution = learning.resolution
-        bounds = (learning.least - slopes, learning.most - slopes)
-        self.least, self.most = (bound.to(states).repeat_interleave(batch)[:, None] for bound in bounds)
+        bounds = torch.stack([learning.least - slopes, learning.most - slopes])
+        self.bounds = bounds.to(states).repeat_interleave(batch, 1)[..., None]
         self.seen = states.flatten(0, 1).clone()
         self.excess = self.seen.new_zeros(len(self.seen), size if self.own else 1)
         self.known = torch.zeros(len(self.seen), dtype=torch.bool, device=states.device)
@@ -101,29 +101,28 @@ class LocalModel:
         Returns:
             Shape ``(3, r)``: surprise ``RMS(s)``, not finite where ``s`` was not; stride ``RMS(x - x_seen)``, 0 where
             it is below the network's resolution, and the innovation nothing but rounding; and the secant slope along
-            the move less ``G``, not clamped, NaN where the move is too short or the row was not known.
+            the move less ``G``, not clamped, 0 where the move is too short or the row was not known.
         """
         dx, old, size = states - self.seen[rows], self.excess[rows], states.shape[1]
-        surprise = innovation.square().sum(1)
-        finite = surprise.isfinite()
+        least, most = self.bounds[:, rows]
+        surprise = innovation.square().mean(1)
+        finite = surprise < torch.inf
         innovation.masked_fill_(~finite[:, None], 0)
-        least, most = self.least[rows], self.most[rows]
-        across = dx.square().sum(1, keepdim=True)
-        square = states.square().sum(1, keepdim=True)
-        far = across > max(LEAST_STRIDE, self.resolution) ** 2 * square
-        stride = across * (across > self.resolution**2 * square)
-        length = across.where(far, torch.ones_like(across))
-        change = (dx * innovation).sum(1, keepdim=True) / length
-        along = change + ((old * dx).mul_(dx).sum(1, keepdim=True) / length if self.own else old)
+        moved = torch.linalg.vector_norm(dx, dim=1, keepdim=True)
+        relative = moved / torch.linalg.vector_norm(states, dim=1, keepdim=True)
+        far = (relative > max(LEAST_STRIDE, self.resolution)) & self.known[rows, None]
+        stride = moved * (relative > self.resolution)
+        square = torch.where(far, moved.square(), torch.inf)  # of other rows nothing is learnt
+        change = (dx * innovation).sum(1, keepdim=True) / square
         slope = (old + change).clamp_(least, most)
         if self.own:
             left = torch.addcmul(innovation, slope - old, dx, value=-1)
-            slope = (slope + left.mul_(dx).div_(dx.square().add_(RIDGE / size * length))).clamp_(least, most)
-        learnt = far & (self.known[rows] & finite)[:, None]
-        self.excess[rows] = torch.where(learnt, slope, old)
-        self.seen[rows], self.known[rows] = states, finite
-        lengths = torch.stack([surprise, stride[:, 0]]).div_(size).sqrt_()
-        return torch.cat([lengths, torch.where(learnt, along, torch.nan).mT])
+            slope = (slope + left.mul_(dx).div_(dx.square().add_(RIDGE / size * square))).clamp_(least, most)
+            along = torch.addcmul(innovation, old, dx).mul_(dx).sum(1, keepdim=True) / square
+        else:
+            along = (old + change) * far
+        self.excess[rows], self.seen[rows], self.known[rows] = slope, states, finite
+        return torch.stack([surprise.sqrt_(), stride[:, 0] / size**0.5, along[:, 0]])
 
     def follow(
         self,
@@ -210,7 +209,7 @@ class LocalModel:
         n, batch, _ = states.shape
         slopes = coarse.excess.view(len(nodes), -1, coarse.excess.shape[1])[:, columns]
         torch.mm(weights, slopes.flatten(1), out=self.excess.view(n, -1))
-        self.excess.clamp_(self.least, self.most)
+        self.excess.clamp_(*self.bounds)
         seen, known = self.seen.view(states.shape).copy_(states), self.known.view(n, batch)
         seen[nodes] = coarse.seen.view(len(nodes), -1, states.shape[2])[:, columns]
         known[nodes] = coarse.known.view(len(nodes), -1)[:, columns]

@@ -68,9 +68,10 @@ class ParallelPath:
         self.path, self.batch, self.size = path, len(samples), free.shape[1] // len(samples)
         self.dtype, self.device = free.dtype, free.device
         self.numbers, self.times = samples.to(self.device), path.times.to(self.device)
-        self.slopes, self.response = self._matrix(path.slopes), self._matrix(path.response.flatten(0, 1))
+        self.response = self._matrix(path.response.flatten(0, 1))
         reference = path if reference is None else reference
-        self.reference_slopes, self.constants = self._matrix(reference.slopes), self._matrix(reference.constants)
+        # What residuals are relative to, ``g_ref``, ``G_ref`` and ``G``: one table, of which a round takes its rows.
+        self.affine = self._matrix(torch.stack([reference.constants, reference.slopes, path.slopes]))
         self.left = None if interpolation is None else self._matrix(interpolation.rows)
         self.turns, self.free = 0, free
         self.reference_size = rms(free.view(-1, path.components, self.batch, self.size)[-1, 0])

@@ -99,16 +99,16 @@ class Turn:
         # In place: on an accelerator a part is the whole round, and six copies of it must do.
         path, at, sample, row = self.path, self.rows.node[part], self.rows.sample[part], self.numbers[part]
         x, model, residual = self._fetch(part), path.reference_nodes[at, sample], path.residual.view(-1, path.size)
-        evaluated = estimate.sub_(path.constants[at, None]).addcmul_(path.reference_slopes[at, None], model, value=-1)
-        evaluated.addcmul_(path.slopes[at, None], model.sub_(x))
+        constant, prior, slope = path.affine[:, at, None]
+        evaluated = estimate.sub_(constant).addcmul_(prior, model, value=-1).addcmul_(slope, model.sub_(x))
         del model
-        innovation = evaluated - residual[row]
+        old = residual[row]
+        innovation = evaluated.sub_(old)
         if path.local is None:
             self.measured[0, row] = rms(innovation)
         else:
             self.measured[:, row] = path.local.observe(row, x, innovation)
-            torch.where(self.measured[0, row, None].isfinite(), evaluated, residual[row], out=evaluated)
-        residual[row], self.innovation[sample, self.rows.place[part]] = evaluated, innovation
+        residual[row], self.innovation[sample, self.rows.place[part]] = old.add_(innovation), innovation
 
     def follow(self) -> Tensor:
         """Solve for the path; returns all that the host needs to know of it, one row of numbers on the device."""
@@ -144,7 +144,7 @@ class Turn:
         surprise = np.where(lost, 0.0, surprise)
         path.outlook.learn(self.active & ~lost, surprise, stride)
         path.outlook.forget(lost)
-        path.amplification.learn(np.where(self.active, excess, np.nan))
+        path.amplification.learn(excess)
         path.outlook.look(distance)
         moved, rounding, size = of_end.reshape(3, path.batch)
         sizes, apart = np.split(left.reshape(-1, path.batch), [-1])
