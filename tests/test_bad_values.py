@@ -221,3 +221,10 @@ def test_a_callback_that_answers_neither_yes_nor_no_is_told(name: str, several: 
 def test_a_callback_that_raises_stop_iteration_is_named(name: str) -> None:
     with pytest.raises(RuntimeError, match="callback raised StopIteration; to end the run, return a true value"):
         run(name, denoiser=WORKING, steps=STEPS, callback=lambda info: next(iter(())))
+
+
+@pytest.mark.parametrize("sampler", ["sample", "sample_sequential", "piadm_sde"])
+def test_a_device_without_float64_is_named(sampler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("piadm.problem.network_device", lambda network: torch.device("mps"))
+    with pytest.raises(ValueError, match=r"denoiser must have its network where there are float64 .* got mps"):
+        run(sampler, **FEW if sampler == "sample" else {})

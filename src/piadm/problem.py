@@ -225,6 +225,8 @@ def _place(denoiser: Denoiser, initial: Tensor | None, noise: Tensor | None) -> 
     """Device and dtype of the state: the network's device, the arrays' or the CPU; float32 or the widest type."""
     given = [array for array in (initial, noise) if array is not None]
     device = network_device(denoiser.network) or (given[0].device if given else torch.device("cpu"))
+    if device.type == "mps":
+        raise ValueError(f"denoiser must have its network where there are float64 numbers (CPU, CUDA), got {device}")
     dtype = network_dtype(denoiser.network, torch.float32)
     for array in given:
         dtype = torch.promote_types(dtype, array.dtype)
