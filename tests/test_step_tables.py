@@ -69,9 +69,8 @@ def test_nodes_that_were_asked_for_are_all_that_is_evaluated() -> None:
 
     denoiser = piadm.Denoiser(network, TABLE, "sample")
     piadm.sample(denoiser, SHAPE, method="sde", nodes=60)
-    assert torch.isin(
-        torch.cat(asked).double(), settings(denoiser=denoiser).steps.times[settings(denoiser=denoiser).nodes.indices]
-    ).all()
+    given = settings(denoiser=denoiser)
+    assert torch.isin(torch.cat(asked).double(), given.steps.times[given.nodes.indices]).all()
 
 
 @pytest.mark.parametrize("nodes", [40, 150])

@@ -126,15 +126,15 @@ class Outlook:
 
     @np.errstate(all="ignore")  # the stopping rule reports a network that fails
     def learn(self, active: Flags, surprise: Table, stride: Table) -> None:
-        """Take in a round: which rows were evaluated, their surprise, and how far they had drifted, ``(n, B)``."""
-        again = active & self.known & (stride > 0)
+        """Take in a round: which rows were evaluated, their surprise, and how far they had drifted, ``(n, B)``.
+
+        A row whose surprise is not finite counts as never evaluated.
+        """
+        finite = np.isfinite(surprise)
+        again = active & self.known & finite & (stride > 0)
         rate = np.maximum(surprise / np.where(again, stride, 1.0), self.assumed)
         self.rate = np.where(again, rate, self.rate)
-        self.known |= active
-
-    def forget(self, lost: Flags) -> None:
-        """Take some rows ``(n, B)`` for never evaluated, so that they are evaluated in the next round."""
-        self.known &= ~lost
+        self.known = np.where(active, finite, self.known)
 
     @np.errstate(all="ignore")
     def look(self, drift: Table) -> None:

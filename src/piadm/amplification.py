@@ -53,8 +53,11 @@ class Amplification:
 
     def learn(self, excess: Table) -> None:
         """Take in the slopes ``J - G`` that a round has measured, ``(n, B)``; 0 where it has not."""
+        measured = excess[:-1] != 0
+        if not measured.any():
+            return
         rise = self.gap * (self.alpha * (self.slopes + excess[:-1]) - 1)
-        self.rise = np.where((excess[:-1] != 0) & np.isfinite(rise), rise, self.rise)
+        self.rise = np.where(measured & np.isfinite(rise), rise, self.rise)
         total = np.zeros_like(excess)
         self.rise.cumsum(0, out=total[1:])
         most = np.maximum.accumulate(total[::-1])[::-1] - total

@@ -112,26 +112,27 @@ class _Batch:
         """The levels of the next round: those that are not finished, and finer ones of samples that need more nodes."""
         following, busy = [], any(level.going for level in levels)
         for level in levels:
-            again = self._next(level, busy)
-            if again.any():
-                following += [level.finer(nodes, part) for nodes, part in level.next_nodes(again)]
-                busy = True
+            moves = self._next(level, busy)
+            following += [level.finer(nodes, part) for nodes, part in moves]
+            busy |= bool(moves)
             if not self.over and (level.going or level.waiting.any()):
                 following.append(level)
             else:
                 self._close(level)
         return following
 
-    def _next(self, level: Level, busy: bool) -> Flags:
-        """Which samples move on to finer nodes now: as many as fit into memory; at least one if no level is busy."""
+    def _next(self, level: Level, busy: bool) -> list[tuple[NodeSet, Flags]]:
+        """Finer nodes, and who moves on to them now: as many as fit into memory; at least one if no level is busy."""
         waiting, path = level.waiting, level.path
         if self.over or not waiting.any():
-            return np.zeros_like(waiting)
+            return []
+        moves = level.next_nodes(waiting)
         if self.builder.problem.executor.team.lockstep:  # others may have less room
-            return waiting
-        nodes = max(nodes.count for nodes, _ in level.next_nodes(waiting))
+            return moves
+        nodes = max(nodes.count for nodes, _ in moves)
         most = fitting(int(waiting.sum()), path.device, path.dtype, nodes, path.size)
-        return waiting & (waiting.cumsum() <= (most if busy else max(1, most)))
+        now = waiting.cumsum() <= (most if busy else max(1, most))
+        return [(nodes, part & now) for nodes, part in moves if (part & now).any()]
 
     def _close(self, level: Level) -> None:
         """Record the results of the samples of a level that have not been handed on to another."""

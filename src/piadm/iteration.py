@@ -12,7 +12,7 @@ from piadm.activity import ActiveRows
 from piadm.executor import Asking, drive
 from piadm.numerics import Flags, Table, host
 from piadm.path import ParallelPath
-from piadm.probe import Probe
+from piadm.ripple_probe import RippleProbe
 from piadm.stopping import StoppingRule, Verdict
 from piadm.tally import Tally
 from piadm.turn import Movement, Turn
@@ -37,7 +37,7 @@ class PathRun:
     """
 
     def __init__(
-        self, path: ParallelPath, rows: ActiveRows, rule: StoppingRule, failed: Flags, probe: Probe | None = None
+        self, path: ParallelPath, rows: ActiveRows, rule: StoppingRule, failed: Flags, probe: RippleProbe | None = None
     ) -> None:
         self.path, self.rows, self.rule, self.probe, self.rounds = path, rows, rule, probe, 0
         self.samples = path.samples.numpy()
@@ -97,7 +97,7 @@ def one_round(tally: Tally, runs: Sequence[PathRun]) -> Asking[None]:
     began = time.perf_counter()
     turns = [Turn(run.path, active) for run, active in zip(runs, chosen, strict=True)]
     probes = [run.probe for run in runs if run.probe is not None]
-    asked: list[Turn | Probe] = [*turns, *probes]
+    asked: list[Turn | RippleProbe] = [*turns, *probes]
     yield from tally.problem.executor.ask([one.request for one in asked])
     tables = _to_host(asked)
     seconds = time.perf_counter() - began
@@ -118,7 +118,7 @@ def one_round(tally: Tally, runs: Sequence[PathRun]) -> Asking[None]:
     tally.round(torch.from_numpy(np.concatenate(samples)), evaluated)
 
 
-def _to_host(asked: Sequence[Turn | Probe]) -> list[Table]:
+def _to_host(asked: Sequence[Turn | RippleProbe]) -> list[Table]:
     """Solve for all paths and copy their numbers to the host, in the round's only synchronisation."""
     found = [one.follow() for one in asked]
     return np.split(host(torch.cat(found)), np.cumsum([len(numbers) for numbers in found[:-1]]))

@@ -22,9 +22,9 @@ from piadm.linearization import Gaussian
 from piadm.nodes import NodeSet, every_step
 from piadm.numerics import Flags, Table
 from piadm.path import ParallelPath
-from piadm.probe import Probe
 from piadm.problem import Problem
 from piadm.reference import free_states
+from piadm.ripple_probe import RippleProbe
 from piadm.ripples import Ripples, no_ripples
 from piadm.settings import TURNS_PER_NODE, SampleSettings
 from piadm.stopping import (
@@ -34,6 +34,7 @@ from piadm.stopping import (
     FIRST_SMOOTH,
     LAPS,
     LAPS_HALF,
+    LEFT,
     CarriedResidual,
     CoarseRecord,
     Verdict,
@@ -49,12 +50,6 @@ BESIDE = 0.1
 
 #: Stands for an unbounded data variance, relative to ``data_variance``.
 BOUNDLESS = 1e12
-
-#: What twice as many nodes leave of the interpolation error of the SDE.  A sample whose errors are amplified moves on
-#: to every step where that would be more than its aim: by way of several node sets, the slowest of a mixture's took 63
-#: rounds instead of 39, and all together as many evaluations.  For the ODE, whose errors fall faster, it took twice as
-#: many.
-LEFT = 0.5
 
 #: A sample goes on to every step where ripples would leave more than this share of its aim on the next node set: with
 #: twice as many nodes independent ones leave 0.7 of what they left.
@@ -112,8 +107,9 @@ class Builder:
     def _walk(self, nodes: NodeSet, samples: Tensor) -> ClippedWalk | None:
         """Follows the steps of some samples if they clip."""
         settings, problem = self.settings, self.problem
-        if settings.excess is None or not isinstance(settings.steps, AffineSteps):
+        if settings.excess is None:
             return None
+        assert isinstance(settings.steps, AffineSteps)  # in others clipping is a part of the estimate
         start = problem.start[samples.to(problem.start.device)]
         some = None if len(samples) == problem.batch else samples
         return ClippedWalk(
@@ -224,7 +220,7 @@ class Level:
         self.builder, self.nodes, self.path, self.rule = builder, nodes, path, rule
         self.rows = builder.active_rows(nodes.count, rule.threshold)
         ripples = builder.ripples
-        probe = Probe(ripples, path) if ripples is not None and ripples.wanted(nodes, path.samples) else None
+        probe = RippleProbe(ripples, path) if ripples is not None and ripples.wanted(nodes, path.samples) else None
         self.run = PathRun(path, self.rows, rule, failed, probe)
 
     @property
@@ -240,7 +236,12 @@ class Level:
         return found
 
     def next_nodes(self, some: Flags) -> list[tuple[NodeSet, Flags]]:
-        """Finer nodes for some of them ``(B,)``: twice as many, or every step where that would not be enough."""
+        """Finer nodes for some of them ``(B,)``: twice as many, or every step where that would not be enough.
+
+        That is so of ripples, and of an amplified sample of the SDE: by way of several node sets, the slowest of a
+        mixture's took 63 rounds instead of 39, and all together as many evaluations.  The ODE's errors fall faster, and
+        it took twice as many.
+        """
         settings, ripples, rule = self.builder.settings, self.builder.ripples, self.rule
         finer, steps = settings.finer(self.nodes), every_step(settings.steps.count)
         amplified = (self.path.amplification.factor > 1).any(0)

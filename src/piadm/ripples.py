@@ -47,7 +47,7 @@ def missed(nodes: NodeSet, step_influence: Tensor) -> Tensor:
 
 
 def no_ripples() -> Table:
-    """In the place of a ``RippleError`` where no ripples are measured."""
+    """In the place of a ``RippleEffect`` where no ripples are measured."""
     return np.zeros(1)
 
 
@@ -85,12 +85,12 @@ class Ripples:
         self.steps = nodes.indices[self.places]
         self.sizes = np.full((PLACES, batch), np.nan)
 
-    def on(self, nodes: NodeSet, samples: Tensor) -> RippleError:
+    def on(self, nodes: NodeSet, samples: Tensor) -> RippleEffect:
         """What they leave on a node set, of some samples."""
         squares = missed(nodes, self.step_influence) * self.scale[nodes.indices].square()
         # The sizes at the nodes are linear in those at the places, and their squares a quadratic form.
         between = np.stack([np.interp(nodes.indices, self.steps, row) for row in np.eye(PLACES)])
-        return RippleError((between * squares.numpy()) @ between.T, self, samples)
+        return RippleEffect((between * squares.numpy()) @ between.T, self, samples)
 
     def wanted(self, nodes: NodeSet, samples: Tensor) -> bool:
         """Whether they are to be measured on a node set, and are not known yet of some samples."""
@@ -98,7 +98,7 @@ class Ripples:
 
 
 @dataclass(frozen=True)
-class RippleError:
+class RippleEffect:
     """The error at the end of the path that ripples leave on a node set, of some samples.
 
     Attributes:

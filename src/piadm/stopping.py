@@ -105,6 +105,9 @@ LAPS = 16
 #: in bfloat16 took a quarter to two fifths fewer rounds with it, and as many evaluations.
 LAPS_HALF = 8
 
+#: What twice as many nodes leave of the interpolation error.
+LEFT = 0.5
+
 #: A sample may move on to finer nodes when its iteration error is below this many times the aim.  With 1 the samples of
 #: a mixture took 8.1 rounds and 134 evaluations on average instead of 7.8 and 127, those of rough networks 0.1 rounds
 #: more.
@@ -228,7 +231,7 @@ class CarriedResidual:
 
     def record(self, samples: Flags) -> CoarseRecord:
         """What this node set has shown of some samples, ``(B,)`` bool."""
-        predicted = np.minimum(self.interpolation, 0.5 * self.coarse.interpolation)  # finer nodes leave half
+        predicted = np.minimum(self.interpolation, LEFT * self.coarse.interpolation)
         return CoarseRecord(self.contraction[samples], predicted[samples], self.grown[samples])
 
     @property

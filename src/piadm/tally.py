@@ -169,8 +169,10 @@ class Tally:
             draft_evaluations=0.0 if self.draft is None else self.draft.evaluations,
         )
         sample = self.end.reshape(self.problem.shape)
-        for result in (sample, *(() if states is None else (states[-1],))):
-            result[torch.from_numpy(self.failed)] = torch.nan  # not to be taken for a sample
+        failed = torch.from_numpy(self.failed)
+        sample[failed] = torch.nan  # not to be taken for a sample
+        if states is not None:
+            states[-1, failed] = torch.nan
         solution = Solution(sample, tuple(self.status), self.error, stats, states, tuple(self.failures))
         if self.failures:
             warnings.warn("; ".join(self.failures), RuntimeWarning, stacklevel=caller_level())

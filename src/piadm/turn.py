@@ -141,9 +141,7 @@ class Turn:
         of_rows, of_end, left = np.split(numbers, np.cumsum([4 * self.active.size, 3 * path.batch]))
         surprise, stride, excess, distance = of_rows.reshape(4, path.path.count, path.batch)
         lost: Flags = self.active & ~np.isfinite(surprise)
-        surprise = np.where(lost, 0.0, surprise)
-        path.outlook.learn(self.active & ~lost, surprise, stride)
-        path.outlook.forget(lost)
+        path.outlook.learn(self.active, surprise, stride)
         path.amplification.learn(excess)
         path.outlook.look(distance)
         moved, rounding, size = of_end.reshape(3, path.batch)
@@ -152,4 +150,5 @@ class Turn:
         first = self.active.argmax(0)[None]
         failed: Flags = ~np.isfinite(moved) | np.take_along_axis(lost, first, 0)[0]
         amplification = path.amplification.factor.max(0)
+        surprise = np.where(lost, 0.0, surprise)
         return Movement(surprise, moved, error, rounding, amplification, size, lost, failed)

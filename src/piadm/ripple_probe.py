@@ -12,7 +12,7 @@ from piadm.path import ParallelPath
 from piadm.ripples import PLACES, Ripples
 
 
-class Probe:
+class RippleProbe:
     """Three rows per place and sample: ``request`` is to be answered, then ``follow`` called, then ``finish``.
 
     Args:
