@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import piadm
-from piadm import level, settings, stopping
+from piadm import builder, settings, stopping
 from piadm.activity import SlidingWindow
+from piadm.caution import FINER_ROUGH, FIRST_ROUGH, FIRST_SMOOTH, Caution, CoarseRecord
 from piadm.cli.compare_model import mixture
 from piadm.models import MixtureDenoiser
 from piadm.numerics import Table
@@ -40,8 +41,8 @@ def test_a_sample_that_goes_in_circles_ends_on_finer_nodes() -> None:
 
 @pytest.mark.usefixtures("no_opening")
 def test_without_finer_nodes_it_would_go_on_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(level, "LAPS", torch.inf)
-    monkeypatch.setattr(level, "FIRST_SMOOTH", stopping.Caution())
+    monkeypatch.setattr(builder, "LAPS", torch.inf)
+    monkeypatch.setattr(builder, "FIRST_SMOOTH", Caution())
     found = piadm.sample(mixture(), (len(CIRCLING), 1, 8, 8), method="ode", seed=CIRCLING, max_rounds=150)
     assert not found.converged
 
@@ -76,9 +77,9 @@ def test_data_far_wider_than_told_do_not_pass_for_converged(schedule: piadm.Nois
 
 def moved(surprise: Table, end: Table, interpolation: Table, amplification: float = 1.0) -> Movement:
     """A round of samples of any size, of which no row was lost."""
-    nothing = np.zeros_like(end)
+    no = np.zeros_like(end)  # none
     lost = np.zeros_like(surprise, dtype=bool)
-    return Movement(surprise, end, interpolation, nothing, nothing + amplification, nothing + 99, lost, lost[0])
+    return Movement(surprise, end, interpolation, no, no, no + amplification, no + 99, lost, lost[0])
 
 
 @pytest.mark.parametrize("refinable", [True, False])
@@ -86,7 +87,7 @@ def test_amplified_errors_are_held_to_the_same_aim(refinable: bool) -> None:
     def judged(amplification: float) -> tuple[float, stopping.Verdict]:
         rule = stopping.CarriedResidual(
             np.ones(2), np.full((2, 1), 1e-9), 1.0, aim=np.ones(1), refinable=refinable, exact_after=math.inf,
-            caution=stopping.Caution(),
+            caution=Caution(),
         )  # fmt: skip
         for number in range(4):
             heard = np.full((2, 1), 0.1 * 0.1**number)
@@ -103,7 +104,7 @@ def test_the_interpolation_error_of_a_slow_sample_is_doubted() -> None:
     def judged(rounds: int) -> tuple[float, stopping.Verdict]:
         rule = stopping.CarriedResidual(
             np.ones(2), np.full((2, 1), 1e-9), 1.0, aim=np.ones(1), refinable=True, exact_after=math.inf,
-            caution=stopping.Caution(calm=4.5),
+            caution=Caution(calm=4.5),
         )  # fmt: skip
         for number in range(rounds):
             heard, small = np.full((2, 1), 1e-3 * 0.1**number), np.full(1, 1e-3 * 0.1**number)
@@ -116,10 +117,10 @@ def test_the_interpolation_error_of_a_slow_sample_is_doubted() -> None:
 
 
 def test_what_is_left_on_finer_nodes_is_not_taken_to_cancel_like_their_first_surprises() -> None:
-    def judged(caution: stopping.Caution) -> float:
+    def judged(caution: Caution) -> float:
         rule = stopping.CarriedResidual(
             np.ones(2), np.full((2, 1), 1e-9), 1.0, aim=np.ones(1), refinable=False, exact_after=math.inf,
-            caution=caution, coarse=stopping.CoarseRecord(np.zeros(1), np.full(1, np.inf), np.ones(1)),
+            caution=caution, coarse=CoarseRecord(np.zeros(1), np.full(1, np.inf), np.ones(1)),
         )  # fmt: skip
         heard, nothing = np.ones((2, 1)), np.zeros(1)
         for _round in range(6):  # the end moves by 0.005 of what is heard
@@ -128,16 +129,16 @@ def test_what_is_left_on_finer_nodes_is_not_taken_to_cancel_like_their_first_sur
         return float(error[0])
 
     # Two rows of 0.5 are left, and a path that stands still contracts by nothing.
-    for caution in (stopping.FIRST_ROUGH, stopping.FINER_ROUGH):
+    for caution in (FIRST_ROUGH, FINER_ROUGH):
         assert judged(caution) == pytest.approx(caution.least_share)
-    assert stopping.FINER_ROUGH.least_share > stopping.FIRST_ROUGH.least_share
+    assert FINER_ROUGH.least_share > FIRST_ROUGH.least_share
 
 
 def test_errors_count_more_where_the_ends_are_further_apart_than_foretold() -> None:
-    coarse = stopping.CoarseRecord(np.zeros(4), np.array([0.2, 0.2, 0.2, np.inf]), np.array([1.0, 1.0, 3.0, 1.0]))
+    coarse = CoarseRecord(np.zeros(4), np.array([0.2, 0.2, 0.2, np.inf]), np.array([1.0, 1.0, 3.0, 1.0]))
     rule = stopping.CarriedResidual(
         np.ones(2), np.full((2, 4), 1e-9), 1.0, aim=np.ones(4), refinable=True, exact_after=math.inf,
-        caution=stopping.FINER_ROUGH, coarse=coarse,
+        caution=FINER_ROUGH, coarse=coarse,
     )  # fmt: skip
     heard, small = np.full((2, 4), 1e-3), np.full(4, 1e-3)
     assert rule.growth.tolist() == [1, 1, 3, 1]
@@ -157,7 +158,7 @@ def test_rows_settle_later_where_errors_grow() -> None:
                 self.grown = np.full_like(interpolation, growth)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(level, "CarriedResidual", Grown)
+            patch.setattr(builder, "CarriedResidual", Grown)
             found = piadm.sample(mixture(), (4, 1, 8, 8), method="sde", steps=200, nodes=50)
         return int(found.stats.evaluations)
 
@@ -173,8 +174,8 @@ def test_late_rows_do_not_crowd_out_those_that_matter_more() -> None:
     assert patient.choose(expected, 100)[:, 0].nonzero()[0].tolist() == [3, 5, 6]
 
 
-@pytest.mark.parametrize("caution", [stopping.FIRST_SMOOTH, stopping.FIRST_ROUGH, stopping.FINER_ROUGH])
-def test_a_sample_whose_rows_have_all_settled_does_not_wait_for_more(caution: stopping.Caution) -> None:
+@pytest.mark.parametrize("caution", [FIRST_SMOOTH, FIRST_ROUGH, FINER_ROUGH])
+def test_a_sample_whose_rows_have_all_settled_does_not_wait_for_more(caution: Caution) -> None:
     interpolation = np.linspace(0, 3, 301)
     samples, nothing = len(interpolation), np.zeros((2, 301))
     rule = stopping.CarriedResidual(

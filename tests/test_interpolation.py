@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 
 import piadm
 from piadm.condense import weights_on_end
-from piadm.interpolation import RoughInterpolation, SmoothInterpolation, smooth_rows
+from piadm.interpolation import RoughInterpolation, SmoothInterpolation, share_of_distance, smooth_rows
 from piadm.models import GaussianDenoiser
 from piadm.nodes import left_out
 from piadm.ripples import no_ripples
@@ -49,8 +51,19 @@ def test_with_too_few_nodes_the_error_is_unknown() -> None:
     for kind in (SmoothInterpolation, RoughInterpolation):
         for count, known in ((kind.fewest - 1, False), (kind.fewest, True)):
             rows = torch.zeros(2 + 3 * count, count).double()
-            found = kind(rows, None, no_ripples).error(np.zeros((len(rows), 3)), np.zeros(3))
+            found, _ = kind(rows, None, 1.0, no_ripples).error(np.zeros((len(rows), 3)), np.zeros(3))
             assert found.tolist() == [0.0 if known else np.inf] * 3
+
+
+@pytest.mark.parametrize("ratio", [2, 4, 16])
+def test_the_distance_of_two_ends_says_what_independent_ripples_leave(ratio: int) -> None:
+    # The fine nodes leave an error of variance one; without those between the coarse ones, it is ``ratio`` times that.
+    left, known = torch.randn(2, 100_000, generator=torch.Generator().manual_seed(0))
+    apart = math.sqrt(ratio - 1) * known
+    assert share_of_distance(ratio) * float(apart.square().mean().sqrt()) == pytest.approx(1, rel=0.02)
+    assert float((left + apart).square().mean()) == pytest.approx(ratio, rel=0.02)
+    # Errors that add up coherently fall in proportion: ``ratio - 1`` is their distance, and they are not more.
+    assert share_of_distance(ratio) * (ratio - 1) >= 1
 
 
 def test_ripples_of_few_coordinates_are_not_missed_by_chance() -> None:

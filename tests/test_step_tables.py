@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 import piadm
+from piadm.builder import Builder
 from piadm.condense import weights_on_end
-from piadm.level import Builder
 from piadm.models import GaussianDenoiser, MixtureDenoiser
-from piadm.nodes import NodeSet, spread
+from piadm.nodes import NodeSet, every_step, spread
 from piadm.ripples import PLACES, RIPPLE_SAFETY, Ripples
 from piadm.settings import SampleSettings, resolve
 
@@ -41,6 +41,12 @@ def test_samples_of_a_table_of_times_are_what_they_are_certified_to_be(method: s
     errors = (found.sample - exact.sample).square().mean(1).sqrt()
     # Not measured, ripples let up to a third of the SDE's samples stop outside, and two thirds of the ODE's.
     assert found.converged and float(errors.max()) <= 1e-2
+
+
+def test_ripples_take_as_many_nodes_as_they_need() -> None:
+    found = piadm.sample(tabled(0.02), SHAPE, method="sde")
+    # All 1000 steps would be nodes, and evaluations a third more, if twice the nodes or every step were the choice.
+    assert found.converged and found.stats.nodes < 1000
 
 
 def test_a_smooth_network_pays_a_few_rows_of_a_round_that_is_made_anyway(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,5 +99,6 @@ def test_ripples_are_measured_once_and_count_as_none_before() -> None:
     assert known.on(given.nodes, all_)().tolist() == [0, 0, 0] and known.wanted(given.nodes, some)
     known.sizes[:, [0, 2]] = 1.0
     assert not known.wanted(given.nodes, some) and known.wanted(given.nodes, all_)
-    assert not known.wanted(spread(given.clock, 61, 1), all_)  # another node set
+    assert known.wanted(given.finer(given.nodes), all_)  # some samples skip a node set
+    assert not known.wanted(spread(given.clock, 31, 1), all_) and not known.wanted(every_step(1000), all_)
     assert (np.diff(known.steps) > 0).all() and 0 < known.steps[0] and known.steps[-1] < 999

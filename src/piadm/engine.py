@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from piadm.activity import SlidingWindow
+from piadm.builder import Builder
 from piadm.draft import start_from_draft
 from piadm.executor import Asking, drive
 from piadm.iteration import iterate, one_round
-from piadm.level import Builder, Level, take_over
+from piadm.level import Level, take_over
 from piadm.memory import fitting
 from piadm.nodes import NodeSet
 from piadm.numerics import Flags

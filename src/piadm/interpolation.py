@@ -6,6 +6,7 @@ on whether the path is rough with noise (SDE) or smooth (ODE).
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,6 +36,13 @@ RIPPLE_SHARE = 1.5
 #: square; on mixtures it was still ten times the error.
 INDEPENDENT = 0.35
 
+#: SDE: what twice as many nodes leave of the error.
+LEFT = 0.5
+
+#: ODE: that is the ratio of the ripples at all nodes to those at half of them, and 0.7 of independent ones; not more
+#: than this, or no number of nodes would be enough.
+MOST_LEFT = 0.75
+
 #: ODE: on finer nodes the distance from the end on the coarser ones is at hand, and ripples count by this share of what
 #: they do on the first: of few coordinates a distance may be small by chance.
 FINER_SHARE = 0.5
@@ -47,9 +55,9 @@ class Interpolation(ABC):
     Attributes:
         fewest: with fewer nodes than this the error counts as unknown, and the estimate is inf.
         rows: linear combinations of the residuals at the nodes, shape ``(m, n)`` float64.
-        coarse_end: end of the path on a node set of half as many nodes, shape ``(B, d)``; None: that was not solved.
-            Its distance also contains the network's response to the difference.  The error is taken to be at least the
-            distance, which is what it is if doubling the nodes halves the error.
+        coarse_end: end of the path on a coarser node set, shape ``(B, d)``; None: that was not solved.  Its distance
+            also contains the network's response to the difference.
+        share: the error is taken to be at least this share of the distance (``share_of_distance``).
         ripples: what ripples from step to step leave, as far as it was measured, shape ``(B,)``; it is independent of
             the rest: their squares add.
     """
@@ -57,23 +65,25 @@ class Interpolation(ABC):
     fewest: ClassVar[int]
     rows: Tensor
     coarse_end: Tensor | None
+    share: float
     ripples: Callable[[], Table]
 
     @np.errstate(all="ignore")  # the stopping rule reports a network that fails
-    def error(self, sizes: Table, apart: Table) -> Table:
-        """The estimate, shape ``(B,)``.
+    def error(self, sizes: Table, apart: Table) -> tuple[Table, Table]:
+        """The estimate, and what twice as many nodes would leave of it, as a factor, each ``(B,)``.
 
         Args:
             sizes: RMS over the coordinates of the rows, shape ``(m, B)``.
             apart: RMS distance from ``coarse_end``, shape ``(B,)``; 0 where there is none.
         """
         unknown = self.rows.shape[1] < self.fewest
-        found: Table = np.hypot(np.maximum(apart, np.inf if unknown else self._estimate(sizes)), self.ripples())
-        return found
+        error, left = self._estimate(sizes)
+        found: Table = np.hypot(np.maximum(self.share * apart, np.inf if unknown else error), self.ripples())
+        return found, left
 
     @abstractmethod
-    def _estimate(self, sizes: Table) -> Table:
-        """The estimate from the rows alone, shape ``(B,)``."""
+    def _estimate(self, sizes: Table) -> tuple[Table, Table]:
+        """The estimate from the rows alone, and what twice as many nodes would leave of it, each ``(B,)``."""
 
 
 @final
@@ -83,9 +93,9 @@ class RoughInterpolation(Interpolation):
 
     fewest = 24
 
-    def _estimate(self, sizes: Table) -> Table:
+    def _estimate(self, sizes: Table) -> tuple[Table, Table]:
         changes: Table = sizes.max(0)
-        return changes
+        return changes, np.full_like(changes, LEFT)
 
 
 @final
@@ -101,16 +111,26 @@ class SmoothInterpolation(Interpolation):
 
     fewest = 9
 
-    def _estimate(self, sizes: Table) -> Table:
+    def _estimate(self, sizes: Table) -> tuple[Table, Table]:
         count = self.rows.shape[1]
         changes, ripples = sizes[:2].max(0), np.sqrt(np.square(sizes[2 : 2 + count]).sum(0))
         coarser = np.sqrt(0.5 * np.square(sizes[2 + count :]).sum(0))
-        share = np.minimum(1.0, np.square(ripples / np.maximum(INDEPENDENT * coarser, np.finfo(float).tiny)))
-        found: Table = RIPPLE_SHARE * share * ripples
+        left = ripples / np.maximum(coarser, np.finfo(float).tiny)
+        found: Table = RIPPLE_SHARE * np.minimum(1.0, np.square(left / INDEPENDENT)) * ripples
+        left = np.minimum(left, MOST_LEFT)
         if self.coarse_end is not None:
-            return FINER_SHARE * found
+            return FINER_SHARE * found, left
         together: Table = np.hypot(found, changes)
-        return together
+        return together, left
+
+
+def share_of_distance(ratio: float) -> float:
+    """Error per distance from the end on a coarser node set, for ``ratio`` times its nodes: ``1/sqrt(ratio - 1)``.
+
+    With twice as many nodes the two are equal, both for errors that add up coherently and fall by half and for
+    independent ripples, whose squares do.  With more it is exact for these, and more than the others' error.
+    """
+    return min(1.0, 1 / math.sqrt(ratio - 1))
 
 
 @memoized

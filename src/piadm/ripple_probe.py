@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from piadm.executor import Request
+from piadm.nodes import NodeSet
 from piadm.numerics import Table
 from piadm.path import ParallelPath
 from piadm.ripples import PLACES, Ripples
@@ -18,15 +19,17 @@ class RippleProbe:
     Args:
         ripples: where they are noted.
         path: the path, on the node set on which they are measured.
+        nodes: that node set.
 
     Attributes:
         request: the rows, for the executor.
         samples: the sample of every row, on the CPU.
     """
 
-    def __init__(self, ripples: Ripples, path: ParallelPath) -> None:
+    def __init__(self, ripples: Ripples, path: ParallelPath, nodes: NodeSet) -> None:
         self.ripples, self.path, steps = ripples, path, ripples.steps
         self.samples = path.samples.repeat(3 * PLACES)
+        self.places = torch.searchsorted(nodes.indices, steps).to(path.device)
         near = (steps + torch.arange(-1, 2, device="cpu")[:, None]).flatten()  # (3, K)
         times = ripples.times[near].repeat_interleave(path.batch).to(path.device)
         self.rows = torch.arange(len(self.samples), device=path.device)
@@ -36,7 +39,7 @@ class RippleProbe:
     def _fetch(self, part: slice) -> Tensor:
         row = self.rows[part]
         place = (row // self.path.batch) % PLACES
-        return self.path.nodes[self.ripples.places.to(row.device)[place], row % self.path.batch]
+        return self.path.nodes[self.places[place], row % self.path.batch]
 
     def follow(self) -> Tensor:
         """The sizes ``r``, on the device, shape ``(K B,)``."""

@@ -81,8 +81,7 @@ class Ripples:
         share = squares.cumsum(0) / squares.sum().clamp(min=torch.finfo(torch.float64).tiny)
         quantiles = (torch.arange(PLACES, dtype=torch.float64, device="cpu") + 0.5) / PLACES
         last = torch.searchsorted(share, share[-1:])
-        self.count, self.places = nodes.count, torch.searchsorted(share, quantiles).minimum(last)
-        self.steps = nodes.indices[self.places]
+        self.count, self.steps = nodes.count, nodes.indices[torch.searchsorted(share, quantiles).minimum(last)]
         self.sizes = np.full((PLACES, batch), np.nan)
 
     def on(self, nodes: NodeSet, samples: Tensor) -> RippleEffect:
@@ -93,8 +92,8 @@ class Ripples:
         return RippleEffect((between * squares.numpy()) @ between.T, self, samples)
 
     def wanted(self, nodes: NodeSet, samples: Tensor) -> bool:
-        """Whether they are to be measured on a node set, and are not known yet of some samples."""
-        return nodes.count == self.count and bool(np.isnan(self.sizes[:, samples.numpy()]).any())
+        """Whether they are to be measured on a node set, that which was given or finer, for some of the samples."""
+        return self.count <= nodes.count < len(self.times) and bool(np.isnan(self.sizes[:, samples.numpy()]).any())
 
 
 @dataclass(frozen=True)

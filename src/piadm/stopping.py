@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from piadm.activity import NARROW
+from piadm.caution import SLOWEST, Caution, CoarseRecord
+from piadm.interpolation import LEFT
 from piadm.numerics import Flags, Table
 from piadm.turn import Movement
 
@@ -83,15 +85,6 @@ LOOSEST = 0.02
 #: aim, since a sample of few coordinates may be small by chance.
 SMALL, KEENEST = 2.0, 10.0
 
-#: Largest contraction factor that is used: the changes still to come then sum to ten times the next one.
-SLOWEST = 0.9
-
-#: Share of the aim that all settled rows together may leave as an error, for the ODE and for the SDE.  With twice
-#: as much samples take 3 % (ODE) and 4 to 13 % (SDE, trained networks most) fewer evaluations, and half a round less of
-#: the SDE.  Of its samples as many were within the tolerance; of 4608 of mixtures' ODE 10 ended on the wrong side of a
-#: border instead of 3.  With 0.7 one of sixteen of a U-Net's SDE was outside.
-SETTLED_SMOOTH, SETTLED_ROUGH = 0.25, 0.5
-
 #: The surprises of a round do not all have one direction: they change the end by less than their sum.  The observed
 #: ratio is multiplied by this factor.
 SHARE_SAFETY = 2.0
@@ -104,9 +97,6 @@ LAPS = 16
 #: The same for half precision, where every evaluation brings rounding, so that some rows never settle.  A rough network
 #: in bfloat16 took a quarter to two fifths fewer rounds with it, and as many evaluations.
 LAPS_HALF = 8
-
-#: What twice as many nodes leave of the interpolation error.
-LEFT = 0.5
 
 #: A sample may move on to finer nodes when its iteration error is below this many times the aim.  With 1 the samples of
 #: a mixture took 8.1 rounds and 134 evaluations on average instead of 7.8 and 127, those of rough networks 0.1 rounds
@@ -121,57 +111,6 @@ MOST_DOUBLINGS = 6
 #: the two more than the linear models say, and so do those that settled rows leave.  The ratio is limited: with 16 some
 #: samples oscillated, as one did when the estimate of the remaining changes was multiplied as well.
 ORDINARY_SHARE, MOST_GROWTH = 0.5, 4.0
-
-
-@dataclass(frozen=True)
-class Caution:
-    """How cautiously the rounds on a node set are judged.
-
-    Attributes:
-        earliest: first round after which a sample that still changes may be judged.
-        calm: rounds, counted in windows of half the nodes, after which a sample is slow: each further one doubles its
-            interpolation error.
-        least_share: lower bound on the ratio of the end's change to the sum of the surprises.
-        settled: share of the aim that all settled rows together may leave as an error.
-    """
-
-    earliest: int = 1
-    calm: float = np.inf
-    least_share: float = 0.05
-    settled: float = SETTLED_SMOOTH
-
-
-#: On the first node set what makes an iteration slow also amplifies errors: on a trained network the error of samples
-#: that took seven to nine rounds was 0.2 times its estimate, of those that took twelve or more 1 to 10 times (ODE); of
-#: those that took ten to twelve 0.4 times, of those that took fourteen and more up to 9 times (SDE).
-FIRST_SMOOTH, FIRST_ROUGH = Caution(calm=9), Caution(calm=13, settled=SETTLED_ROUGH)
-
-#: On a finer one the distance from the end on the coarser, which starts at zero, has to grow first.  Its first
-#: surprises are as rough as what interpolation has left between the old nodes and cancel; what follows does not: of a
-#: trained network's SDE, whose noise is between them, 0.67 of the tolerance was said to be left where 2.3 was.  Of the
-#: ODE's five other networks as many samples were within the tolerance with a round less and half of that share.
-FINER_SMOOTH = Caution(earliest=2, least_share=0.25)
-FINER_ROUGH = Caution(earliest=3, least_share=0.5, settled=SETTLED_ROUGH)
-
-
-@dataclass(frozen=True)
-class CoarseRecord:
-    """What a coarser node set has shown of the samples that go on with finer nodes.
-
-    Attributes:
-        contraction: factor by which the last round reduced the iteration error, shape ``(B,)``.
-        interpolation: the interpolation error to be expected on the finer nodes, shape ``(B,)``.
-        growth: observed factor on the influence that the linear model gives to errors, shape ``(B,)``.
-    """
-
-    contraction: Table
-    interpolation: Table
-    growth: Table
-
-    @staticmethod
-    def unknown(samples: int) -> CoarseRecord:
-        """Of samples that have had no coarser node set: the slowest contraction, and nothing to compare with."""
-        return CoarseRecord(np.full(samples, SLOWEST), np.full(samples, np.inf), np.ones(samples))
 
 
 class CarriedResidual:
@@ -223,9 +162,10 @@ class CarriedResidual:
         self.influence, self.threshold, self.tol, self.aim = influence, threshold, tol, aim
         self.refinable, self.widest, self.caution = refinable, widest, caution
         self.exact_after, self.most_laps, self.rounds = exact_after, most_laps, 0
-        self.laps, self.passed, self.size = np.zeros_like(aim), np.zeros_like(aim), np.zeros_like(aim)
+        self.laps, self.passed, self.size, self.width, self.halved = np.zeros((5, len(aim)))
         self.share, self.keenness = np.ones_like(aim), np.ones_like(aim)
         self.last: Table | None = None
+        self.begun = coarse is not None
         self.coarse = coarse = CoarseRecord.unknown(len(aim)) if coarse is None else coarse
         self.contraction, self.interpolation, self.grown = coarse.contraction, coarse.interpolation, coarse.growth
 
@@ -239,6 +179,11 @@ class CarriedResidual:
         """How many times more a row matters than the linear model says, shape ``(B,)``."""
         found: Table = self.grown * self.keenness
         return found
+
+    @property
+    def wide(self) -> Flags:
+        """Which samples are too large for their nodes, shape ``(B,)`` bool."""
+        return self.width > self.widest
 
     @property
     def circling(self) -> Flags:
@@ -267,12 +212,12 @@ class CarriedResidual:
         left: Table = self._cancellation(movement) * (ahead / (1 - self.contraction) + settled)
         return left
 
-    def _measure(self, size: Table) -> tuple[Flags, Table]:
-        """Which samples are too large for their nodes, in two rounds running, and what is aimed at, each ``(B,)``."""
-        wide: Flags = np.minimum(size, self.size) > self.widest
+    def _measure(self, size: Table) -> Table:
+        """How large the samples are, at least in two rounds running; returns what is aimed at, ``(B,)``."""
+        self.width = np.minimum(size, self.size)
         aim: Table = np.clip(SMALL * LOOSEST * size, self.aim / KEENEST, self.aim)
         self.size, self.keenness = size, self.aim / aim
-        return wide, aim
+        return aim
 
     def _compare(self, interpolation: Table) -> None:
         """Compare the interpolation error, on finer nodes at least the distance of the ends, with that predicted."""
@@ -290,7 +235,7 @@ class CarriedResidual:
         # No surprise in any row: nothing is left to evaluate, unless there are rows ahead of the window.
         still = (movement.surprise == 0).all(0) & reached
         exact = still | (reached & (self.rounds >= self.exact_after))
-        wide, aim = self._measure(movement.size)
+        aim = self._measure(movement.size)
         settled = self.caution.settled * aim
         left = np.where(exact, settled, movement.amplification * self._iteration_error(movement, expected, reached))
         # A contraction that was seen once may be chance: the error is at least the last change.
@@ -299,12 +244,13 @@ class CarriedResidual:
         interpolation = amplified * np.exp2(np.clip(self.passed - self.caution.calm, 0, MOST_DOUBLINGS))
         error = np.hypot(iteration, interpolation) + movement.rounding
         self._compare(amplified)
+        self.halved = movement.halved
 
         ripe = still | (self.rounds >= self.caution.earliest)
         # Finer nodes are for paths that have nearly converged: others would take their errors along.
         enough = np.maximum(settled, np.minimum(0.5 * interpolation, ARRIVED * aim)) if self.refinable else settled
         refine = ripe & (iteration <= enough) & (interpolation > 0.5 * aim)
-        refine |= (self.circling | wide) & self.refinable
-        within = ripe & ~wide & (iteration <= aim) & (error <= (aim if self.refinable else self.tol))
+        refine |= (self.circling | self.wide) & self.refinable
+        within = ripe & ~self.wide & (iteration <= aim) & (error <= (aim if self.refinable else self.tol))
         verdict = np.where(within, Verdict.DONE, np.where(refine, Verdict.REFINE, Verdict.GO_ON))
         return error, np.where(movement.failed, Verdict.NONFINITE, verdict)
