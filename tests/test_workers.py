@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -109,6 +110,62 @@ def test_one_device_short_of_memory_takes_smaller_micro_batches() -> None:
     found = piadm.sample(denoiser(small), SHAPE, **given, workers=piadm.Devices(["cpu", "cpu"]))
     assert torch.equal(found.sample, alone.sample)
     assert 1 < largest[0] <= 3
+
+
+class OwnStream:
+    """Stands for the stream that a thread has made current on a device; it is waited for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.thread, self.device, self.waits = threading.get_ident(), device, 0
+
+    def synchronize(self) -> None:
+        self.waits += 1
+
+
+def test_workers_use_the_streams_of_the_thread_that_asks_and_their_time_is_the_devices(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    current, seen, made = threading.local(), [], []
+
+    def ask(device: torch.device) -> OwnStream:
+        made.append(OwnStream(device))
+        return made[-1]
+
+    @contextmanager
+    def enter(stream: OwnStream) -> Iterator[None]:
+        current.stream = stream
+        yield
+        del current.stream
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        seen.append((threading.get_ident(), current.stream))
+        return torch.tanh(x)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", ask)
+    monkeypatch.setattr(torch.cuda, "stream", enter)
+    monkeypatch.setattr(devices, "has_streams", lambda device: True)
+    found = piadm.sample(denoiser(network), SHAPE, method="ode", steps=20, workers=piadm.Devices(["cpu", "cpu"]))
+    alone = piadm.sample(denoiser(lambda x, t: torch.tanh(x)), SHAPE, method="ode", steps=20)
+    assert torch.equal(found.sample, alone.sample)
+    assert {stream.thread for stream in made} == {threading.get_ident()}
+    assert len({thread for thread, _ in seen} - {threading.get_ident()}) == 2
+    assert {stream.waits for stream in made} == {1} and {stream for _, stream in seen} == set(made)
+
+
+def test_every_device_keeps_its_thread() -> None:
+    network = Net()
+    threads: dict[int, set[int]] = {}
+
+    def noted(module: Net, *given: object) -> None:
+        threads.setdefault(id(module), set()).add(threading.get_ident())
+
+    handle = nn.modules.module.register_module_forward_pre_hook(noted)
+    try:
+        piadm.sample(denoiser(network), SHAPE, steps=40, workers=piadm.Devices(["cpu"] * 3))
+    finally:
+        handle.remove()
+    assert len(threads) == 3 and all(len(own) == 1 for own in threads.values())
+    assert len(set.union(*threads.values())) == 3
 
 
 @pytest.mark.parametrize(

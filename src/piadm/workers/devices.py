@@ -6,8 +6,9 @@ import copy
 import functools
 import inspect
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any, final
@@ -61,8 +62,10 @@ class Devices(Workers):
         """Run a sampler with its network copied to every device."""
         arguments = inspect.signature(sampler).bind(*args, **kwargs).arguments
         denoiser = check_denoiser(arguments["denoiser"])
-        places = [torch.device(name) for name in self.devices]
-        with ThreadPoolExecutor(len(places), thread_name_prefix="piadm") as threads:
+        # With their numbers: which one "cuda" is differs from thread to thread.
+        places = [torch.empty(0, device=name).device for name in self.devices]
+        with ExitStack() as stack:
+            threads = [stack.enter_context(ThreadPoolExecutor(1, "piadm")) for _ in places]
             team = _Devices([(place, replica(denoiser, place)) for place in places], threads)
             return sampler(**arguments | {"workers": team})
 
@@ -73,12 +76,12 @@ class _Devices(Team):
 
     Args:
         places: every device and its copy of the denoiser.
-        threads: one for each.
+        threads: one for each: PyTorch keeps handles and recorded graphs by thread.
     """
 
     first = 0
 
-    def __init__(self, places: Sequence[tuple[torch.device, Denoiser]], threads: ThreadPoolExecutor) -> None:
+    def __init__(self, places: Sequence[tuple[torch.device, Denoiser]], threads: Sequence[ThreadPoolExecutor]) -> None:
         self.places, self.threads, self.count = places, threads, len(places)
         self.shares = Shares(self.count)
         self.executors: list[Executor] = []
@@ -87,26 +90,67 @@ class _Devices(Team):
         """The denoised estimates of rows, each device's share by its own executor."""
         if not self.executors:
             self.executors = [executor.alone(denoiser, place) for place, denoiser in self.places]
-        shares = self.shares.cut(len(samples))
-        modes = torch.is_inference_mode_enabled()
-        casts = [autocast_dtype(place) for place, _ in self.places]
-
-        def work(worker: int) -> tuple[Tensor, float]:
-            part, (place, _) = shares[worker], self.places[worker]
-            began = time.perf_counter()
-            cast = torch.autocast(place.type, casts[worker], enabled=casts[worker] is not None)
-            with torch.inference_mode(modes), torch.no_grad(), cast:  # settings of a thread, all of them
-                try:
-                    rows = (table[part].to(place) for table in (x, samples, times))
-                    found = self.executors[worker].whole(*rows).to(x.device)
-                except NetworkError as error:
-                    raise NetworkError(f"device {worker} ({place}): {error}") from error
-            return found, time.perf_counter() - began
-
-        found, seconds = zip(*self.threads.map(work, range(self.count)), strict=True)
+        places, tables = [place for place, _ in self.places], (x, samples, times)
+        shares, started = self.shares.cut(len(samples)), []
+        # All rows first: on a device that holds the state they would have to wait for the network's work there.
+        given = [[table[part].to(place) for table in tables] for part, place in zip(shares, places, strict=True)]
+        for worker, (thread, place) in enumerate(zip(self.threads, places, strict=True)):
+            started.append(thread.submit(self._work, worker, given[worker], Surroundings.of(place)))
+        found, seconds = zip(*[one.result() for one in started], strict=True)
         self.shares.learn(shares, seconds)
         executor.peak_batch = max(executor.peak_batch, *(one.peak_batch for one in self.executors))
-        return torch.cat(found)
+        return torch.cat([part.to(x.device) for part in found])
+
+    def _work(self, worker: int, rows: Sequence[Tensor], surroundings: Surroundings) -> tuple[Tensor, float]:
+        """A worker's share, in its own thread, and how long it took."""
+        began = time.perf_counter()
+        with surroundings.entered():
+            try:
+                found = self.executors[worker].whole(*rows)
+            except NetworkError as error:
+                raise NetworkError(f"device {worker} ({surroundings.device}): {error}") from error
+            if surroundings.stream is not None:
+                surroundings.stream.synchronize()  # for the clock: what has been launched is not done
+        return found, time.perf_counter() - began
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What PyTorch keeps for every thread anew, and a worker takes over from the thread that asks for rows.
+
+    Among them is the current stream of a CUDA device, which is the default one in a new thread: that does not wait for
+    what a caller has put on a stream of his own, nor he for it.
+
+    Attributes:
+        device: where the worker works.
+        stream: its current stream, if it is a CUDA device.
+        inference: whether inference mode is on.
+        cast: what an autocast computes in; None: there is none.
+    """
+
+    device: torch.device
+    stream: torch.cuda.Stream | None
+    inference: bool
+    cast: torch.dtype | None
+
+    @classmethod
+    def of(cls, device: torch.device) -> Surroundings:
+        """Those of the calling thread."""
+        stream = torch.cuda.current_stream(device) if has_streams(device) else None
+        return cls(device, stream, torch.is_inference_mode_enabled(), autocast_dtype(device))
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Enter them, without gradients; a CUDA device becomes the current one, too."""
+        stream = nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+        cast = torch.autocast(self.device.type, self.cast, enabled=self.cast is not None)
+        with stream, torch.inference_mode(self.inference), torch.no_grad(), cast:
+            yield
+
+
+def has_streams(device: torch.device) -> bool:
+    """Whether a device works on streams, of which every thread has a current one."""
+    return device.type == "cuda"
 
 
 def replica(denoiser: Denoiser, device: torch.device) -> Denoiser:
