@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 import piadm
-from piadm.cli import app, figure, files, progress
+from piadm.cli import app, figure, progress
 
 SHAPE = (2, 1, 28, 28)
 SCHEDULE = piadm.VPSchedule()
@@ -266,17 +266,3 @@ def test_progress_is_logarithmic_in_the_error() -> None:
     assert progress.fraction_converged(1.0, 0.1, 0.01) == pytest.approx(0.5)
     assert progress.fraction_converged(1.0, 1e-3, 0.01) == 1.0
     assert progress.fraction_converged(1.0, float("nan"), 0.01) == 0.0
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "figures.json"
-    path.write_bytes(b"old")
-
-    def half(stream: BinaryIO) -> None:
-        stream.write(b"ne")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        files.write_whole(path, half)
-    assert path.read_bytes() == b"old"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["figures.json"]

@@ -8,7 +8,9 @@ import random
 import resource
 import signal
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from torch import Tensor
 
 import piadm
 from piadm.cli import app, long_run
-from piadm.shards import BrokenShard, Shards, opened, write_durably
+from piadm.shards import BrokenShard, Shards, opened
 
 SCHEDULE = piadm.VPSchedule()
 SETTINGS = ["--method", "sde", "--steps", "12", "--tol", "1e-2", "--seed", "5", "--threads", "1"]
@@ -240,25 +242,36 @@ def test_verify_refuses_what_is_no_folder_of_samples(tmp_path: Path, capsys: pyt
     assert "index.json" in capsys.readouterr().err
 
 
-def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(ValueError, match=r"must be empty or hold an index.json, but it holds 'thesis.tex'"):
+@pytest.mark.parametrize("name", ["thesis.tex", "shard-00000.safetensors"])  # of which nobody knows the settings
+def test_a_folder_of_something_else_is_left_alone(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("x")
+    with pytest.raises(ValueError, match=f"must be empty or hold an index.json, but it holds '{name}'"):
         Shards(tmp_path, 4, 2, {}).begin()
 
 
-def test_a_durable_file_replaces_the_old_one_whole_or_not_at_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "index.json"
-    path.write_bytes(b"old")
+@pytest.mark.parametrize("attempt", range(5))
+def test_of_processes_that_begin_a_folder_at_once_the_first_has_its_settings(attempt: int, tmp_path: Path) -> None:
+    ready, refused = threading.Barrier(8), []
 
-    def full(file: int) -> None:
-        raise OSError(28, "No space left on device")
+    def begin(tol: int) -> None:
+        ready.wait()
+        try:
+            Shards(tmp_path, 4, 2, {"tol": tol}).begin()
+        except ValueError as error:
+            refused.append((tol, str(error)))
 
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        write_durably(path, b"new")
-    assert contents(tmp_path) == {"index.json": b"old"}
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(begin, range(8)))
+    won = opened(tmp_path).settings["tol"]
+    assert sorted(tol for tol, _ in refused) == [tol for tol in range(8) if tol != won]
+    assert all(f"was begun with tol = {won}, not {tol}" in said for tol, said in refused)
+    assert [path.name for path in tmp_path.iterdir()] == ["index.json"]
+
+
+def test_the_same_command_twice_at_once_doubles_no_sample_and_changes_no_bit(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "twice"
+    assert finish(start(folder), start(folder)) == [0, 0]
+    assert contents(folder) == contents(whole)
 
 
 def test_a_broken_shard_is_an_error_of_its_own_kind(tmp_path: Path) -> None:

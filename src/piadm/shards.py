@@ -12,11 +12,8 @@ there, under its name, or it is not.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
-import os
-import socket
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +24,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from piadm._checks import positive_int
+from piadm.atomic import PART, write_atomically
 
 INDEX, FORMAT = "index.json", 1
 
@@ -93,18 +91,18 @@ class Shards:
             yield from (shard for shard in part if not self.path(shard).exists())
 
     def begin(self) -> None:
-        """Start the folder, or go on with one of the same settings.
+        """Start the folder, or go on with one of the same settings; of several processes at once the first starts it.
 
         Raises:
-            ValueError: if it was started with others, naming the first that differs.
+            ValueError: if it was started with others, naming the first that differs, or holds something else.
         """
-        index, own = self.folder / INDEX, self._index()
-        if not index.exists():
+        own = self._index()
+        if not (self.folder / INDEX).exists():
             names = {entry.name for entry in self.folder.iterdir() if not entry.name.startswith(".")}
-            if stray := sorted(names - {INDEX, *(self.path(shard).name for shard in range(self.count))}):
-                raise ValueError(f"{str(self.folder)!r} must be empty or hold an {INDEX}, but it holds {stray[0]!r}")
-            write_durably(index, _json(own))
-            return
+            if names and INDEX not in names:
+                raise ValueError(f"{str(self.folder)!r} must be empty or hold an {INDEX}, but it holds {min(names)!r}")
+            with contextlib.suppress(FileExistsError):
+                self._put(self.folder / INDEX, _json(own), replace=False)
         begun = read_index(self.folder)
         for name, value in _flat(own).items():
             if (before := _flat(begun).get(name)) != value:
@@ -122,17 +120,24 @@ class Shards:
         whole = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
         samples = self.samples(shard)
         about = {"shard": shard, "first": samples.start, "count": len(samples), "sha256": _digest(whole)}
-        write_durably(self.path(shard), save(whole, {ABOUT: json.dumps(about)}))
+        self._put(self.path(shard), save(whole, {ABOUT: json.dumps(about)}))
 
     def finish(self) -> bool:
         """If every shard is there, add their checksums to the index and remove what killed runs have left."""
         if self.missing():
             return False
         listed = [self._about(shard) | {"file": self.path(shard).name} for shard in range(self.count)]
-        write_durably(self.folder / INDEX, _json(self._index() | {"complete": True, "shards": listed}))
-        for part in self.folder.glob(".*.part"):
+        self._put(self.folder / INDEX, _json(self._index() | {"complete": True, "shards": listed}))
+        for part in self.folder.glob(f".*{PART}"):
             part.unlink(missing_ok=True)
         return True
+
+    def _put(self, path: Path, data: bytes, replace: bool = True) -> None:
+        try:
+            write_atomically(path, lambda stream: stream.write(data), replace=replace)
+        except FileNotFoundError:
+            if not path.exists():  # else another rank has finished the set, and removed what this one was writing
+                raise
 
     def column(self, name: str) -> Iterator[Tensor]:
         """One tensor of every shard, in order."""
@@ -213,35 +218,6 @@ def read_index(folder: Path) -> dict[str, Any]:
     except (OSError, KeyError, ValueError) as error:
         raise ValueError(f"{str(folder)!r} must hold a readable {INDEX}: {error}") from error
     return index
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Write a file under another name, and give it its own once it is on the disk.
-
-    Raises:
-        OSError: if it cannot be written; ``path`` is then as it was.
-    """
-    part = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        # Another rank that finished the set has removed it: the file is there, with the same bytes.
-        with contextlib.suppress(FileNotFoundError):
-            os.replace(part, path)
-        if not path.exists():
-            raise FileNotFoundError(errno.ENOENT, "it could not be put into place")
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        part.unlink(missing_ok=True)
-    if hasattr(os, "O_DIRECTORY"):  # elsewhere a folder cannot be opened, and need not be
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -13,6 +13,7 @@ import typer
 
 import piadm
 from piadm._checks import positive_int
+from piadm.atomic import write_atomically
 from piadm.cli import files, progress
 from piadm.cli.app import INTERRUPTED
 from piadm.cli.compare_model import ModelName
@@ -138,7 +139,7 @@ def run(settings: Settings) -> bool:
     drawing = figure.draw(report)
     files.write_figure(settings.out, drawing)
     if settings.json is not None:
-        files.write_whole(settings.json, report.write_json)
+        write_atomically(settings.json, report.write_json)
     _print(settings, report)
     return interrupted
 

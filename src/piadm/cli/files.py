@@ -1,16 +1,16 @@
-"""Output files: checked before the work starts, and written whole or not at all; the drawing of figures, likewise."""
+"""Output files: checked before the work starts; the packages that draw figures, likewise."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import tempfile
-from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, BinaryIO
+
+from piadm.atomic import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,28 +43,9 @@ def check_writable(option: str, path: Path, suffix: str) -> None:
         raise ValueError(f"{option}: no file can be written to {folder!r} ({error.strerror})") from error
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file under a temporary name beside ``path`` and move it into place.
-
-    Args:
-        path: The file, replaced if it exists.
-        write: Called with the open temporary file.
-
-    Raises:
-        OSError: If the file cannot be written; ``path`` is then as it was.
-    """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as stream:
-            write(stream)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def write_figure(path: Path, figure: Figure) -> None:
     """Write a figure as PNG, whole or not at all."""
-    write_whole(path, lambda stream: figure.savefig(stream, format="png", metadata={"Software": "piadm"}))
+    write_atomically(path, lambda stream: figure.savefig(stream, format="png", metadata={"Software": "piadm"}))
 
 
 def write_json(stream: BinaryIO, figures: object) -> None:

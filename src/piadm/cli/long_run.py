@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
@@ -18,6 +17,7 @@ from torch import Tensor
 
 import piadm
 from piadm._checks import positive_int
+from piadm.atomic import write_atomically
 from piadm.cli import files, progress
 from piadm.shards import Shards, read_index
 from piadm.solution import Status
@@ -203,5 +203,5 @@ def _say(shards: Shards, seconds: float, had: int, path: Path | None) -> None:
     screen.print(", ".join(f"{count} {name}" for name, count in sorted(found.items())), markup=False)
     if path is not None:
         figures = {"folder": str(shards.folder), "samples": shards.num, "shards": shards.count, "new": fresh}
-        text = json.dumps(figures | {"seconds": seconds, "status": found}, indent=2) + "\n"
-        files.write_whole(path, lambda stream: stream.write(text.encode()))
+        figures |= {"seconds": seconds, "status": found}
+        write_atomically(path, lambda stream: files.write_json(stream, figures))

@@ -11,6 +11,7 @@ from rich import box
 from rich.table import Table
 
 import piadm
+from piadm.atomic import write_atomically
 from piadm.cli import files, progress
 from piadm.cli.numbers import positive, positives, whole
 from piadm.cli.sample import Method
@@ -100,7 +101,7 @@ def plan(
         raise typer.BadParameter(str(error)) from error
     if settings.json is not None:
         record = {"call": settings.call(), "plan": figures(found)}
-        files.write_whole(settings.json, lambda stream: files.write_json(stream, record))
+        write_atomically(settings.json, lambda stream: files.write_json(stream, record))
     _print(settings, found)
 
 

@@ -12,6 +12,7 @@ import typer
 
 import piadm
 from piadm._checks import finite_float, positive_int
+from piadm.atomic import write_atomically
 from piadm.cli import files, long_run, progress
 from piadm.cli.app import INTERRUPTED
 from piadm.cli.device import resolve_device
@@ -176,7 +177,7 @@ def run(settings: Settings) -> bool:
     drawing = figure.draw(report, parallel.sample, None if sequential is None else sequential.sample)
     files.write_figure(settings.out, drawing)
     if settings.json is not None:
-        files.write_whole(settings.json, report.write_json)
+        write_atomically(settings.json, report.write_json)
     _print(settings, report)
     return interrupted
 

@@ -12,6 +12,7 @@ import typer
 
 import piadm
 from piadm._checks import positive_int
+from piadm.atomic import write_atomically
 from piadm.cli import files, progress
 from piadm.cli.numbers import positive, positives, whole, words
 from piadm.cli.scaling_report import Report
@@ -132,7 +133,7 @@ def run(settings: Settings) -> None:
     drawing = figure.draw(report)
     files.write_figure(settings.out, drawing)
     if settings.json is not None:
-        files.write_whole(settings.json, report.write_json)
+        write_atomically(settings.json, report.write_json)
     screen = progress.console(wide=True)
     screen.print(report.headline(), style="bold", soft_wrap=True)
     screen.print(report.table())

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json as json_format
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from piadm.atomic import write_atomically
 from piadm.cli import files, progress
 from piadm.shards import Shards, opened
 
@@ -32,8 +32,8 @@ def verify(
         raise typer.BadParameter(str(error)) from error
     found = run(shards)
     if json is not None:
-        text = json_format.dumps({"samples": shards.num, "shards": shards.count, "wrong": found}, indent=2) + "\n"
-        files.write_whole(json, lambda stream: stream.write(text.encode()))
+        figures = {"samples": shards.num, "shards": shards.count, "wrong": found}
+        write_atomically(json, lambda stream: files.write_json(stream, figures))
     if found:
         raise typer.Exit(1)
 
