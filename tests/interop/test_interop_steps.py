@@ -186,7 +186,24 @@ class Heir(HandsOver):
     """One that has nothing of its own."""
 
 
-@pytest.mark.parametrize("kind", [HandsOver, Grandchild, Heir])
+class ByName(HandsOver):
+    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, generator: Any = None, **more: Any) -> Any:  # noqa: ANN401
+        return HandsOver.step(self, 1.5 * model_output, timestep, sample, generator=generator, **more)
+
+
+class ByWay(df.EulerAncestralDiscreteScheduler):
+    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, **more: Any) -> Any:  # noqa: ANN401
+        return df.EulerAncestralDiscreteScheduler.step(self, model_output, timestep, sample, **more)
+
+
+def test_a_stochastic_step_that_cannot_be_followed_to_a_parent_is_named() -> None:
+    scheduler = ByWay(**SCALED)
+    scheduler.set_timesteps(4)
+    with pytest.raises(UnsupportedError, match="ByWay is not affine .*; a parent's step must be called by super()"):
+        probe(scheduler, scheduler.timesteps, {})
+
+
+@pytest.mark.parametrize("kind", [HandsOver, Grandchild, Heir, ByName])
 def test_a_stochastic_step_may_be_handed_over_to_a_parent(kind: type) -> None:
     pipe = stable_diffusion(scheduler=kind(**SCALED))
     call = dict(SD, num_inference_steps=12, output_type="latent")

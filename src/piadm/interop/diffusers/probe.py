@@ -98,15 +98,16 @@ Draw = Callable[[Any], Callable[..., Tensor]]
 
 def stepper(scheduler: Any, draw: Draw) -> Callable[..., Any]:  # noqa: ANN401 - any scheduler
     """A scheduler's own ``step``, which draws its noise otherwise, also where it hands over to that of a parent."""
-    kind = type(scheduler)
-    owners = [owner for owner in kind.__mro__ if "step" in vars(owner)]
+    kind, owners = type(scheduler), owners_of_step(scheduler)
     if len(owners) == 1:
-        return partial(_redrawn(owners[0], draw), scheduler)
+        return partial(_redrawn(owners[0], draw, {}), scheduler)
     # Classes of the same order with other steps: in that order each comes before the one that it stands for.
     other: tuple[type, ...] = ()
+    twins: dict[object, type] = {}
     for owner in reversed(owners if kind in owners else [kind, *owners]):
-        own = {"step": _redrawn(owner, draw)} if owner in owners else {}
+        own = {"step": _redrawn(owner, draw, twins)} if owner in owners else {}
         other = (type(owner.__name__, (owner, *other), own),)
+        twins[owner] = other[0]
 
     def step(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - the scheduler's own
         scheduler.__class__ = other[0]
@@ -118,10 +119,17 @@ def stepper(scheduler: Any, draw: Draw) -> Callable[..., Any]:  # noqa: ANN401 -
     return step
 
 
-def _redrawn(owner: type, draw: Draw) -> Callable[..., Any]:
-    """The step of a class, with another source of noise."""
+def owners_of_step(scheduler: object) -> list[type]:
+    """The classes of a scheduler that have a step of their own, itself first."""
+    return [owner for owner in type(scheduler).__mro__ if "step" in vars(owner)]
+
+
+def _redrawn(owner: type, draw: Draw, twins: Mapping[object, type]) -> Callable[..., Any]:
+    """The step of a class, with another source of noise, and with ``twins`` of the classes that it calls by name."""
     step = undecorated(vars(owner)["step"])
-    return rebound(step, randn_tensor=draw(getattr(step, "__globals__", {}).get("randn_tensor")))
+    known = getattr(step, "__globals__", {})
+    called = {name: twins[kind] for name, kind in known.items() if isinstance(kind, type) and kind in twins}
+    return rebound(step, randn_tensor=draw(known.get("randn_tensor")), **called)
 
 
 def on_host(scheduler: Any) -> Any:  # noqa: ANN401 - any scheduler
@@ -191,8 +199,10 @@ def probe(scheduler: Any, times: Tensor, options: Mapping[str, Any]) -> Probe:  
         if not rows[j].isfinite().all():
             raise UnsupportedError(f"{name} steps by numbers that are not finite at timestep {float(t):g}")
         if drawn > 1 or wrong.max() > ROUNDING or rows[j, -1].abs() > ROUNDING:
+            parents = len(owners_of_step(twin)) > 1
+            hint = "; a parent's step must be called by super() or by the class's own name" if parents else ""
             raise UnsupportedError(
-                f"{name} is not affine in sample, model outputs and one noise per step; what works: {WORKS}"
+                f"{name} is not affine in sample, model outputs and one noise per step{hint}; what works: {WORKS}"
             )
     states, outputs, noises = rows[:, :-1].reshape(count, 3, count).unbind(1)
     return Probe(states, outputs, noises, scales)
