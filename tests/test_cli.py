@@ -78,6 +78,7 @@ def test_no_command_shows_the_commands(capsys: pytest.CaptureFixture[str]) -> No
         (["--threads", "0"], "--threads"),
         (["--device", "abacus"], "--device"),
         (["--device", "meta"], "torch cannot use it here"),
+        (["--device", "hpu"], "--device must be a device of this machine, got 'hpu'"),
         (["--out", "picture.jpg"], "--out"),
         (["--out", "missing/picture.png"], "missing"),
         (["--json", "figures.txt"], "--json"),

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 import piadm
 from piadm.cli import app, compare
 from piadm.cli.compare_model import ModelName, mixture
+from piadm.network import network_device
 from piadm.rivals import NAMES, chosen, prepare, study
 
 SMALL = ["compare", "--model", "mixture", "--steps", "24", "--num", "2", "--errors", "5e-2,1e-2", "--seed", "3"]
@@ -210,11 +211,24 @@ def test_a_model_that_does_not_work_is_one_line_and_leaves_the_old_figure(
     assert not (tmp_path / "out.json").exists()
 
 
-def test_an_own_network_goes_to_the_device_that_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own(monkeypatch, tmp_path, "make = piadm.Denoiser(torch.nn.Linear(8, 8), piadm.VPSchedule(), 'sample')")
-    network = ModelName("own_model:make", "1,8,8", "meta").load().network
-    assert isinstance(network, nn.Module)
-    assert network.weight.device.type == "meta"
+@pytest.mark.parametrize("wrap", ["", "piadm.CompiledNetwork"])
+def test_an_own_network_goes_to_the_device_that_was_asked_for_and_its_draft_with_it(
+    wrap: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draft = "draft = piadm.Denoiser(torch.nn.Linear(8, 8), piadm.VPSchedule(), 'sample')"
+    make = f"make = piadm.Denoiser({wrap}(torch.nn.Linear(8, 8)), piadm.VPSchedule(), 'sample', draft=draft)"
+    own(monkeypatch, tmp_path, f"{draft}\n{make}")
+    denoiser = ModelName("own_model:make", "1,8,8", "meta").load()
+    assert denoiser.draft is not None
+    places = [network_device(one.network) for one in (denoiser, denoiser.draft)]
+    assert places == [torch.device("meta")] * 2
+
+
+def test_an_own_function_cannot_be_moved_to_another_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own(monkeypatch, tmp_path, "make = piadm.Denoiser(lambda x, t: x, piadm.VPSchedule(), 'sample')")
+    assert ModelName("own_model:make", "1,8,8", "cpu").load()
+    with pytest.raises(ValueError, match="--device meta: the model is no torch module"):
+        ModelName("own_model:make", "1,8,8", "meta").load()
 
 
 def test_ctrl_c_keeps_the_rivals_that_are_through(

@@ -34,6 +34,19 @@ def described(value: object) -> str:
     return f"{shown(value)} of type {type(value).__name__}"
 
 
+def device_here(name: str, value: Any) -> torch.device:  # noqa: ANN401 - whatever the user gives
+    """Return the device of this machine that ``value`` means, with its number: the current one of its kind if none.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    try:
+        return torch.empty(0, device=value).device
+    except (RuntimeError, AssertionError, ImportError, TypeError) as error:  # each kind of device has its own
+        reason = str(error).partition("\n")[0][:100]
+        raise ValueError(f"{name} must be a device of this machine, got {str(value)!r}: {reason}") from error
+
+
 def finite_float(
     name: str,
     value: object,

@@ -14,6 +14,7 @@ from torch import nn
 import piadm
 from piadm.denoiser import Denoiser
 from piadm.models import MixtureDenoiser
+from piadm.network import module, network_device
 from piadm.schedule import DiscreteSchedule
 
 FASHION, MIXTURE = "fashion", "mixture"
@@ -66,7 +67,7 @@ class ModelName:
         """The denoiser, on the device that was asked for.
 
         Raises:
-            ValueError: If there is no such object, or it is no denoiser.
+            ValueError: If there is no such object, it is no denoiser, or it cannot be moved to the device.
             ImportError: If the shipped model lacks diffusers.
         """
         if self.name == FASHION:
@@ -74,9 +75,20 @@ class ModelName:
         if self.name == MIXTURE:
             return mixture()
         denoiser = _denoiser(self.name)
-        if self.device is not None and isinstance(denoiser.network, nn.Module):
-            denoiser.network.to(self.device)
+        if self.device is not None:
+            _move(denoiser, self.device)
         return denoiser
+
+
+def _move(denoiser: Denoiser, device: str) -> None:
+    """Move a denoiser's network and its draft's, within wrappers too."""
+    network = module(denoiser.network)
+    if isinstance(network, nn.Module):
+        network.to(device)
+    elif (there := network_device(network) or torch.device("cpu")).type != torch.device(device).type:
+        raise ValueError(f"--device {device}: the model is no torch module that could be moved there from {there}")
+    if denoiser.draft is not None:
+        _move(denoiser.draft, device)
 
 
 def mixture() -> Denoiser:

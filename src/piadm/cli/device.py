@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from piadm._checks import device_here
+
 
 def resolve_device(name: str) -> str:
     """Return the torch device that ``--device`` means.
@@ -19,9 +21,10 @@ def resolve_device(name: str) -> str:
         raise ValueError(f"--device must be auto or a torch device such as cuda:0, got {name!r}") from error
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: torch finds no CUDA device here; use cpu or auto")
+    device_here("--device", name)
     try:
         torch.zeros((), device=name).item()
-    except (RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:
         raise ValueError(f"--device {name}: torch cannot use it here ({str(error).splitlines()[0][:100]})") from error
     return name
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as tensors_of
 from torch import Tensor, nn
 
-from piadm._checks import choice
+from piadm._checks import choice, device_here
 from piadm.denoiser import Denoiser
 from piadm.models.lowrank import drafted
 from piadm.schedule import DiscreteSchedule
@@ -79,11 +79,7 @@ def _check_target(device: torch.device | str, dtype: torch.dtype) -> None:
         raise TypeError(f"dtype must be a torch.dtype, got {dtype!r} of type {type(dtype).__name__}")
     if not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating-point type such as torch.float32, got {dtype}")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # a torch without CUDA answers with an AssertionError
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device must name a device of this machine, got {str(device)!r}: {reason}") from error
+    device_here("device", device)
 
 
 def _present(path: Path) -> Path:

@@ -16,7 +16,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from piadm._checks import described, shown
+from piadm._checks import described, device_here, shown
 from piadm.denoiser import Denoiser
 from piadm.executor import Executor, Team
 from piadm.network import network_device
@@ -52,18 +52,14 @@ class Devices(Workers):
         if len(self.devices) < 2:
             raise ValueError(f"devices must be {accepted}, got {shown(list(self.devices))}")
         for number, name in enumerate(self.devices):
-            try:
-                torch.empty(0, device=name)
-            except (RuntimeError, AssertionError, TypeError) as error:  # a torch without CUDA asserts
-                reason = f"got {name!r}: {str(error).splitlines()[0]}"
-                raise ValueError(f"devices[{number}] must be a device of this machine, {reason}") from error
+            device_here(f"devices[{number}]", name)
 
     def run(self, sampler: Callable[..., Solution], *args: Any, **kwargs: Any) -> Solution:  # noqa: ANN401
         """Run a sampler with its network copied to every device."""
         arguments = inspect.signature(sampler).bind(*args, **kwargs).arguments
         denoiser = check_denoiser(arguments["denoiser"])
         # With their numbers: which one "cuda" is differs from thread to thread.
-        places = [torch.empty(0, device=name).device for name in self.devices]
+        places = [device_here("devices", name) for name in self.devices]
         with ExitStack() as stack:
             threads = [stack.enter_context(ThreadPoolExecutor(1, "piadm")) for _ in places]
             team = _Devices([(place, replica(denoiser, place)) for place in places], threads)
