@@ -27,7 +27,7 @@ from _common import Row, options, print_table, write_json
 from torch import Tensor
 
 import piadm
-from piadm.cli.compare_model import mixture
+from piadm.cli.model import mixture
 from piadm.models import MixtureDenoiser
 from piadm.timing import seconds
 

@@ -21,7 +21,7 @@ import torch
 from _common import Row, options, print_table, write_json
 
 import piadm
-from piadm.cli.compare_model import mixture
+from piadm.cli.model import mixture
 from piadm.rivals import Result, chosen, prepare, study
 
 NETWORKS = {"mixture": (mixture, (1, 8, 8)), "fashion": (lambda: piadm.load("fashion"), (1, 28, 28))}

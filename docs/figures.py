@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 import piadm
-from piadm.cli.compare_model import mixture
+from piadm.cli.model import mixture
 from piadm.engine import run
 from piadm.problem import make_problem
 from piadm.settings import SampleSettings, resolve

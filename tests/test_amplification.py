@@ -9,7 +9,7 @@ import pytest
 
 import piadm
 from piadm.amplification import LEAST_AMPLIFICATION, MOST_AMPLIFICATION, Amplification
-from piadm.cli.compare_model import mixture
+from piadm.cli.model import mixture
 from piadm.numerics import Table
 
 CLOCK = np.linspace(-2.0, 2.0, 9)

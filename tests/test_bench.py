@@ -18,7 +18,7 @@ from torch import Tensor
 import piadm
 from piadm.cli import app
 from piadm.cli.bench_measure import LONGEST
-from piadm.cli.compare_model import ModelName, mixture
+from piadm.cli.model import ModelName, mixture
 
 SHAPE = (2, 1, 8, 8)
 SMALL = ["bench", "--model", "mixture", "--steps", "24", "--batch", "2", "--seed", "3", "--rows", "6"]
@@ -251,7 +251,7 @@ def test_the_shortest_grids(words: str, tmp_path: Path) -> None:
     assert run(tmp_path, *words.split(), "--repeats", "1", "--rows", "1") == 0
 
 
-HEAD = "import torch, piadm\nfrom piadm.cli.compare_model import mixture\n"
+HEAD = "import torch, piadm\nfrom piadm.cli.model import mixture\n"
 OWN = ["bench", "--model", "own_bench:make", "--shape", "1,8,8", "--steps", "8", "--windows", "", "--rows", "2"]
 
 

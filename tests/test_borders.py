@@ -13,7 +13,7 @@ import piadm
 from piadm import builder, settings, stopping
 from piadm.activity import SlidingWindow
 from piadm.caution import FINER_ROUGH, FIRST_ROUGH, FIRST_SMOOTH, Caution, CoarseRecord
-from piadm.cli.compare_model import mixture
+from piadm.cli.model import mixture
 from piadm.models import MixtureDenoiser
 from piadm.numerics import Table
 from piadm.turn import Movement

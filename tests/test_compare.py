@@ -17,7 +17,7 @@ from torch import Tensor
 
 import piadm
 from piadm.cli import app, compare
-from piadm.cli.compare_model import ModelName, mixture
+from piadm.cli.model import ModelName, mixture
 from piadm.network import network_device
 from piadm.rivals import NAMES, chosen, prepare, study
 
@@ -165,7 +165,7 @@ def test_the_figure_is_a_whole_png_and_no_temporary_file_stays(tmp_path: Path) -
 
 def own(monkeypatch: pytest.MonkeyPatch, folder: Path, source: str) -> None:
     """A user's module ``own_model.py`` in the working folder."""
-    head = "import torch, piadm\nfrom piadm.cli.compare_model import mixture\n"
+    head = "import torch, piadm\nfrom piadm.cli.model import mixture\n"
     (folder / "own_model.py").write_text(head + source)
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "path", list(sys.path))

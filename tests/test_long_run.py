@@ -194,6 +194,12 @@ def test_what_cannot_be_repeated_or_written_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_in_the_place_of_the_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "many").write_text("notes")
+    assert app.main(["sample", "--out", str(tmp_path / "many")]) == 2
+    assert "--out must name a .png file or a folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])
 def test_every_rank_would_do_every_shard_but_begins_with_its_own(ranks: int, tmp_path: Path) -> None:
     shards = Shards(tmp_path, 19, 2, {})

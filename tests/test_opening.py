@@ -12,7 +12,7 @@ import torch
 import piadm
 from piadm import Status, settings
 from piadm.activity import NARROW
-from piadm.cli.compare_model import mixture
+from piadm.cli.model import mixture
 from piadm.settings import SampleSettings, resolve
 from piadm.solution import RoundInfo
 

@@ -18,8 +18,8 @@ from piadm.cli import files, progress
 from piadm.cli.app import INTERRUPTED
 from piadm.cli.bench_measure import Curve, Lap, latencies, race, timings
 from piadm.cli.bench_report import Report
-from piadm.cli.compare_model import ModelName
 from piadm.cli.device import resolve_device
+from piadm.cli.model import ModelName
 from piadm.cli.numbers import window_rows, words
 from piadm.cli.sample import Method
 from piadm.denoiser import Denoiser

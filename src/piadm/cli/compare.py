@@ -16,10 +16,10 @@ from piadm._checks import positive_int
 from piadm.atomic import write_atomically
 from piadm.cli import files, progress
 from piadm.cli.app import INTERRUPTED
-from piadm.cli.compare_model import ModelName
 from piadm.cli.compare_report import Report
 from piadm.cli.device import resolve_device
-from piadm.cli.numbers import positives, words
+from piadm.cli.model import ModelName
+from piadm.cli.numbers import check_names, positives, words
 from piadm.cli.sample import Method
 from piadm.network import network_device
 from piadm.rivals import NAMES, Course, Result, Rival, chosen, prepare, study
@@ -71,9 +71,7 @@ class Settings:
         for name, value in (("--max-batch", self.max_batch), ("--threads", self.threads)):
             if value is not None:
                 positive_int(name, value)
-        unknown = [name for name in self.only or () if name not in NAMES]
-        if unknown or self.only == ():
-            raise ValueError(f"--only must be names among {', '.join(NAMES)}, got {next(iter(unknown), '')!r}")
+        check_names("--only", self.only, NAMES)
         files.check_writable("--out", self.out, ".png")
         if self.json is not None:
             files.check_writable("--json", self.json, ".json")

@@ -19,6 +19,7 @@ import piadm
 from piadm._checks import positive_int
 from piadm.atomic import write_atomically
 from piadm.cli import files, progress
+from piadm.cli.model import FASHION
 from piadm.shards import Shards, read_index
 from piadm.solution import Status
 from piadm.workers.fingerprint import fingerprint
@@ -82,6 +83,8 @@ def check_folder(option: str, path: Path) -> None:
     Raises:
         ValueError: If not.
     """
+    if path.is_file():
+        raise ValueError(f"{option} must name a .png file or a folder, but {str(path)!r} is another file")
     if path.exists():
         files.check_writable(option, path / "index.json", ".json")
     elif not path.parent.is_dir():
@@ -115,7 +118,7 @@ def run(settings: LongRun, shape: tuple[int, ...], figures: Path | None) -> bool
     settings.out.mkdir(exist_ok=True)
     threads = settings.threads or _begun_threads(settings.out) or torch.get_num_threads()
     torch.set_num_threads(threads)
-    denoiser = piadm.load("fashion", device=device)
+    denoiser = piadm.load(FASHION, device=device)
     shards = settings.shards(denoiser, threads)
     shards.begin()
     began, had = time.monotonic(), _present(shards)

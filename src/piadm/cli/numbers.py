@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from piadm._checks import finite_float
-
 
 def whole(option: str, text: str) -> int:
     """Return a whole number from 1 to 1e15, which may be written as ``1e6``.
@@ -20,18 +18,20 @@ def whole(option: str, text: str) -> int:
     return int(number)
 
 
-def positive(option: str, number: float) -> float:
-    """Return a number > 0.
-
-    Raises:
-        ValueError: If it is none.
-    """
-    return finite_float(option, number, low=0.0)
-
-
 def words(text: str) -> tuple[str, ...]:
     """Return the words that are separated by commas, blanks or both."""
     return tuple(text.replace(",", " ").split())
+
+
+def check_names(option: str, names: tuple[str, ...] | None, known: tuple[str, ...]) -> None:
+    """Check that names are known, and that there are any; None stands for all.
+
+    Raises:
+        ValueError: If not.
+    """
+    unknown = [name for name in names or () if name not in known]
+    if unknown or names == ():
+        raise ValueError(f"{option} must be names among {', '.join(known)}, got {next(iter(unknown), '')!r}")
 
 
 def positives(option: str, text: str) -> tuple[float, ...]:

@@ -11,9 +11,10 @@ from rich import box
 from rich.table import Table
 
 import piadm
+from piadm._checks import finite_float
 from piadm.atomic import write_atomically
 from piadm.cli import files, progress
-from piadm.cli.numbers import positive, positives, whole
+from piadm.cli.numbers import positives, whole
 from piadm.cli.sample import Method
 from piadm.theory import Plan
 
@@ -52,8 +53,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         for option, value in (("--kl", self.kl), ("--early-stop", self.early_stop)):
-            positive(option, value)
-        positive("--longest-block", self.longest_block)
+            finite_float(option, value, low=0.0)
+        finite_float("--longest-block", self.longest_block, low=0.0)
         if self.json is not None:
             files.check_writable("--json", self.json, ".json")
 

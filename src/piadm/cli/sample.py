@@ -16,6 +16,7 @@ from piadm.atomic import write_atomically
 from piadm.cli import files, long_run, progress
 from piadm.cli.app import INTERRUPTED
 from piadm.cli.device import resolve_device
+from piadm.cli.model import FASHION, FASHION_SHAPE
 from piadm.cli.numbers import window_rows
 from piadm.cli.report import Report, RunFigures, Spread, Trace, rms_difference, warnings_of
 from piadm.solution import Status
@@ -43,7 +44,6 @@ piadm sample --num 50000 --out many    a folder of shards, in parallel only; the
 
 torchrun --nproc-per-node 8 -m -- piadm sample --num 50000 --out many --device cuda
 """
-_SHAPE = (1, 28, 28)
 
 
 class Method(str, Enum):
@@ -147,7 +147,7 @@ def sample(
         )  # fmt: skip
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    if long_run.run(settings.part(), _SHAPE, settings.json) if settings.long else run(settings):
+    if long_run.run(settings.part(), FASHION_SHAPE, settings.json) if settings.long else run(settings):
         raise typer.Exit(INTERRUPTED)
 
 
@@ -163,7 +163,7 @@ def run(settings: Settings) -> bool:
     figure = files.drawing("figure")
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    denoiser = piadm.load("fashion", device=settings.device)
+    denoiser = piadm.load(FASHION, device=settings.device)
     trace = Trace()
     # In this order the picture has something to show when the long sequential run is interrupted.
     parallel = _run_parallel(denoiser, settings, trace)
@@ -192,7 +192,7 @@ def _run_parallel(denoiser: Denoiser, settings: Settings, trace: Trace) -> Solut
             update(done, f"round {info.round}, error {worst[-1]:.1e}")
 
         return piadm.sample(
-            denoiser, (settings.num, *_SHAPE), method=settings.method, steps=settings.steps, tol=settings.tol,
+            denoiser, (settings.num, *FASHION_SHAPE), method=settings.method, steps=settings.steps, tol=settings.tol,
             seed=settings.seed, window=settings.rows(), max_batch=settings.max_batch, callback=after_round,
         )  # fmt: skip
 
@@ -204,7 +204,7 @@ def _run_sequential(denoiser: Denoiser, settings: Settings) -> Solution:
             update(info.round / settings.steps, f"step {info.round} of {settings.steps}")
 
         return piadm.sample_sequential(
-            denoiser, (settings.num, *_SHAPE), method=settings.method, steps=settings.steps,
+            denoiser, (settings.num, *FASHION_SHAPE), method=settings.method, steps=settings.steps,
             seed=settings.seed, max_batch=settings.max_batch, callback=after_step,
         )  # fmt: skip
 

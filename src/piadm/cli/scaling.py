@@ -11,10 +11,10 @@ from typing import Annotated
 import typer
 
 import piadm
-from piadm._checks import positive_int
+from piadm._checks import finite_float, positive_int
 from piadm.atomic import write_atomically
 from piadm.cli import files, progress
-from piadm.cli.numbers import positive, positives, whole, words
+from piadm.cli.numbers import check_names, positives, whole, words
 from piadm.cli.scaling_report import Report
 from piadm.theory.scaling import scaling as measure
 from piadm.theory.scaling import searches
@@ -58,13 +58,11 @@ class Settings:
 
     def __post_init__(self) -> None:
         for option, value in (("--kl", self.kl), ("--early-stop", self.early_stop)):
-            positive(option, value)
+            finite_float(option, value, low=0.0)
         positive_int("--per-decade", self.per_decade, maximum=20)
         if len(self.dimensions()) < 4:
             raise ValueError(f"--largest must leave at least four dimensions to fit, got {self.largest:g}")
-        unknown = [name for name in self.only or () if name not in NAMES]
-        if unknown or self.only == ():
-            raise ValueError(f"--only must be names among {', '.join(NAMES)}, got {next(iter(unknown), '')!r}")
+        check_names("--only", self.only, NAMES)
         files.check_writable("--out", self.out, ".png")
         if self.json is not None:
             files.check_writable("--json", self.json, ".json")

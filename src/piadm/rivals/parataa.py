@@ -8,8 +8,8 @@ from torch import Tensor
 from piadm.numerics import rms
 from piadm.rivals.course import Course, Lane
 from piadm.rivals.drive import Solver
-from piadm.rivals.picard import frozen_score_increments
-from piadm.rivals.rival import TOLERANCES, Ladder, Rival, Setting, Unavailable, at_most, setting
+from piadm.rivals.picard import check_frozen_score, frozen_score_increments
+from piadm.rivals.rival import TOLERANCES, Ladder, Rival, Setting, at_most, setting
 
 #: Part of the least-squares matrix's mean diagonal that is added to it.
 RIDGE = 1e-3
@@ -94,8 +94,7 @@ class _Past:
 
 def _ladders(course: Course) -> list[Ladder]:
     """A ladder of tolerances per window, order and memory; the first are what the paper recommends."""
-    if not bool(course.alpha[0] > 0):
-        raise Unavailable("needs alpha > 0 on the whole grid: it freezes the score")
+    check_frozen_score(course)
 
     def rung(window: int, order: int, memory: int, tolerance: float) -> Setting:
         label = f"window {window}, order {order}, memory {memory}, tolerance {tolerance:.1e}"

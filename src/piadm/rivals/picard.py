@@ -66,7 +66,7 @@ def frozen_score_increments(lane: Lane, first: int, last: int, x: Tensor, estima
 
 def _ladders(course: Course) -> list[Ladder]:
     """A ladder of iterations per number of blocks."""
-    _check(course)
+    check_frozen_score(course)
 
     def rung(blocks: Tensor, iterations: int) -> Setting:
         return setting(_label(len(blocks) - 1, iterations), lambda lane: picard(lane, blocks, iterations))
@@ -76,7 +76,7 @@ def _ladders(course: Course) -> list[Ladder]:
 
 
 def _published_ladders(course: Course) -> list[Ladder]:
-    _check(course)
+    check_frozen_score(course)
     log_snr = course.log_snr
     clock = torch.logaddexp(torch.zeros_like(log_snr), -log_snr)  # the paper's time, -ln alpha_bar
 
@@ -107,7 +107,12 @@ def _label(blocks: int, iterations: int) -> str:
     return f"{blocks} block{'s' * (blocks != 1)}, {iterations} iterations"
 
 
-def _check(course: Course) -> None:
+def check_frozen_score(course: Course) -> None:
+    """Refuse a course on which a frozen score has no meaning.
+
+    Raises:
+        Unavailable: if alpha is 0 somewhere.
+    """
     if not bool(course.alpha[0] > 0):
         raise Unavailable("needs alpha > 0 on the whole grid: it freezes the score")
 

@@ -18,7 +18,7 @@ from piadm.network import module, network_device
 from piadm.schedule import DiscreteSchedule
 
 FASHION, MIXTURE = "fashion", "mixture"
-_FASHION_SHAPE = (1, 28, 28)
+FASHION_SHAPE = (1, 28, 28)
 _MIXTURE_SHAPE, _COMPONENTS, _SPREAD, _VARIANCE = (1, 8, 8), 10, 0.5, 0.01
 
 
@@ -54,7 +54,7 @@ class ModelName:
             ValueError: If ``--shape`` is not a list of positive integers.
         """
         if self.shape is None:
-            return _FASHION_SHAPE if self.name == FASHION else _MIXTURE_SHAPE
+            return FASHION_SHAPE if self.name == FASHION else _MIXTURE_SHAPE
         try:
             sizes = tuple(int(size) for size in self.shape.split(","))
         except ValueError:
