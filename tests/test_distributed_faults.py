@@ -13,7 +13,7 @@ from _ranks import Ended, group, values
 from torch import Tensor
 
 import piadm
-from piadm.workers.pulse import Pulse
+from piadm.workers.heartbeat import Heartbeat
 
 #: The time limit of these runs, in seconds; by default it is 30.
 LIMIT = 5.0
@@ -155,11 +155,11 @@ class LostStore:
 
 
 def test_a_verdict_outlives_the_store() -> None:
-    pulse = Pulse(LostStore(), rank=1, count=2, interval=1e-3)
-    pulse.wait()
-    pulse.verdict = "rank 0 died"
-    pulse._thread.start()
+    heartbeat = Heartbeat(LostStore(), rank=1, count=2, interval=1e-3)
+    heartbeat.wait()
+    heartbeat.verdict = "rank 0 died"
+    heartbeat._thread.start()
     time.sleep(0.05)
-    pulse._over.set()
-    pulse._thread.join()
-    assert pulse.verdict == "rank 0 died"
+    heartbeat._over.set()
+    heartbeat._thread.join()
+    assert heartbeat.verdict == "rank 0 died"

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from piadm.solution import NetworkError
-from piadm.workers.pulse import Pulse
+from piadm.workers.heartbeat import Heartbeat
 
 #: Bytes of a header, and its layout: seconds, rows, digest, size of the data, flags, length of the text; then the text.
 HEADER, LAYOUT = 1024, "<dqIqBH"
@@ -66,11 +66,11 @@ class Exchange:
     Args:
         control: a gloo group with a time limit, for headers and for data on the CPU.
         data: the group for data on an accelerator; None: there is none, data go by ``control``.
-        pulse: tells which rank has failed.
+        heartbeat: tells which rank has failed.
     """
 
-    def __init__(self, control: dist.ProcessGroup, data: dist.ProcessGroup | None, pulse: Pulse) -> None:
-        self.control, self.data, self.pulse = control, data, pulse
+    def __init__(self, control: dist.ProcessGroup, data: dist.ProcessGroup | None, heartbeat: Heartbeat) -> None:
+        self.control, self.data, self.heartbeat = control, data, heartbeat
         self.count = dist.get_world_size(control)
 
     def headers(self, mine: Header) -> list[Header]:
@@ -79,7 +79,7 @@ class Exchange:
         Raises:
             NetworkError: if a rank has died, hangs, has left, or is at another call; it is named.
         """
-        self.pulse.wait()
+        self.heartbeat.wait()
         own = torch.frombuffer(bytearray(mine.pack()), dtype=torch.uint8)
         return [Header.unpack(part.numpy().tobytes()) for part in self._gather(own, self.control)]
 
@@ -106,7 +106,7 @@ class Exchange:
             dist.all_gather(parts, own, group=group)
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
-            raise NetworkError(self.pulse.judge(f"the connection between the ranks was lost: {reason}")) from error
+            raise NetworkError(self.heartbeat.judge(f"the connection between the ranks was lost: {reason}")) from error
         return parts
 
 

@@ -23,8 +23,8 @@ from piadm.solution import NetworkError, NotConvergedError, Solution, demand
 from piadm.workers.base import Workers
 from piadm.workers.exchange import Exchange, Header
 from piadm.workers.fingerprint import fingerprint
+from piadm.workers.heartbeat import SPENT, Heartbeat
 from piadm.workers.merge import merged, part_of
-from piadm.workers.pulse import SPENT, Pulse
 from piadm.workers.teams import RowTeam, SampleTeam
 
 #: Seconds between two heartbeats: the most, and as a share of the time limit.
@@ -98,27 +98,27 @@ class Ranks(Workers):
         if arguments.get("window") == "auto":
             raise ValueError("window must be None or an integer where ranks share out rows, got 'auto': clocks differ")
         team = RowTeam(exchange)
-        arguments["progress"] = arguments["progress"] and exchange.pulse.rank == 0
+        arguments["progress"] = arguments["progress"] and exchange.heartbeat.rank == 0
         if callable(arguments["callback"]):
             arguments["callback"] = team.agreed(arguments["callback"])
-        with _interrupts(exchange.pulse, team):
+        with _interrupts(exchange.heartbeat, team):
             solution = sampler(**arguments | {"workers": team})
             exchange.headers(Header())  # nobody leaves, and takes the store away, before all are done
             return solution
 
     def _samples(self, exchange: Exchange, sampler: Callable[..., Solution], arguments: dict[str, Any]) -> Solution:
         """Run it here on some of the samples, and put all together."""
-        rank, count, batch = exchange.pulse.rank, exchange.count, check_shape(arguments["shape"])[0]
+        rank, count, batch = exchange.heartbeat.rank, exchange.count, check_shape(arguments["shape"])[0]
         first, last = batch * rank // count, batch * (rank + 1) // count
         own = part_of(arguments, first, last) | {"raise_on_failure": False, "workers": SampleTeam(exchange, first)}
         own["progress"] = arguments["progress"] and rank == 0
         data = io.BytesIO()
         try:
-            with _interrupts(exchange.pulse, None):
+            with _interrupts(exchange.heartbeat, None):
                 torch.save(sampler(**own) if last > first else None, data)
         except NetworkError as error:
             torch.save(str(error), data)
-        exchange.pulse.meet(self._patience)
+        exchange.heartbeat.meet(self._patience)
         place = network_device(arguments["denoiser"].network) or torch.device("cpu")
         # Written a moment ago by this very program.
         parts = [
@@ -146,21 +146,21 @@ class Ranks(Workers):
             self._control = dist.new_group(ranks, limit, "gloo", use_local_synchronization=True)
         name = "-".join(map(str, ranks))
         store = PrefixStore(f"piadm/{name}", _get_default_store())
-        pulse = Pulse(store, dist.get_rank(self.group), len(ranks), self._interval)
+        heartbeat = Heartbeat(store, dist.get_rank(self.group), len(ranks), self._interval)
         nccl = dist.get_backend(self.group) == "nccl"
-        pulse.start()
+        heartbeat.start()
         try:
-            yield Exchange(self._control, (self.group or dist.group.WORLD) if nccl else None, pulse)
+            yield Exchange(self._control, (self.group or dist.group.WORLD) if nccl else None, heartbeat)
         except BaseException as error:
-            self._broken = pulse.verdict
-            pulse.stop("" if isinstance(error, NotConvergedError) else f"{type(error).__name__}: {error}")
-            if pulse.verdict and not isinstance(error, NetworkError):
-                raise NetworkError(pulse.verdict) from error
+            self._broken = heartbeat.verdict
+            heartbeat.stop("" if isinstance(error, NotConvergedError) else f"{type(error).__name__}: {error}")
+            if heartbeat.verdict and not isinstance(error, NetworkError):
+                raise NetworkError(heartbeat.verdict) from error
             raise
-        pulse.stop()
-        if pulse.verdict:
-            self._broken = pulse.verdict
-            raise NetworkError(pulse.verdict)
+        heartbeat.stop()
+        if heartbeat.verdict:
+            self._broken = heartbeat.verdict
+            raise NetworkError(heartbeat.verdict)
 
 
 def _compare(exchange: Exchange, sampler: str, arguments: dict[str, Any]) -> None:
@@ -171,7 +171,7 @@ def _compare(exchange: Exchange, sampler: str, arguments: dict[str, Any]) -> Non
     """
     own = {"sampler": sampler} | {name: fingerprint(value) for name, value in arguments.items() if name not in OWN}
     told = [json.loads(text) for text in exchange.texts(json.dumps(own).encode())]
-    exchange.pulse.go_on()
+    exchange.heartbeat.go_on()
     for rank, other in enumerate(told):
         for name, value in told[0].items():
             if other.get(name) != value:
@@ -181,7 +181,7 @@ def _compare(exchange: Exchange, sampler: str, arguments: dict[str, Any]) -> Non
 
 
 @contextmanager
-def _interrupts(pulse: Pulse, team: RowTeam | None) -> Iterator[None]:
+def _interrupts(heartbeat: Heartbeat, team: RowTeam | None) -> Iterator[None]:
     """Ctrl-C, once: ranks that share out rows stop together, after the call that they are at.
 
     Python gives signals to the main thread alone; a run in another one goes on to its end.
@@ -191,7 +191,7 @@ def _interrupts(pulse: Pulse, team: RowTeam | None) -> Iterator[None]:
         return
 
     def heard(number: int, frame: object) -> None:
-        if pulse.verdict or team is None or team.stop:
+        if heartbeat.verdict or team is None or team.stop:
             raise KeyboardInterrupt
         team.stop = True
 
@@ -199,5 +199,5 @@ def _interrupts(pulse: Pulse, team: RowTeam | None) -> Iterator[None]:
     try:
         yield
     finally:
-        pulse.wait()  # no signal from it any more
+        heartbeat.wait()  # no signal from it any more
         signal.signal(signal.SIGINT, before)

@@ -23,7 +23,7 @@ class RowTeam(Team):
     lockstep = True
 
     def __init__(self, exchange: Exchange) -> None:
-        self.exchange, self.rank, self.count = exchange, exchange.pulse.rank, exchange.count
+        self.exchange, self.rank, self.count = exchange, exchange.heartbeat.rank, exchange.count
         self.shares = Shares(self.count)
         self.own: Executor | None = None
         self.stop = False
@@ -37,7 +37,7 @@ class RowTeam(Team):
         def named(rank: int) -> str:
             return _named(samples[shares[rank]], times[shares[rank]])
 
-        self.exchange.pulse.work(named(self.rank), named)
+        self.exchange.heartbeat.work(named(self.rank), named)
         began = time.perf_counter()
         try:
             if mine.stop > mine.start:
@@ -53,7 +53,7 @@ class RowTeam(Team):
         headers = self.exchange.headers(header)
         check(headers, failure)
         found = self.exchange.rows(found, shares)
-        self.exchange.pulse.go_on()
+        self.exchange.heartbeat.go_on()
         self.shares.learn(shares, [one.seconds for one in headers])
         executor.peak_batch = max(executor.peak_batch, self.own.peak_batch)
         return found
@@ -69,7 +69,7 @@ class RowTeam(Team):
                 failure = error
             text = "" if failure is None else f"its callback raised {type(failure).__name__}: {failure}"
             headers = self.exchange.headers(Header(failed=failure is not None, stop=wanted, text=text))
-            self.exchange.pulse.go_on()
+            self.exchange.heartbeat.go_on()
             if failure is not None:
                 raise failure
             check(headers, None)
@@ -85,15 +85,15 @@ class SampleTeam(Team):
     count = 1
 
     def __init__(self, exchange: Exchange, first: int) -> None:
-        self.pulse, self.first = exchange.pulse, first
+        self.heartbeat, self.first = exchange.heartbeat, first
 
     def answer(self, executor: Executor, x: Tensor, samples: Tensor, times: Tensor) -> Tensor | None:
         """Those of the executor's own network."""
-        self.pulse.work(_named(samples + self.first, times))
+        self.heartbeat.work(_named(samples + self.first, times))
         try:
             return executor.evaluate(x, samples, times)
         finally:
-            self.pulse.go_on()
+            self.heartbeat.go_on()
 
 
 def _named(samples: Tensor, times: Tensor) -> str:

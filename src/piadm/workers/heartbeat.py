@@ -44,7 +44,7 @@ class Sign:
     done: bool = False
 
 
-class Pulse:
+class Heartbeat:
     """The heartbeat of one rank of a group, a thread beside the run.
 
     What goes wrong is established once: the first rank that notices looks at all the signs and writes down the verdict,
@@ -65,7 +65,7 @@ class Pulse:
         self.others: Callable[[int], str] | None = None
         self._beats = 0
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="piadm-pulse", daemon=True)
+        self._thread = threading.Thread(target=self._beat, name="piadm-heartbeat", daemon=True)
         # Python gives signals to the main thread: only a run in it can be interrupted.
         runs_in_main = threading.current_thread() is threading.main_thread()
         self._runner = threading.get_ident() if runs_in_main and hasattr(signal, "pthread_kill") else None
