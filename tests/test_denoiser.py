@@ -82,13 +82,14 @@ def test_guidance_of_guidance_counts_every_row() -> None:
     [
         ({"label": torch.zeros(3)}, {"label": LABELS}, r"null\['label'\] must be a number or .* one row.*shape \(3,\)"),
         ({"label": None}, {"label": LABELS}, r"null\['label'\] must be .*None of type NoneType"),
+        ({"label": {"a": None}}, {"label": {"a": LABELS}}, r"null\['label'\]\['a'\] must be .*None of type NoneType"),
         ({"label": 0}, {}, "same entries, one of them lacks label"),
         ({}, {"label": LABELS}, "same entries, one of them lacks label"),
         ({"label": 0}, {"label": [3, 0, 4]}, r"condition\['label'\], which guidance varies, must be a tensor"),
         ({"label": [LABELS]}, {"label": [LABELS + 0]}, r"null\['label'\]\[0\] must be .* one row.*shape \(3,\)"),
         ({"label": {}}, {"label": {"a": LABELS}}, r"\['label'\], which .*or null\['label'\] must have the same"),
     ],
-    ids=["rows", "None", "no condition", "no null", "list", "list of tensors", "dict"],
+    ids=["rows", "None", "nested None", "no condition", "no null", "list", "list of tensors", "dict"],
 )
 def test_guidance_names_what_does_not_fit(null: dict[str, Any], condition: dict[str, Any], message: str) -> None:
     denoiser = piadm.Denoiser(piadm.GuidedNetwork(pick, 2.0, null), VP, "sample")

@@ -43,7 +43,7 @@ class RowTeam(Team):
             if mine.stop > mine.start:
                 found = self.own.whole(x[mine], samples[mine], times[mine])
                 if x.is_cuda:
-                    torch.cuda.synchronize(x.device)
+                    torch.cuda.current_stream(x.device).synchronize()
         except NetworkError as error:
             failure = error
         header = Header(
