@@ -61,7 +61,7 @@ class Devices(Workers):
         # With their numbers: which one "cuda" is differs from thread to thread.
         places = [device_here("devices", name) for name in self.devices]
         with ExitStack() as stack:
-            threads = [stack.enter_context(ThreadPoolExecutor(1, "piadm")) for _ in places]
+            threads = [stack.enter_context(ThreadPoolExecutor(1, f"piadm-{place}")) for place in places]
             team = _Devices([(place, replica(denoiser, place)) for place in places], threads)
             return sampler(**arguments | {"workers": team})
 
