@@ -34,8 +34,8 @@ class CompiledNetwork:
         network: the network ``network(x, t, **condition)``; it must compile as one graph.
         compile: whether to compile; False only pads, for a network that is compiled already.
         cuda_graph: whether compiled code replays CUDA graphs (torch's mode "reduce-overhead"), which requires a network
-            without work on the CPU and with fixed memory addresses, and in threads, as under ``Devices``, PyTorch 2.13
-            (before, it refuses: its issue 123177); without effect on other devices.
+            without work on the CPU and with fixed memory addresses, and under ``Devices`` a PyTorch that replays them
+            in threads, as 2.13 does (its issue 123177); without effect on other devices.
         backend: the compiler, as for ``torch.compile``.
 
     Raises:
