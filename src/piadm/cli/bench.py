@@ -13,7 +13,6 @@ import typer
 
 import piadm
 from piadm._checks import finite_float, positive_int
-from piadm.atomic import write_atomically
 from piadm.cli import files, progress
 from piadm.cli.app import INTERRUPTED
 from piadm.cli.bench_measure import Curve, Lap, latencies, race, timings
@@ -156,7 +155,7 @@ def run(settings: Settings) -> bool:
     if drawing is not None and settings.figure is not None:
         files.write_figure(settings.figure, drawing.draw(report))
     if settings.json is not None:
-        write_atomically(settings.json, report.write_json)
+        report.write_json(settings.json)
     _print(settings, report)
     return interrupted
 

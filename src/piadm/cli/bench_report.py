@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, BinaryIO
+from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.table import Table
@@ -73,7 +74,7 @@ class Report:
         """How many times faster than the sequential sampler."""
         return self.timings[0].figures.seconds / timing.figures.seconds
 
-    def write_json(self, stream: BinaryIO) -> None:
+    def write_json(self, path: Path) -> None:
         """Write every figure as JSON; a figure that is not finite becomes null: JSON has no such number."""
         figures = {
             "settings": self.settings,
@@ -87,7 +88,7 @@ class Report:
             "samplers": [self._record(timing) for timing in self.timings],
             "verdict": self.verdict(),
         }
-        files.write_json(stream, figures)
+        files.write_json(path, figures)
 
     def _calls(self) -> list[dict[str, Any]]:
         one = self.curve.seconds[1]

@@ -13,7 +13,6 @@ import typer
 
 import piadm
 from piadm._checks import positive_int
-from piadm.atomic import write_atomically
 from piadm.cli import files, progress
 from piadm.cli.app import INTERRUPTED
 from piadm.cli.compare_report import Report
@@ -137,7 +136,7 @@ def run(settings: Settings) -> bool:
     drawing = figure.draw(report)
     files.write_figure(settings.out, drawing)
     if settings.json is not None:
-        write_atomically(settings.json, report.write_json)
+        report.write_json(settings.json)
     _print(settings, report)
     return interrupted
 

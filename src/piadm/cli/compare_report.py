@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, BinaryIO
+from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.table import Table
@@ -52,7 +53,7 @@ class Report:
                 table.add_row("  fewest evaluations", *_cells(cheap), style="dim")
         return table
 
-    def write_json(self, stream: BinaryIO) -> None:
+    def write_json(self, path: Path) -> None:
         """Write every figure as JSON; a figure that is not finite becomes null: JSON has no such number."""
         figures = {
             "settings": self.settings,
@@ -60,7 +61,7 @@ class Report:
             "targets": self.targets,
             "rivals": [self._rival(result) for result in self.results],
         }
-        files.write_json(stream, figures)
+        files.write_json(path, figures)
 
     def _rival(self, result: Result) -> dict[str, Any]:
         return {

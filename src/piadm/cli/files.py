@@ -8,7 +8,7 @@ import tempfile
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from piadm.atomic import write_atomically
 
@@ -48,9 +48,10 @@ def write_figure(path: Path, figure: Figure) -> None:
     write_atomically(path, lambda stream: figure.savefig(stream, format="png", metadata={"Software": "piadm"}))
 
 
-def write_json(stream: BinaryIO, figures: object) -> None:
-    """Write figures as JSON; one that is not finite becomes null: JSON has no such number."""
-    stream.write(json.dumps(_finite(figures), indent=2, allow_nan=False).encode() + b"\n")
+def write_json(path: Path, figures: object) -> None:
+    """Write figures as JSON, whole or not at all; one that is not finite becomes null: JSON has no such number."""
+    text = json.dumps(_finite(figures), indent=2, allow_nan=False) + "\n"
+    write_atomically(path, lambda stream: stream.write(text.encode()))
 
 
 def _finite(value: Any) -> Any:  # noqa: ANN401 - JSON has no narrower type

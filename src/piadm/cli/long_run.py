@@ -17,7 +17,6 @@ from torch import Tensor
 
 import piadm
 from piadm._checks import positive_int
-from piadm.atomic import write_atomically
 from piadm.cli import files, progress
 from piadm.cli.model import FASHION
 from piadm.shards import Shards, read_index
@@ -206,5 +205,4 @@ def _say(shards: Shards, seconds: float, had: int, path: Path | None) -> None:
     screen.print(", ".join(f"{count} {name}" for name, count in sorted(found.items())), markup=False)
     if path is not None:
         figures = {"folder": str(shards.folder), "samples": shards.num, "shards": shards.count, "new": fresh}
-        figures |= {"seconds": seconds, "status": found}
-        write_atomically(path, lambda stream: files.write_json(stream, figures))
+        files.write_json(path, figures | {"seconds": seconds, "status": found})

@@ -12,7 +12,6 @@ from rich.table import Table
 
 import piadm
 from piadm._checks import finite_float
-from piadm.atomic import write_atomically
 from piadm.cli import files, progress
 from piadm.cli.numbers import positives, whole
 from piadm.cli.sample import Method
@@ -101,8 +100,7 @@ def plan(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     if settings.json is not None:
-        record = {"call": settings.call(), "plan": figures(found)}
-        write_atomically(settings.json, lambda stream: files.write_json(stream, record))
+        files.write_json(settings.json, {"call": settings.call(), "plan": figures(found)})
     _print(settings, found)
 
 

@@ -6,7 +6,8 @@ import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, BinaryIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.table import Table
@@ -145,9 +146,9 @@ class Report:
             f"tolerance {s['tol']:g}, seed {s['seed']}, {device_text(s['device'], s['threads'])}"
         )
 
-    def write_json(self, stream: BinaryIO) -> None:
+    def write_json(self, path: Path) -> None:
         """Write every figure as JSON; a figure that is not finite becomes null: JSON has no such number."""
-        files.write_json(stream, dataclasses.asdict(self))
+        files.write_json(path, dataclasses.asdict(self))
 
 
 def warnings_of(runs: dict[str, RunFigures]) -> tuple[str, ...]:

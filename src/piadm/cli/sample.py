@@ -12,7 +12,6 @@ import typer
 
 import piadm
 from piadm._checks import finite_float, positive_int
-from piadm.atomic import write_atomically
 from piadm.cli import files, long_run, progress
 from piadm.cli.app import INTERRUPTED
 from piadm.cli.device import resolve_device
@@ -177,7 +176,7 @@ def run(settings: Settings) -> bool:
     drawing = figure.draw(report, parallel.sample, None if sequential is None else sequential.sample)
     files.write_figure(settings.out, drawing)
     if settings.json is not None:
-        write_atomically(settings.json, report.write_json)
+        report.write_json(settings.json)
     _print(settings, report)
     return interrupted
 

@@ -12,7 +12,6 @@ import typer
 
 import piadm
 from piadm._checks import finite_float, positive_int
-from piadm.atomic import write_atomically
 from piadm.cli import files, progress
 from piadm.cli.numbers import check_names, positives, whole, words
 from piadm.cli.scaling_report import Report
@@ -131,7 +130,7 @@ def run(settings: Settings) -> None:
     drawing = figure.draw(report)
     files.write_figure(settings.out, drawing)
     if settings.json is not None:
-        write_atomically(settings.json, report.write_json)
+        report.write_json(settings.json)
     screen = progress.console(wide=True)
     screen.print(report.headline(), style="bold", soft_wrap=True)
     screen.print(report.table())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, BinaryIO
+from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.table import Table
@@ -70,7 +71,7 @@ class Report:
             )
         return table
 
-    def write_json(self, stream: BinaryIO) -> None:
+    def write_json(self, path: Path) -> None:
         """Write every figure as JSON."""
         figures = {
             "settings": self.settings,
@@ -78,7 +79,7 @@ class Report:
             "seconds": self.seconds,
             "samplers": [_record(curve) for curve in self.curves],
         }
-        files.write_json(stream, figures)
+        files.write_json(path, figures)
 
 
 def _record(curve: Curve) -> dict[str, Any]:

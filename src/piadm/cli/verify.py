@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from piadm.atomic import write_atomically
 from piadm.cli import files, progress
 from piadm.shards import Shards, opened
 
@@ -32,8 +31,7 @@ def verify(
         raise typer.BadParameter(str(error)) from error
     found = run(shards)
     if json is not None:
-        figures = {"samples": shards.num, "shards": shards.count, "wrong": found}
-        write_atomically(json, lambda stream: files.write_json(stream, figures))
+        files.write_json(json, {"samples": shards.num, "shards": shards.count, "wrong": found})
     if found:
         raise typer.Exit(1)
 
