@@ -6,6 +6,7 @@ import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -76,8 +77,20 @@ def test_guided_networks_are_copied_through_their_wrapper() -> None:
     assert (found.sample - alone.sample).abs().max() <= 1e-6
 
 
-@pytest.mark.parametrize("wrap", [functools.partial, lambda network: network.forward], ids=["partial", "method"])
-def test_networks_are_copied_within_partials_and_methods(wrap: Callable[[Net], Callable[..., Tensor]]) -> None:
+@dataclass(frozen=True)
+class Frozen:
+    """A wrapper that cannot be changed, such as those of ``Denoiser.from_diffusers``."""
+
+    network: Net
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.network(x, t)
+
+
+@pytest.mark.parametrize(
+    "wrap", [functools.partial, lambda network: network.forward, Frozen], ids=["partial", "method", "frozen"]
+)
+def test_networks_are_copied_within_what_holds_them(wrap: Callable[[Net], Callable[..., Tensor]]) -> None:
     network = Net()
     given = dict(method="ode", steps=20)
     alone = piadm.sample(denoiser(Net()), SHAPE, **given)

@@ -164,7 +164,7 @@ def _copied(network: Any, device: torch.device) -> Any:  # noqa: ANN401 - any ca
         return copy.deepcopy(network).to(device)
     if callable(inner := getattr(network, "network", None)) and inner is not network:  # a wrapper such as GuidedNetwork
         wrapper = copy.copy(network)
-        wrapper.network = _copied(inner, device)
+        object.__setattr__(wrapper, "network", _copied(inner, device))  # it may be a frozen dataclass
         return wrapper
     if isinstance(network, functools.partial):
         return functools.partial(_copied(network.func, device), *network.args, **network.keywords)
