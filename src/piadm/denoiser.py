@@ -104,7 +104,7 @@ class Denoiser:
         data_mean: float = 0.0,
         data_variance: float = 1.0,
     ) -> Denoiser:
-        """A denoiser from a diffusers network, with the noise levels and the prediction type of its scheduler.
+        """A denoiser from a diffusers network, with the noise levels, prediction type and clipping of its scheduler.
 
         Args:
             network: a diffusers model called as ``network(x, timestep=t, **condition)``.  Its other arguments are
@@ -113,7 +113,8 @@ class Denoiser:
                 that pipeline's sign; a module of any other class is called with the scheduler's time,
                 ``num_train_timesteps`` times the noise level.
             scheduler: a diffusers scheduler with a table ``alphas_cumprod``, or one of the EDM or the flow-matching
-                schedulers, or with ``use_flow_sigmas=True`` and flow prediction; its steps are not used.
+                schedulers, or with ``use_flow_sigmas=True`` and flow prediction; its steps are not used.  With
+                ``clip_sample`` or ``thresholding`` the denoised estimate is clipped as it says.
             data_mean: as above.
             data_variance: as above.
 

@@ -259,6 +259,20 @@ def test_a_bare_network_samples_as_its_pipeline(prediction: str) -> None:
     assert float((got - x).square().mean().sqrt()) <= 1e-3 * float(x.square().mean().sqrt())
 
 
+@pytest.mark.parametrize("how", [{"clip_sample_range": 0.5}, {"thresholding": True}], ids=["clip", "threshold"])
+def test_a_bare_networks_estimate_is_clipped_as_its_scheduler_says(how: dict[str, Any]) -> None:
+    # Unlike DDIM's, the step of DDPM reads the estimate and the state alone: clipping the one is all there is to it.
+    scheduler = df.DDPMScheduler(beta_schedule="squaredcos_cap_v2", num_train_timesteps=100, **how)
+    network, x = pixels(df.DDPMPipeline, scheduler).unet, normals(1, 2, 3, 8, 8)
+    denoiser = piadm.Denoiser.from_diffusers(network, scheduler)
+    with torch.no_grad():
+        got = denoiser(x, torch.tensor([90.0, 10.0]))
+        for row, t in ((0, 90), (1, 10)):
+            x0 = scheduler.step(network(x[row : row + 1], t).sample, t, x[row : row + 1]).pred_original_sample
+            assert float((got[row] - x0[0]).abs().max()) <= 1e-4
+            assert float(x0.abs().max()) <= 1
+
+
 def test_a_bare_flow_network_and_a_preconditioned_one() -> None:
     transformer, x, t = flux().transformer, normals(1, 2, 4, 4), torch.tensor([0.7, 0.2])
     condition = dict(encoder_hidden_states=normals(2, 2, 5, 16), pooled_projections=normals(3, 2, 16))

@@ -62,7 +62,7 @@ def clipping(
     Raises:
         UnsupportedError: if a step of several outputs clips a part of them.
     """
-    clip = _clip(scheduler)
+    clip = clip_of(scheduler)
     if clip is None:
         return None
     states, still = _held(scheduler, times, p, q, options)
@@ -77,8 +77,8 @@ def clipping(
     return Clipping(clip, share, states, bool((share > 1 + SHARP).any()))
 
 
-def _clip(scheduler: Any) -> Callable[[Tensor], Tensor] | None:  # noqa: ANN401 - any scheduler
-    """The scheduler's clipping of denoised estimates ``(r, *shape)``."""
+def clip_of(scheduler: Any) -> Callable[[Tensor], Tensor] | None:  # noqa: ANN401 - any scheduler
+    """The scheduler's clipping of denoised estimates ``(r, *shape)``; None: it does not."""
     if scheduler.config.get("thresholding"):
         threshold: Callable[[Tensor], Tensor] = copy.deepcopy(scheduler)._threshold_sample
         return threshold
