@@ -163,3 +163,9 @@ def test_rows_of_several_shapes_are_refused(layout: torch.layout) -> None:
     denoiser = piadm.Denoiser(lambda x, t, a: pytest.fail("the network was called"), VP, "sample")
     with pytest.raises(TypeError, match=r"condition\['a'\] must have rows of one shape, got a nested tensor"):
         piadm.sample(denoiser, (2, 4), condition={"a": ragged})
+
+
+def test_a_tensor_without_numbers_is_refused() -> None:
+    denoiser = piadm.Denoiser(lambda x, t, obs: pytest.fail("the network was called"), VP, "sample")
+    with pytest.raises(TypeError, match=r"condition\['obs'\]\['a'\] must hold numbers, got .* 'meta'"):
+        piadm.sample(denoiser, (2, 4), condition={"obs": {"a": torch.zeros(2, 3, device="meta")}})

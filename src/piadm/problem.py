@@ -251,6 +251,8 @@ def check_condition(condition: object, batch: int, device: torch.device) -> dict
         tensor = value if isinstance(value, Tensor) else _tensor(value)
         if tensor.is_nested:
             raise TypeError(f"{name} must have rows of one shape, got a nested tensor; pad it, with a mask beside it")
+        if tensor.is_meta:
+            raise TypeError(f"{name} must hold numbers, got a tensor without any, on the device 'meta'")
         if tensor.ndim == 0 or len(tensor) != batch:
             shape = tuple(tensor.shape)
             raise ValueError(f"{name} must have one row per sample, ({batch}, ...), got shape {shape}")
