@@ -28,6 +28,8 @@ RIPPLY, FAR = 0.6, 2.0
 
 #: A sample that oscillated is close to a border between two outcomes, where small errors decide: on finer nodes its aim
 #: is divided by this.  Of two such samples one ended on the wrong side with the common aim, none with a quarter of it.
+#: Not so in half precision, where it is rounding that keeps rows from settling, and no aim below it is ever met: a small
+#: network in bfloat16 took 109 rounds for 100 steps, and 18 without.
 CARE = 16
 
 
@@ -100,7 +102,8 @@ class Level:
         """
         builder, keep, path = self.builder, torch.from_numpy(again), self.path
         samples, reference = path.samples[keep], builder.reference(nodes)
-        aim = np.where(self.rule.circling, builder.settings.aim / CARE, self.rule.aim)[again]
+        careful = self.rule.circling & (not builder.settings.half_precision)
+        aim = np.where(careful, builder.settings.aim / CARE, self.rule.aim)[again]
         there, anew = keep.to(path.device), bool(self.rule.wide[again].all())
         rule = builder.rule(nodes, reference, aim, None if anew else self.rule.record(again))
         coarse = None if anew else (path.end[there, 0], self.nodes.count)
