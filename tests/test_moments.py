@@ -26,6 +26,12 @@ def test_moments_of_gaussian_data_are_near(schedule: piadm.NoiseSchedule, mean: 
     assert found.data_mean == pytest.approx(mean, abs=0.1 * variance**0.5 + 0.25 * abs(mean))
 
 
+def test_moments_of_tiny_data_are_near_where_the_noise_is_tiny_too() -> None:
+    known = GaussianDenoiser(piadm.VESchedule(2e-7, 8e-3), 0.0, 1e-8)  # metres; the noise is eighty times as wide
+    found = piadm.measure_moments(replace(known, data_variance=1.0), (4, 3, 8))
+    assert found.data_variance == pytest.approx(1e-8, rel=0.2) and abs(found.data_mean) < 1e-5
+
+
 def test_the_variance_of_a_mixture_is_that_of_its_covariance() -> None:
     means = 2.0 * torch.randn(12, 64, generator=torch.Generator().manual_seed(3)).double()
     found = piadm.measure_moments(MixtureDenoiser(piadm.VPSchedule(), means, 0.1), (1, 64))

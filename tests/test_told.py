@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
+import warnings
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -116,3 +119,28 @@ def test_noise_at_the_end_of_a_grid_is_not_taken_for_wide_data() -> None:
     means = torch.randn(10, 16, generator=torch.Generator().manual_seed(0)).double()
     found = piadm.sample(MixtureDenoiser(schedule, means, 0.05), (8, 16), method="ode", grid=grid)
     assert found.converged and found.stats.nodes is not None and found.stats.nodes <= 53  # the first node set
+
+
+@pytest.mark.parametrize("sampler", [piadm.sample, piadm.sample_sequential])
+@pytest.mark.parametrize(
+    ("schedule", "mean", "variance", "off"),
+    [
+        (piadm.VESchedule(2e-7, 8e-3), 0.0, 1e-8, r"N\(0, 1\^2\), but data of .* are of size 0.008 at time 0.008"),
+        (piadm.VESchedule(), 1e3, 1.0, r"N\(0, 80\^2\), but data of data_mean=1000 .* are of size 1e\+03 at time 80"),
+        (piadm.VESchedule(), 0.0, 1.0, None),
+        (piadm.VESchedule(160.0, 8e6), 0.0, 1e8, None),
+        (piadm.FlowSchedule(), 1e3, 1e6, None),  # nothing is left of the data at its first time
+        (piadm.VPSchedule(), 0.5, 0.25, None),
+    ],
+)
+def test_a_first_state_of_another_size_than_the_datas_is_told(
+    sampler: Callable[..., piadm.Solution], schedule: piadm.NoiseSchedule, mean: float, variance: float, off: str | None
+) -> None:
+    denoiser = piadm.Denoiser(lambda x, t: torch.full_like(x, mean), schedule, "sample", mean, variance)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        sampler(denoiser, (2, 4), method="ode", steps=5)
+        sampler(denoiser, (2, 4), method="ode", steps=5, initial=torch.zeros(2, 4))  # whoever gives it knows
+    assert len(told) == (off is not None)
+    for one in told:
+        assert re.search(f"drawn from {off}; give initial", str(one.message)) and one.filename == __file__

@@ -13,6 +13,7 @@ from piadm.conditions import with_rows
 from piadm.denoiser import Denoiser
 from piadm.grid import TimeGrid
 from piadm.network import network_device
+from piadm.noise import Stream, normals, seed_keys
 from piadm.problem import check_condition, check_denoiser, check_shape
 from piadm.sequential import sample_sequential
 
@@ -56,13 +57,16 @@ def measure_moments(
     size = check_shape(shape)[1:]
     device = network_device(denoiser.network) or torch.device("cpu")
     given = check_condition(condition, shape[0], device)
-    count = max(FEWEST, math.ceil(NUMBERS / math.prod(size)))
+    count, grid = max(FEWEST, math.ceil(NUMBERS / math.prod(size))), TimeGrid.log_snr(denoiser.schedule, STEPS)
+    # Noise alone: how large the data are beside it is not yet known.
+    drawn = normals(seed_keys(SEED, count), Stream.INITIAL, [0], math.prod(size))
+    start = drawn[0] * float(denoiser.schedule.sigma(grid.times[0]))
     found = sample_sequential(
         replace(denoiser, data_mean=0.0, data_variance=1.0, draft=None),
         (count, *size),
         method="ode",
-        grid=TimeGrid.log_snr(denoiser.schedule, STEPS),
-        seed=SEED,
+        grid=grid,
+        initial=start.view(count, *size),
         condition=with_rows(given, lambda rows, name: rows[:1].expand(count, *rows.shape[1:])),
     )
     numbers = found.sample.double()

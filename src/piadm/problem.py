@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ Callback = Callable[[RoundInfo], Any]
 
 #: How much log-SNR may fall from one step to the next before it is an error: rounding of float32 levels, with a margin.
 ROUNDING = 1e-4
+
+#: Factor between the size of a drawn first state and that of noised data from which a warning is due.
+OFF = 2.0
 
 
 @dataclass(frozen=True)
@@ -216,9 +220,23 @@ def _check_times(denoiser: Denoiser, grid: TimeGrid) -> None:
 
 
 def _prior_scale(denoiser: Denoiser, grid: TimeGrid) -> float:
-    """Standard deviation of the starting noise, ``sqrt(alpha^2 + sigma^2)``: 1 for variance-preserving kinds."""
-    first = grid.times[0]
-    return float(torch.hypot(*denoiser.schedule.levels(first)))
+    """Standard deviation of the starting noise, ``sqrt(alpha^2 + sigma^2)``: 1 for variance-preserving kinds.
+
+    Warns if data of the denoiser's own mean and variance are of another size there, ``sqrt(alpha^2 (v + m^2) +
+    sigma^2)``: then their signal is no small part of the first state.
+    """
+    alpha, sigma = (float(level) for level in denoiser.schedule.levels(grid.times[0]))
+    drawn = math.hypot(alpha, sigma)
+    told = math.hypot(alpha * math.sqrt(denoiser.data_variance), alpha * denoiser.data_mean, sigma)
+    if not 1 / OFF <= told / drawn <= OFF:
+        warnings.warn(
+            f"the first state is drawn from N(0, {drawn:.3g}^2), but data of data_mean={denoiser.data_mean:g} and "
+            f"data_variance={denoiser.data_variance:g} are of size {told:.3g} at time {float(grid.times[0]):g}; give "
+            "initial, or start where there is more noise",
+            RuntimeWarning,
+            stacklevel=caller_level(),
+        )
+    return drawn
 
 
 def _place(denoiser: Denoiser, initial: Tensor | None, noise: Tensor | None) -> tuple[torch.device, torch.dtype]:

@@ -62,7 +62,7 @@ def sample(
         steps: number of steps ``J`` of the default grid.
         tol: RMS error per coordinate of the final sample against ``sample_sequential``, > 0, judged per sample.
         seed: one int, or one per sample (an int, or a pair (seed, sample)).
-        initial: state at the first time, ``(B, *sample_shape)``; None draws it.
+        initial: state at the first time, ``(B, *sample_shape)``; None draws ``N(0, alpha^2 + sigma^2)``.
         noise: standard normals, ``(J, B, *sample_shape)``; None draws them.  The ODE methods do not read them.
         condition: keyword arguments of the network.  Tensors and arrays have one row per sample, also inside nested
             mappings (passed on as dicts), lists and tuples; every other value is passed on unchanged.

@@ -48,7 +48,7 @@ def sample_sequential(
         grid: times from noise to data; None is ``TimeGrid.default(schedule, steps)``.
         steps: number of steps ``J`` of the default grid.
         seed: one int, or one per sample (an int, or a pair (seed, sample)).
-        initial: state at the first time, ``(B, *sample_shape)``; None draws it.
+        initial: state at the first time, ``(B, *sample_shape)``; None draws ``N(0, alpha^2 + sigma^2)``.
         noise: standard normals, ``(J, B, *sample_shape)``; None draws them.  The ODE methods do not read them.
         condition: keyword arguments of the network.  Tensors and arrays have one row per sample, also inside nested
             mappings (passed on as dicts), lists and tuples; every other value is passed on unchanged.
