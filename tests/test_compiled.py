@@ -129,3 +129,20 @@ def test_a_half_precision_network_keeps_the_state_in_float32() -> None:
 def test_what_is_no_network_or_switch_is_refused(given: dict[str, object]) -> None:
     with pytest.raises(TypeError, match=f"{list(given)[-1]} must be"):
         piadm.CompiledNetwork(**given)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [piadm.VPSchedule(), piadm.FlowSchedule(), piadm.DiscreteSchedule.ddpm(10)],
+    ids=lambda it: type(it).__name__,
+)
+def test_a_network_may_ask_its_schedule_for_levels(schedule: piadm.NoiseSchedule) -> None:
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = schedule.levels(t.double())
+        return (alpha / (alpha.square() + sigma.square()))[:, None].to(x) * x
+
+    torch._dynamo.reset()
+    x, t = torch.ones(2, 3), torch.tensor([0.3, 0.9])
+    assert torch.equal(piadm.CompiledNetwork(network, backend="eager")(x, t), network(x, t))
+    with pytest.raises(ValueError, match="t must lie in"):  # in other code times are checked
+        schedule.levels(torch.tensor([99.0]))

@@ -20,7 +20,8 @@ class NoiseSchedule(ABC):
 
     A new kind implements the abstract members. Its underscored methods receive float64 tensors that lie in
     ``t_range`` and return float64 tensors of the same shape on the same device. Range and NaN are checked for
-    CPU tensors only: on an accelerator the check would wait for the device at every call.
+    CPU tensors only: on an accelerator the check would wait for the device at every call. Nor are they checked in
+    compiled code, which cannot depend on values.
     """
 
     @property
@@ -100,7 +101,7 @@ class NoiseSchedule(ABC):
         values = _as_float64("log_snr", log_snr)
         low, high = self.t_range
         t = self._time(values)
-        if t.device.type == "cpu":
+        if _checkable(t):
             slack = _SLACK * max(1.0, abs(high))
             if not _all_within(t, low - slack, high + slack):
                 wrong = ~((t >= low - slack) & (t <= high + slack))
@@ -113,7 +114,7 @@ class NoiseSchedule(ABC):
 
     def _checked_time(self, t: float | Tensor) -> Tensor:
         times = _as_float64("t", t)
-        if times.device.type == "cpu":
+        if _checkable(times):
             low, high = self.t_range
             if not _all_within(times, low, high):
                 wrong = ~((times >= low) & (times <= high))
@@ -152,6 +153,11 @@ class VariancePreserving(NoiseSchedule):
     def _time(self, log_snr: Tensor) -> Tensor:
         # torch.softplus turns linear above its threshold of 20 and would lose half of the digits there.
         return self._from_ou_time((-log_snr).clamp(min=0.0) + torch.log1p(torch.exp(-log_snr.abs())))
+
+
+def _checkable(values: Tensor) -> bool:
+    """Whether their numbers can be looked at, without waiting for a device or breaking a graph."""
+    return values.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _all_within(values: Tensor, low: float, high: float) -> bool:

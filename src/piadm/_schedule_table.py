@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, final
 
 import torch
@@ -36,6 +35,7 @@ class DiscreteSchedule(NoiseSchedule):
 
     alphas_cumprod: Tensor
     _log_snrs: Tensor
+    _first: tuple[float, float]  # alpha^2 and sigma^2 at index 0; as numbers, which compiled code may read
 
     def __init__(self, alphas_cumprod: Tensor | Sequence[float] | NDArray[Any]) -> None:
         """Check and copy the table, and keep its log-SNR.
@@ -59,6 +59,7 @@ class DiscreteSchedule(NoiseSchedule):
             raise ValueError(f"alphas_cumprod must be strictly decreasing, got {pair}")
         object.__setattr__(self, "alphas_cumprod", table)
         object.__setattr__(self, "_log_snrs", levels)
+        object.__setattr__(self, "_first", (levels[0].sigmoid().item(), (-levels[0]).sigmoid().item()))
 
     @classmethod
     def ddpm(cls, timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> DiscreteSchedule:
@@ -115,11 +116,6 @@ class DiscreteSchedule(NoiseSchedule):
     def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
         log_snr = self._log_snr(t)
         return torch.sqrt(torch.sigmoid(log_snr)), torch.sqrt(torch.sigmoid(-log_snr))
-
-    @cached_property
-    def _first(self) -> tuple[float, float]:
-        """``alpha^2`` and ``sigma^2`` at index 0."""
-        return self._log_snrs[0].sigmoid().item(), (-self._log_snrs[0]).sigmoid().item()
 
     def _log_snr(self, t: Tensor) -> Tensor:
         levels = self._log_snrs.to(t.device, non_blocking=True)  # a blocking copy would wait for the device
