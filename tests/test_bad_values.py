@@ -228,3 +228,16 @@ def test_a_device_without_float64_is_named(sampler: str, monkeypatch: pytest.Mon
     monkeypatch.setattr("piadm.problem.network_device", lambda network: torch.device("mps"))
     with pytest.raises(ValueError, match=r"denoiser must have its network where there are float64 .* got mps"):
         run(sampler, **FEW if sampler == "sample" else {})
+
+
+@pytest.mark.parametrize("sampler", [piadm.sample, piadm.sample_sequential])
+def test_the_warning_of_many_failures_names_the_first_and_counts_the_rest(
+    sampler: Callable[..., piadm.Solution],
+) -> None:
+    broken = piadm.Denoiser(lambda x, t: math.nan * x, piadm.VPSchedule(), "sample")
+    with pytest.warns(RuntimeWarning) as told:
+        found = sampler(broken, (200, 2), method="ode", steps=5)
+    assert len(found.failures) == 200
+    assert str(told[0].message) == "; ".join([*found.failures[:3], "and 197 more"])
+    with pytest.raises(ValueError, match="; and 125 more$"), pytest.warns(RuntimeWarning, match="; and 125 more$"):
+        piadm.measure_moments(broken, (1, 2))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from numbers import Integral, Real
 from typing import Any, TypeGuard, TypeVar
 
@@ -27,6 +27,12 @@ def shown(value: object) -> str:
     except ValueError:  # an int of thousands of digits has no repr
         text = "a very long number"
     return text if len(text) <= _WIDEST else f"{text[:50]} ... {text[-20:]}"
+
+
+def listed(lines: Sequence[str], most: int = 3) -> str:
+    """Return the first few of several messages as one, and how many more there are."""
+    more = [f"and {len(lines) - most} more"] if len(lines) > most else []
+    return "; ".join([*lines[:most], *more])
 
 
 def described(value: object) -> str:

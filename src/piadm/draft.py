@@ -6,7 +6,7 @@ import copy
 import warnings
 from dataclasses import replace
 
-from piadm._checks import caller_level
+from piadm._checks import caller_level, listed
 from piadm.activity import SlidingWindow
 from piadm.iteration import solve
 from piadm.path import ParallelPath
@@ -46,6 +46,6 @@ def start_from_draft(problem: Problem, path: ParallelPath, rule: CarriedResidual
     if tally.interrupted:
         raise KeyboardInterrupt
     if tally.failures:
-        warnings.warn(f"the draft failed: {'; '.join(tally.failures)}", RuntimeWarning, stacklevel=caller_level())
+        warnings.warn(f"the draft failed: {listed(tally.failures)}", RuntimeWarning, stacklevel=caller_level())
     path.unlearn()
     return tally

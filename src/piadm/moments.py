@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from piadm._checks import listed
 from piadm.conditions import with_rows
 from piadm.denoiser import Denoiser
 from piadm.grid import TimeGrid
@@ -73,7 +74,8 @@ def measure_moments(
     mean, variance = float(numbers.mean()), float(numbers.var(correction=0))
     if not 0 < variance < math.inf:
         raise ValueError(
-            f"the network's samples by {STEPS} steps have a variance of {variance:.3g}; it must be positive and "
-            f"finite: give data_mean and data_variance to piadm.Denoiser{''.join('; ' + one for one in found.failures)}"
+            f"the network's samples by {STEPS} steps have a variance of {variance:.3g}; it must be positive and finite"
+            f": give data_mean and data_variance to piadm.Denoiser{'; ' if found.failures else ''}"
+            + listed(found.failures)
         )
     return replace(denoiser, data_mean=mean, data_variance=variance)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from piadm._checks import caller_level, described
+from piadm._checks import caller_level, described, listed
 from piadm.numerics import Flags
 from piadm.problem import Callback, Problem
 from piadm.solution import RoundInfo, Solution, Stats, Status, demand
@@ -175,5 +175,5 @@ class Tally:
             states[-1, failed] = torch.nan
         solution = Solution(sample, tuple(self.status), self.error, stats, states, tuple(self.failures))
         if self.failures:
-            warnings.warn("; ".join(self.failures), RuntimeWarning, stacklevel=caller_level())
+            warnings.warn(listed(self.failures), RuntimeWarning, stacklevel=caller_level())
         return demand(solution) if raise_on_failure else solution
