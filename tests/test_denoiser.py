@@ -246,6 +246,19 @@ def test_a_network_may_take_gradients_of_its_own() -> None:
     assert solution.converged and float((solution.sample - want).square().mean().sqrt()) < 1e-2  # the tolerance
 
 
+def test_a_network_may_leave_inference_mode_for_its_gradients() -> None:
+    def pulled(x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        with torch.inference_mode(False), torch.enable_grad():
+            x = x.clone().requires_grad_()
+            pull = torch.autograd.grad((0.1 * (x - label.clone())).square().sum(), x)[0]
+        return 0.5 * x.detach() - pull
+
+    given = dict(steps=40, method="ode", condition={"label": torch.ones(3, 4)})
+    want = piadm.sample(piadm.Denoiser(pulled, VP, "sample"), (3, 4), **given).sample
+    with torch.inference_mode():
+        assert torch.equal(piadm.sample(piadm.Denoiser(pulled, VP, "sample"), (3, 4), **given).sample, want)
+
+
 def test_a_float64_network_may_work_in_place_on_its_times() -> None:
     class Halves(torch.nn.Module):
         def __init__(self) -> None:

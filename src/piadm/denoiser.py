@@ -49,7 +49,8 @@ class Denoiser:
             tensor of the shape of ``x``, a tuple that starts with one, or an object with one as ``.sample``.  Each row
             of the output must depend on its own row of the arguments alone: a network that draws random numbers or
             mixes rows has no well-defined sample to converge to.  It is called under ``torch.no_grad``; guidance that
-            needs gradients can turn them on with ``torch.enable_grad``, except under ``torch.inference_mode``.
+            needs gradients can turn them on with ``torch.enable_grad``.  Where the sampler is called under
+            ``torch.inference_mode``, it has to leave that by ``torch.inference_mode(False)`` and clone its arguments.
         schedule: the noise schedule of the network, which is called with the schedule's times.
         prediction: one of "epsilon", "score", "sample", "v", "velocity".
         data_mean: mean of the data over all coordinates, in the network's units.  Only the starting guess and
