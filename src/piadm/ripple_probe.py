@@ -22,19 +22,23 @@ class RippleProbe:
         nodes: that node set.
 
     Attributes:
-        request: the rows, for the executor.
         samples: the sample of every row, on the CPU.
     """
 
     def __init__(self, ripples: Ripples, path: ParallelPath, nodes: NodeSet) -> None:
-        self.ripples, self.path, steps = ripples, path, ripples.steps
+        self.ripples, self.path = ripples, path
         self.samples = path.samples.repeat(3 * PLACES)
-        self.places = torch.searchsorted(nodes.indices, steps).to(path.device)
-        near = (steps + torch.arange(-1, 2, device="cpu")[:, None]).flatten()  # (3, K)
-        times = ripples.times[near].repeat_interleave(path.batch).to(path.device)
+        self.places = torch.searchsorted(nodes.indices, ripples.steps).to(path.device)
         self.rows = torch.arange(len(self.samples), device=path.device)
         self.found = path.state.new_empty(len(self.samples), path.size)
-        self.request = Request(path.numbers.repeat(3 * PLACES), times, self._fetch, self.found.__setitem__)
+
+    @property
+    def request(self) -> Request:
+        """The rows, for the executor; made when asked for, as that of a ``Turn``."""
+        path, ripples = self.path, self.ripples
+        near = (ripples.steps + torch.arange(-1, 2, device="cpu")[:, None]).flatten()  # (3, K)
+        times = ripples.times[near].repeat_interleave(path.batch).to(path.device)
+        return Request(path.numbers.repeat(3 * PLACES), times, self._fetch, self.found.__setitem__)
 
     def _fetch(self, part: slice) -> Tensor:
         row = self.rows[part]

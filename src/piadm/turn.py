@@ -80,9 +80,6 @@ class Turn:
     Args:
         path: the path.
         active: which rows to evaluate, shape ``(n, B)``.
-
-    Attributes:
-        request: the rows, for the executor.
     """
 
     def __init__(self, path: ParallelPath, active: Flags) -> None:
@@ -92,7 +89,12 @@ class Turn:
         # The innovations, as in ``LocalModel.follow``; and what ``LocalModel.observe`` returns of every row.
         self.innovation = path.state.new_zeros(*rows.places.shape, path.size)
         self.measured = path.state.new_zeros(3, path.path.count * path.batch)
-        self.request = Request(path.numbers[rows.sample], path.times[rows.node], self._fetch, self._store)
+
+    @property
+    def request(self) -> Request:
+        """The rows, for the executor.  Made when asked for: kept here, it and the turn would hold each other."""
+        path, rows = self.path, self.rows
+        return Request(path.numbers[rows.sample], path.times[rows.node], self._fetch, self._store)
 
     def _fetch(self, part: slice) -> Tensor:
         return self.path.nodes[self.rows.node[part], self.rows.sample[part]]
