@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -74,6 +75,16 @@ def test_no_more_is_kept_than_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(ones(size)) == size
     assert calls == [50, 60, 70, 60]
     assert len(ones(200)) == len(ones(200)) == 200 and calls[-2:] == [200, 200]  # too large to be kept
+
+
+def test_a_result_too_large_to_be_kept_is_found_while_somebody_holds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memo, "MOST_BYTES", 1000)
+    steps = integrator("ode").steps(SCHEDULE, piadm.TimeGrid.default(SCHEDULE, 29))
+    held, kept = condense(steps, SLOPES[:29], every_step(29)), len(memo._store)
+    assert condense(steps, SLOPES[:29], every_step(29)) is held and len(memo._store) == kept
+    gone = weakref.ref(held)
+    del held
+    assert gone() is None
 
 
 def test_a_result_stands_for_what_it_was_made_from_and_a_changed_copy_does_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,10 @@ MOST_BYTES = 1 << 27
 _functions = itertools.count()
 _store, _lock = OrderedDict[bytes, tuple[object, int]](), threading.Lock()
 
+#: Results that are too large to be kept, for as long as somebody holds them: a run of thousands of steps asks several
+#: times for one of hundreds of megabytes.
+_held = weakref.WeakValueDictionary[bytes, object]()
+
 #: The key of every live dataclass that a memoized function returned, by its ``id``: it stands for the content.
 _origins: dict[int, tuple[weakref.ref[object], bytes]] = {}
 
@@ -48,6 +52,8 @@ def memoized(function: Callable[_P, _T]) -> Callable[_P, _T]:
             if key in _store:
                 _store.move_to_end(key)
                 return cast(_T, _store[key][0])
+            if (held := _held.get(key)) is not None:
+                return cast(_T, held)
         result = function(*args, **kwargs)
         _remember(result, key)
         _keep(key, result)
@@ -57,11 +63,13 @@ def memoized(function: Callable[_P, _T]) -> Callable[_P, _T]:
 
 
 def _keep(key: bytes, result: object) -> None:
-    """Store a result unless it is too large by itself, and drop the least recently used ones beyond ``MOST_BYTES``."""
+    """Store a result, one too large by itself weakly, and drop the least recently used ones beyond ``MOST_BYTES``."""
     size = _size(result)
     with _lock:
         if size <= MOST_BYTES:
             _store[key] = result, size
+        elif is_dataclass(result):
+            _held[key] = result
         while sum(one for _, one in _store.values()) > MOST_BYTES:
             _store.popitem(last=False)
 
