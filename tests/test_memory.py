@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -102,16 +103,30 @@ def test_cached_files_do_not_count_against_a_containers_limit(monkeypatch: pytes
     assert memory._left_of_the_container() is None
 
 
-@pytest.mark.parametrize("method", ["ode", "sde"])
-def test_states_are_gone_when_the_sampler_returns(method: str) -> None:
-    # Not when Python next looks for cycles of references, which it does as little for gigabytes as for bytes.
-    means = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)).double()
-    denoiser = MixtureDenoiser(piadm.VPSchedule(), means, 0.05)
+def paths_left(call: Callable[[], object]) -> int:
+    """Paths that a call leaves behind until Python next looks for cycles of references."""
     gc.collect()
     gc.disable()
     try:
-        found = piadm.sample(denoiser, (8, 8), method=method, steps=300, tol=5e-3)
-        left = [one for one in gc.get_objects() if type(one) is ParallelPath]
+        call()
+        return sum(type(one) is ParallelPath for one in gc.get_objects())
     finally:
         gc.enable()
-    assert found.stats.nodes > 100 and left == []  # finer node sets, and the rows that measure ripples, were there
+
+
+@pytest.mark.parametrize("method", ["ode", "sde"])
+def test_states_are_gone_when_the_sampler_returns(method: str) -> None:
+    # Python looks for cycles as little for gigabytes as for bytes.
+    means = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)).double()
+    denoiser, nodes = MixtureDenoiser(piadm.VPSchedule(), means, 0.05), []
+    run = dict(method=method, steps=300, tol=5e-3)
+    assert paths_left(lambda: nodes.append(piadm.sample(denoiser, (8, 8), **run).stats.nodes)) == 0
+    assert nodes[0] > 100  # finer node sets, and the rows that measure ripples, were there
+
+
+def test_states_are_gone_when_the_network_has_failed() -> None:
+    def call() -> None:
+        with pytest.raises(piadm.NetworkError):
+            piadm.sample(DENOISER, (2, 4), steps=20)
+
+    assert paths_left(call) == 0

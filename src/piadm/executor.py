@@ -34,16 +34,19 @@ Asking = Generator[tuple[Tensor, Tensor, Tensor], Tensor | None, _T]
 def drive(asking: Asking[_T], answer: Callable[[Tensor, Tensor, Tensor], Tensor | None]) -> _T:
     """Run such a generator to its end and return its result; exceptions of ``answer`` are raised at its ``yield``."""
     resume: Callable[[], tuple[Tensor, Tensor, Tensor]] = partial(next, asking)
-    while True:
-        try:
-            rows = resume()
-        except StopIteration as end:
-            result: _T = end.value
-            return result
-        try:
-            resume = partial(asking.send, answer(*rows))
-        except BaseException as error:
-            resume = partial(asking.throw, error)
+    try:
+        while True:
+            try:
+                rows = resume()
+            except StopIteration as end:
+                result: _T = end.value
+                return result
+            try:
+                resume = partial(asking.send, answer(*rows))
+            except BaseException as error:
+                resume = partial(asking.throw, error)
+    finally:
+        del resume  # it may hold an exception, whose traceback holds this frame, and with it all states
 
 
 @dataclass(frozen=True)
