@@ -28,8 +28,8 @@ RIPPLY, FAR = 0.6, 2.0
 
 #: A sample that oscillated is close to a border between two outcomes, where small errors decide: on finer nodes its aim
 #: is divided by this.  Of two such samples one ended on the wrong side with the common aim, none with a quarter of it.
-#: Not so in half precision, where it is rounding that keeps rows from settling, and no aim below it is ever met: a small
-#: network in bfloat16 took 109 rounds for 100 steps, and 18 without.
+#: Not so in half precision, where it is rounding that keeps rows from settling, and no aim below it is ever met: a
+#: small network in bfloat16 took 109 rounds for 100 steps, and 18 without.
 CARE = 16
 
 
