@@ -28,8 +28,8 @@ SMOOTH_ORDER, ROUGH_ORDER = 3, 1
 #: Number of nodes of the first node set if the library chooses it: ``factor (std of the data/aim)^power``, such that
 #: few samples need a second one.  With a fifth fewer for the SDE at 1e-2, eleven networks took a fifth fewer
 #: evaluations and as many rounds, but some samples near borders between two outcomes ended on the wrong side, and two
-#: of 32 of a U-Net were outside instead of one.  With a power of 1 every step was a node for the SDE at 3e-3: samples of
-#: eight networks took 3000 evaluations instead of 1600 and half a round less, and ended with a tenth of the error
+#: of 32 of a U-Net were outside instead of one.  With a power of 1 every step was a node for the SDE at 3e-3: samples
+#: of eight networks took 3000 evaluations instead of 1600 and half a round less, and ended with a tenth of the error
 #: allowed.
 FACTOR_SMOOTH, FACTOR_ROUGH, POWER = 1.65, 6.4, 0.75
 
