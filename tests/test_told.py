@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 import piadm
-from piadm import stopping
+from piadm import settings, stopping
 from piadm.caution import FIRST_SMOOTH
 from piadm.models import GaussianDenoiser, MixtureDenoiser
+from piadm.nodes import NodeSet, refine
 from piadm.turn import Movement
 
 SCHEDULE = piadm.VPSchedule()
@@ -57,6 +58,20 @@ def test_samples_wider_than_told_are_judged_anew_on_their_nodes(method: str, nod
     # They leave the first nodes after two rounds.  Compared with where their paths ended there, they would go on once
     # more, and for longer: 189 (ODE) and 662 (SDE) nodes, and twice as many evaluations (SDE).
     assert found.converged and found.stats.nodes < nodes
+
+
+def test_node_sets_that_no_sample_goes_on_to_are_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def noted(nodes: NodeSet, clock: Tensor, order: int) -> NodeSet:
+        finer = refine(nodes, clock, order)
+        made.append(finer.count)
+        return finer
+
+    monkeypatch.setattr(settings, "refine", noted)
+    found = piadm.sample(replace(GaussianDenoiser(SCHEDULE, 0.0, 9.0), data_variance=1.0), (8, 16), method="ode")
+    # Those of thousands of steps take seconds and gigabytes.
+    assert found.converged and max(made) == found.stats.nodes
 
 
 def test_samples_narrower_than_told_are_aimed_at_by_their_own_size() -> None:

@@ -134,13 +134,6 @@ class SampleSettings:
             return every_step(self.steps.count)
         return with_readings(finer, self.importance)
 
-    def ladder(self, nodes: NodeSet) -> list[NodeSet]:
-        """The finer node sets, each with about twice as many nodes as the one before; the last is every step."""
-        finer = [self.finer(nodes)]
-        while finer[-1].count < self.steps.count:
-            finer.append(self.finer(finer[-1]))
-        return finer
-
     def refines(self, nodes: NodeSet) -> bool:
         """Whether samples that need it go on from these nodes to finer ones."""
         return self.refinable and nodes.count < self.steps.count
