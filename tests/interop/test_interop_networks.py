@@ -58,6 +58,25 @@ def test_a_bare_flow_network_and_a_preconditioned_one() -> None:
     assert torch.allclose(piadm.Denoiser.from_diffusers(network, scheduler)(x, t), want, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "kind, how",
+    [
+        (df.DDPMScheduler, {}),  # it clips
+        (df.DDPMScheduler, {"clip_sample": False}),
+        (df.EDMEulerScheduler, {}),
+        (df.FlowMatchEulerDiscreteScheduler, {}),
+    ],
+)
+def test_what_calls_a_bare_network_compiles_as_one_graph(kind: type, how: dict[str, Any]) -> None:
+    torch._dynamo.reset()
+    unet = pixels(df.DDPMPipeline, df.DDPMScheduler()).unet
+    network = piadm.Denoiser.from_diffusers(unet, kind(**how)).network
+    x, t = normals(1, 2, 3, 8, 8), torch.tensor([0.3, 0.5])
+    with torch.no_grad():
+        # Padded to another number of rows, kernels round otherwise.
+        assert torch.allclose(piadm.CompiledNetwork(network, backend="eager")(x, t), network(x, t), atol=1e-5)
+
+
 def test_from_diffusers_names_what_it_cannot_use() -> None:
     network = pixels(df.DDPMPipeline, df.DDPMScheduler()).unet
     with pytest.raises(TypeError, match="network must be a diffusers model that reads a timestep"):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,11 +31,10 @@ class TimedNetwork:
 
     network: nn.Module
     clock: Clock
+    _time: str = field(init=False)  # what the network calls its time: asked here, where no code is compiled
 
-    @cached_property
-    def _time(self) -> str:
-        """What the network calls its time: asked once, not at every call."""
-        return time_argument(self.network) or "timestep"
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_time", time_argument(self.network) or "timestep")
 
     def __call__(self, x: Tensor, t: Tensor, **condition: Any) -> Tensor:  # noqa: ANN401 - the network's own
         """Prediction for rows ``x (R, *shape)`` at times ``t (R,)``."""

@@ -120,7 +120,7 @@ def stepper(scheduler: Any, draw: Draw) -> Callable[..., Any]:  # noqa: ANN401 -
 
 
 def owners_of_step(scheduler: object) -> list[type]:
-    """The classes of a scheduler that have a step of their own, itself first."""
+    """The classes of a scheduler that have a step of their own, in the order in which Python looks for one."""
     return [owner for owner in type(scheduler).__mro__ if "step" in vars(owner)]
 
 
