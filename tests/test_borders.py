@@ -77,9 +77,9 @@ def test_data_far_wider_than_told_do_not_pass_for_converged(schedule: piadm.Nois
 
 def moved(surprise: Table, end: Table, interpolation: Table, amplification: float = 1.0) -> Movement:
     """A round of samples of any size, of which no row was lost."""
-    no = np.zeros_like(end)  # none
+    zero = np.zeros_like(end)
     lost = np.zeros_like(surprise, dtype=bool)
-    return Movement(surprise, end, interpolation, no, no, no + amplification, no + 99, lost, lost[0])
+    return Movement(surprise, end, interpolation, zero, zero, zero + amplification, zero + 99, lost, lost[0])
 
 
 @pytest.mark.parametrize("refinable", [True, False])

@@ -162,7 +162,7 @@ class CarriedResidual:
         self.influence, self.threshold, self.tol, self.aim = influence, threshold, tol, aim
         self.refinable, self.widest, self.caution = refinable, widest, caution
         self.exact_after, self.most_laps, self.rounds = exact_after, most_laps, 0
-        self.laps, self.passed, self.size, self.width, self.halved = np.zeros((5, len(aim)))
+        self.laps, self.passed, self.size, self.width, self.remains = np.zeros((5, len(aim)))
         self.share, self.keenness = np.ones_like(aim), np.ones_like(aim)
         self.last: Table | None = None
         self.begun = coarse is not None
@@ -244,7 +244,7 @@ class CarriedResidual:
         interpolation = amplified * np.exp2(np.clip(self.passed - self.caution.calm, 0, MOST_DOUBLINGS))
         error = np.hypot(iteration, interpolation) + movement.rounding
         self._compare(amplified)
-        self.halved = movement.halved
+        self.remains = movement.remains
 
         ripe = still | (self.rounds >= self.caution.earliest)
         # Finer nodes are for paths that have nearly converged: others would take their errors along.

@@ -26,7 +26,7 @@ class Movement:
         end: RMS change of the end of the path, shape ``(B,)``.
         interpolation: estimated RMS error at the end of the path that interpolation between the nodes leaves,
             shape ``(B,)``.
-        halved: what twice as many nodes would leave of it, as a factor, shape ``(B,)``.
+        remains: what twice as many nodes would leave of it, as a factor, shape ``(B,)``.
         rounding: what rounding of the states may leave at the end of the path, shape ``(B,)``.
         amplification: factor by which errors of the iteration and of the interpolation may grow on their way to the
             end, beyond what their influence says, shape ``(B,)``.
@@ -39,7 +39,7 @@ class Movement:
     surprise: Table
     end: Table
     interpolation: Table
-    halved: Table
+    remains: Table
     rounding: Table
     amplification: Table
     size: Table
@@ -151,9 +151,9 @@ class Turn:
         moved, rounding, size = of_end.reshape(3, path.batch)
         sizes, apart = np.split(left.reshape(-1, path.batch), [-1])
         exact = np.zeros_like(moved), np.ones_like(moved)
-        error, halved = exact if path.interpolation is None else path.interpolation.error(sizes, apart[0])
+        error, remains = exact if path.interpolation is None else path.interpolation.error(sizes, apart[0])
         first = self.active.argmax(0)[None]
         failed: Flags = ~np.isfinite(moved) | np.take_along_axis(lost, first, 0)[0]
         amplification = path.amplification.factor.max(0)
         surprise = np.where(lost, 0.0, surprise)
-        return Movement(surprise, moved, error, halved, rounding, amplification, size, lost, failed)
+        return Movement(surprise, moved, error, remains, rounding, amplification, size, lost, failed)

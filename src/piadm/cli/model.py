@@ -1,4 +1,4 @@
-"""The model of ``piadm compare`` and ``piadm bench``: a shipped one, a mixture, or an object of the user's."""
+"""The models of the commands: the shipped one, a mixture, or an object of the user's."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class ModelName:
 
     def __post_init__(self) -> None:
         own = self.name not in (FASHION, MIXTURE)
-        module, _, attribute = self.name.partition(":")
-        if own and not (module and attribute):
+        source, _, attribute = self.name.partition(":")
+        if own and not (source and attribute):
             raise ValueError(f"--model must be {FASHION}, {MIXTURE} or module:attribute, got {self.name!r}")
         if own and self.shape is None:
             raise ValueError(f"--shape must say what one sample of {self.name!r} looks like, such as 3,32,32")
@@ -100,11 +100,11 @@ def mixture() -> Denoiser:
 
 def _denoiser(name: str) -> Denoiser:
     """The denoiser that ``module:attribute`` is, or that it returns when called without arguments."""
-    module, _, attribute = name.partition(":")
+    source, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as python -m would: the module may lie here, not in site-packages
     try:
-        found = attrgetter(attribute)(import_module(module))
+        found = attrgetter(attribute)(import_module(source))
         if not isinstance(found, Denoiser) and callable(found):
             found = found()
     except Exception as error:  # whatever a user's module raises
