@@ -115,8 +115,8 @@ class Builder:
     def ripples(self) -> Ripples | None:
         """Those of all samples from step to step; None: nodes were asked for, or every step is one.
 
-        They are measured on the first node set of the SDE, where noise hides them, and on the first finer one of the
-        ODE, where samples that show ripples go on to.
+        They are measured on the first node set of the SDE, whose noise hides them, and on the first finer one that a
+        sample of the ODE comes to, as those with ripples do.
         """
         settings, denoiser = self.settings, self.problem.denoiser
         nodes = settings.nodes if settings.noisy else settings.finer(settings.nodes)
@@ -187,7 +187,8 @@ class Builder:
     def active_rows(self, count: int, rule: CarriedResidual) -> SlidingWindow | TimedWindow:
         """Which rows of a path on so many nodes are evaluated.
 
-        Where the library chooses, there is no limit for samples from coarser nodes: all states are nearly final there.
+        Where the library chooses, there is no limit for samples from coarser nodes, whose states are nearly final, but
+        for those that are judged anew.
         """
         settings, denoiser, executor = self.settings, self.problem.denoiser, self.problem.executor
         patience = PATIENCE + settings.later
