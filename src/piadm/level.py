@@ -15,7 +15,8 @@ from piadm.path import ParallelPath
 from piadm.ripple_probe import RippleProbe
 from piadm.stopping import CarriedResidual, Verdict
 
-#: Ripples from step to step may leave this share of a sample's aim on the node set that it goes on to.
+#: Ripples from step to step may leave this share of a sample's aim on the node set that it goes on to: squares add, so
+#: that 0.87 of it are there for all other errors.
 RIPPLED = 0.5
 
 #: ODE: where twice as many nodes would leave more than this of the interpolation error, it is due to independent

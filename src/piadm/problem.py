@@ -31,7 +31,8 @@ Callback = Callable[[RoundInfo], Any]
 #: How much log-SNR may fall from one step to the next before it is an error: rounding of float32 levels, with a margin.
 ROUNDING = 1e-4
 
-#: Factor between the size of a drawn first state and that of noised data from which a warning is due.
+#: Factor between the size of a drawn first state and that of noised data from which a warning is due: the ODE's samples
+#: of Gaussian data are wrong in size by the same factor.
 OFF = 2.0
 
 

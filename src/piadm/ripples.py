@@ -63,7 +63,7 @@ class Ripples:
     all at one state, with ``u`` and ``v`` the linear interpolation in log-SNR; independent ripples have this RMS.
 
     Args:
-        nodes: the node set on which they are measured.
+        nodes: the first node set on which they are measured; samples may skip it and come to a finer one.
         times: schedule times of the steps, shape ``(J,)`` float64.
         clock: log-SNR there, likewise.
         scale: ``|q|`` there, likewise.
@@ -94,7 +94,7 @@ class Ripples:
         return RippleEffect((between * squares.numpy()) @ between.T, self, samples)
 
     def wanted(self, nodes: NodeSet, samples: Tensor) -> bool:
-        """Whether they are to be measured on a node set, that which was given or finer, for some of the samples."""
+        """Whether those of some samples are to be measured on a node set: the first one for it or a finer one."""
         return self.count <= nodes.count < len(self.times) and bool(np.isnan(self.sizes[:, samples.numpy()]).any())
 
 
