@@ -111,6 +111,7 @@ def test_devices_compute_under_the_callers_autocast() -> None:
     assert float((alone - shared).abs().max()) < 0.1 * float((alone - exact).abs().max())
 
 
+@pytest.mark.filterwarnings("ignore:the first state is drawn")  # it is told, too
 @pytest.mark.parametrize("nodes", [None, "all"])
 def test_a_mean_told_far_off_is_no_excuse_for_convergence(nodes: str | None) -> None:
     # States are then differences of numbers of 1e5, whose rounding is 1e-2: errors of 2e-2 were CONVERGED at 1e-4.
