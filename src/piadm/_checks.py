@@ -47,7 +47,7 @@ def device_here(name: str, value: Any) -> torch.device:  # noqa: ANN401 - whatev
         ValueError: If there is none.
     """
     try:
-        return torch.empty(0, device=value).device
+        return torch.empty(0, device=torch.device(value)).device  # None alone would be torch's default
     except (RuntimeError, AssertionError, ImportError, TypeError) as error:  # each kind of device has its own
         reason = str(error).partition("\n")[0][:100]
         raise ValueError(f"{name} must be a device of this machine, got {str(value)!r}: {reason}") from error
