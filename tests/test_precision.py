@@ -67,16 +67,16 @@ def test_finer_nodes_of_half_precision_are_all_steps(dtype: torch.dtype, method:
 
 def test_rows_that_rounding_keeps_from_settling_are_not_evaluated_to_the_last() -> None:
     # Of a sample that moves on to every step since its rows never settle, the aim stays as it is: one that is below the
-    # rounding took 47 rounds and 1760 evaluations, and left the same error.
+    # rounding took 43 rounds and 1820 evaluations, and left the same error.
     modes, schedule = 0.4 * torch.randn(16, 16, generator=torch.Generator().manual_seed(0)), piadm.CosineSchedule()
     half, full = (of(Rounded(dtype, modes, schedule)) for dtype in (torch.bfloat16, torch.float32))
     run = dict(method="ode", grid=piadm.TimeGrid.uniform(schedule, 100, start=0.995), seed=[(0, 13)])
-    found, want = piadm.sample(half, (1, 16), tol=8e-3, **run), piadm.sample_sequential(half, (1, 16), **run).sample
-    assert found.converged and float((found.sample - want).square().mean().sqrt()) <= 8e-3
+    found, want = piadm.sample(half, (1, 16), tol=6e-3, **run), piadm.sample_sequential(half, (1, 16), **run).sample
+    assert found.converged and float((found.sample - want).square().mean().sqrt()) <= 6e-3
     assert found.stats.nodes == 100
     # What it takes on the first nodes until it moves on, and on every step from the beginning.
-    few = piadm.sample(full, (1, 16), tol=8e-3, **run).stats.nodes
-    every = piadm.sample(half, (1, 16), tol=8e-3, nodes="all", **run).stats.evaluations
+    few = piadm.sample(full, (1, 16), tol=6e-3, **run).stats.nodes
+    every = piadm.sample(half, (1, 16), tol=6e-3, nodes="all", **run).stats.evaluations
     assert found.stats.evaluations <= LAPS_HALF * few + every
 
 
