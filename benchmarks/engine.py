@@ -1,13 +1,15 @@
 """What ``piadm.sample`` costs and how true it is, line by line against what it was built for.
 
-    python benchmarks/engine.py [--tables targets truth windows short time] [--networks mixture digits fashion]
-                                [--methods ode sde] [--num 16] [--threads 2] [--json engine.json]
+    python benchmarks/engine.py [--tables targets truth windows short time]
+                                [--networks mixture digits fashion wide table] [--methods ode sde]
+                                [--num 16] [--threads 2] [--json engine.json]
 
 Every error is the RMS difference per coordinate from the sequential sampler's result on the same grid and noise, sample
 by sample.  Rounds are sequential batched network calls and evaluations network rows, all of them; medians are over
 samples.  Networks: "fashion", the shipped U-Net; "mixture", the ten narrow Gaussians of ``piadm compare``; "digits", a
 Gaussian of standard deviation 0.1 about each of scikit-learn's 1797 images of 8 x 8 pixels, the hardest of the three:
-its paths run along borders between hundreds of components.
+its paths run along borders between hundreds of components.  "wide", a mixture three times as wide as is told, and
+"table", which adds a vector of its own at every time step, as a table of times does, are studied if they are named.
 
 targets   1000 steps, tol 1e-2: rounds, evaluations and true errors, beside what was aimed at.
 truth     Of samples reported CONVERGED, how many are within the tolerance, the worst and the median error over it.
@@ -21,6 +23,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from _common import Row, options, print_table, write_json
@@ -49,12 +52,30 @@ def digits() -> piadm.Denoiser:
     return MixtureDenoiser(piadm.DiscreteSchedule.ddpm(), images, 0.01)
 
 
+def wide() -> piadm.Denoiser:
+    """Narrow Gaussians with three times the standard deviation that is told."""
+    means = 3 * torch.randn(10, 16, generator=torch.Generator().manual_seed(0)).double()
+    exact = MixtureDenoiser(piadm.DiscreteSchedule.ddpm(), means, 0.04)
+    return replace(exact, data_mean=0.0, data_variance=1.0)
+
+
+def table() -> piadm.Denoiser:
+    """Six Gaussians, and a vector of 0.02 that is drawn for every time step."""
+    means = torch.randn(6, 4, generator=torch.Generator().manual_seed(3))
+    added = 0.02 * torch.randn(1000, 4, generator=torch.Generator().manual_seed(4))
+    exact = MixtureDenoiser(piadm.DiscreteSchedule.ddpm(), means, 0.3)
+    return replace(exact, network=lambda x, t: exact.network(x, t) + added[t.long()].to(x))
+
+
 NETWORKS: dict[str, Callable[[], piadm.Denoiser]] = {
     "mixture": mixture,
     "digits": digits,
     "fashion": lambda: piadm.load("fashion"),
+    "wide": wide,
+    "table": table,
 }
-SHAPES = {"mixture": (1, 8, 8), "digits": (64,), "fashion": (1, 28, 28)}
+SHAPES = {"mixture": (1, 8, 8), "digits": (64,), "fashion": (1, 28, 28), "wide": (16,), "table": (4,)}
+USUAL = ("mixture", "digits", "fashion")
 
 
 class Truth:
@@ -190,7 +211,7 @@ def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--num", type=int, default=16, help="samples (default %(default)s)")
     parser.add_argument("--tables", nargs="+", choices=list(TABLES), default=list(TABLES))
-    parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
+    parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=USUAL)
     parser.add_argument("--methods", nargs="+", choices=["ode", "sde"], default=["ode", "sde"])
     given: argparse.Namespace = parser.parse_args()
     torch.set_num_threads(given.threads)
