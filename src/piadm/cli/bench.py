@@ -19,7 +19,7 @@ from piadm.cli.bench_measure import Curve, Lap, latencies, race, timings
 from piadm.cli.bench_report import Report
 from piadm.cli.device import resolve_device
 from piadm.cli.model import ModelName
-from piadm.cli.numbers import window_rows, words
+from piadm.cli.numbers import check_seed, check_threads, window_rows, words
 from piadm.cli.sample import Method
 from piadm.denoiser import Denoiser
 from piadm.problem import Problem, grid_of, make_problem
@@ -66,9 +66,8 @@ class Settings:
             positive_int(name, value)
         positive_int("--repeats", self.repeats)
         finite_float("--tol", self.tol, low=0.0)
-        positive_int("--seed", self.seed, minimum=0)
-        if self.threads is not None:
-            positive_int("--threads", self.threads)
+        check_seed("--seed", self.seed)
+        check_threads("--threads", self.threads)
         for option, path, suffix in (("--json", self.json, ".json"), ("--figure", self.figure, ".png")):
             if path is not None:
                 files.check_writable(option, path, suffix)

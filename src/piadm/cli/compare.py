@@ -18,7 +18,7 @@ from piadm.cli.app import INTERRUPTED
 from piadm.cli.compare_report import Report
 from piadm.cli.device import resolve_device
 from piadm.cli.model import ModelName
-from piadm.cli.numbers import check_names, positives, words
+from piadm.cli.numbers import check_names, check_seed, check_threads, positives, words
 from piadm.cli.sample import Method
 from piadm.network import network_device
 from piadm.rivals import NAMES, Course, Result, Rival, chosen, prepare, study
@@ -66,10 +66,10 @@ class Settings:
     def __post_init__(self) -> None:
         positive_int("--steps", self.steps, minimum=2)
         positive_int("--num", self.num)
-        positive_int("--seed", self.seed, minimum=0)
-        for name, value in (("--max-batch", self.max_batch), ("--threads", self.threads)):
-            if value is not None:
-                positive_int(name, value)
+        check_seed("--seed", self.seed)
+        check_threads("--threads", self.threads)
+        if self.max_batch is not None:
+            positive_int("--max-batch", self.max_batch)
         check_names("--only", self.only, NAMES)
         files.check_writable("--out", self.out, ".png")
         if self.json is not None:

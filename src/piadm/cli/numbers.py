@@ -2,6 +2,30 @@
 
 from __future__ import annotations
 
+from piadm._checks import positive_int
+
+_LARGEST_SEED = 2**64 - 1
+_MOST_THREADS = 1024  # more than any machine runs at once; OpenMP ends the process if it cannot start them
+
+
+def check_seed(option: str, seed: int) -> None:
+    """Check that a number can be a seed of the noise.
+
+    Raises:
+        ValueError: If not.
+    """
+    positive_int(option, seed, minimum=0, maximum=_LARGEST_SEED)
+
+
+def check_threads(option: str, threads: int | None) -> None:
+    """Check a number of CPU threads; None stands for torch's own choice.
+
+    Raises:
+        ValueError: If it is not positive, or so large that no machine starts them.
+    """
+    if threads is not None:
+        positive_int(option, threads, maximum=_MOST_THREADS)
+
 
 def whole(option: str, text: str) -> int:
     """Return a whole number from 1 to 1e15, which may be written as ``1e6``.

@@ -16,7 +16,7 @@ from piadm.cli import files, long_run, progress
 from piadm.cli.app import INTERRUPTED
 from piadm.cli.device import resolve_device
 from piadm.cli.model import FASHION, FASHION_SHAPE
-from piadm.cli.numbers import window_rows
+from piadm.cli.numbers import check_seed, check_threads, window_rows
 from piadm.cli.report import Report, RunFigures, Spread, Trace, rms_difference, warnings_of
 from piadm.solution import Status
 
@@ -78,11 +78,11 @@ class Settings:
         positive_int("--steps", self.steps)
         finite_float("--tol", self.tol, low=0.0)
         positive_int("--num", self.num)
-        positive_int("--seed", self.seed, minimum=0)
+        check_seed("--seed", self.seed)
         self.rows()
-        for name, value in (("--max-batch", self.max_batch), ("--threads", self.threads)):
-            if value is not None:
-                positive_int(name, value)
+        check_threads("--threads", self.threads)
+        if self.max_batch is not None:
+            positive_int("--max-batch", self.max_batch)
         if self.long:
             long_run.check_folder("--out", self.out)
             if self.window == "auto":
