@@ -238,6 +238,17 @@ def test_ctrl_c_before_there_is_anything_to_show(tmp_path: Path, monkeypatch: py
     assert list(tmp_path.iterdir()) == []
 
 
+def test_ctrl_c_while_the_commands_are_loaded_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(app, "build", interrupt)
+    assert app.main(["sample"]) == 130
+    assert capsys.readouterr().err == "piadm: interrupted\n"
+
+
 def test_the_shipped_model_runs(tmp_path: Path) -> None:
     assert run(tmp_path, "--num", "1", "--steps", "8", "--tol", "1e-2") == 0
     assert figures(tmp_path)["rms_difference"]["worst"] <= 1e-2  # the tolerance

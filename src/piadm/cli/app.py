@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 FAILED = 1
 INTERRUPTED = 130
+_INTERRUPTED = "piadm: interrupted"
 _MISSING = "piadm: the command line needs {name}; install it with: pip install 'piadm[cli,plots,diffusers]'"
 
 
@@ -69,12 +70,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         import typer.main
 
-        app = build()
+        command = typer.main.get_command(build())
+    except KeyboardInterrupt:  # while the commands are loaded
+        return _fail(_INTERRUPTED, INTERRUPTED)
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.partition(".")[0] in ("typer", "rich"):
             return _fail(_MISSING.format(name=error.name.partition(".")[0]), FAILED)
         raise
-    command = typer.main.get_command(app)
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         code = int(command.main(words, prog_name="piadm", standalone_mode=False) or 0)
@@ -84,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("PIADM_TRACEBACK"):
             raise
         return _fail(f"piadm: error: {_one_line(error)}", getattr(error, "exit_code", FAILED))
-    return _fail("piadm: interrupted", INTERRUPTED) if code == INTERRUPTED else code
+    return _fail(_INTERRUPTED, INTERRUPTED) if code == INTERRUPTED else code
 
 
 def _fail(line: str, code: int) -> int:
