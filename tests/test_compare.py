@@ -189,6 +189,7 @@ def test_a_model_of_the_users_own(source: str, tmp_path: Path, monkeypatch: pyte
     ("source", "said"),
     [
         ("", "could not be loaded"),
+        ("raise SystemExit(0)", "'own_model:make' could not be loaded: SystemExit: 0"),
         ("raise RuntimeError('at import')", "'own_model:make' could not be loaded: RuntimeError: at import"),
         ("make = 3", "must be a piadm.Denoiser, or a function"),
         ("def make():\n    return 3", "must be a piadm.Denoiser, or a function"),

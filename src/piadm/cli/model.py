@@ -107,7 +107,7 @@ def _denoiser(name: str) -> Denoiser:
         found = attrgetter(attribute)(import_module(source))
         if not isinstance(found, Denoiser) and callable(found):
             found = found()
-    except Exception as error:  # whatever a user's module raises
+    except (Exception, SystemExit) as error:  # whatever a user's module raises; a script ends with sys.exit()
         raise ValueError(f"--model {name!r} could not be loaded: {type(error).__name__}: {error}") from error
     if not isinstance(found, Denoiser):
         raise ValueError(
