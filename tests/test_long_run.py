@@ -6,6 +6,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
 import threading
@@ -222,11 +223,19 @@ def damaged(folder: Path, whole: Path, damage: str) -> None:
     second.write_bytes(third.read_bytes() if damage == "another" else data)
     if damage == "gone":
         second.unlink()
+    if damage == "a copy":
+        shutil.copy(third, folder / "shard-00001 (copy).safetensors")
 
 
 @pytest.mark.parametrize(
     "damage, said",
-    [("gone", "is missing"), ("a bit", "checksum differs"), ("half", "cannot be read"), ("another", "other samples")],
+    [
+        ("gone", "is missing"),
+        ("a bit", "checksum differs"),
+        ("half", "cannot be read"),
+        ("another", "other samples"),
+        ("a copy", "does not belong to these 22 samples; remove it"),
+    ],
 )
 def test_verify_names_the_shard_that_is_wrong(
     damage: str, said: str, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -80,6 +80,11 @@ class Shards:
         there = {entry.name for entry in self.folder.iterdir()}
         return [shard for shard in range(self.count) if self.path(shard).name not in there]
 
+    def _foreign(self) -> list[str]:
+        """Files whose name matches ``shard-*.safetensors``, as a reader would collect them, but that are no shard."""
+        own = {self.path(shard).name for shard in range(self.count)}
+        return sorted({path.name for path in self.folder.glob("shard-*.safetensors")} - own)
+
     def order(self, rank: int, ranks: int) -> Iterator[int]:
         """The shards in the order in which one of several ranks takes care of them, those passed over that are there.
 
@@ -146,9 +151,10 @@ class Shards:
                 yield stored.get_tensor(name)
 
     def verify(self, progress: Callable[[int], None] = lambda shard: None) -> list[str]:
-        """What is wrong, a line each: shards that are missing, or are not what they were when they were written."""
+        """What is wrong, a line each: shards that are missing, too many, or not what they were when written."""
         missing = self.missing()
         found = [f"{self.path(shard).name} is missing" for shard in missing]
+        found += [f"{name} does not belong to these {self.num} samples; remove it" for name in self._foreign()]
         index = read_index(self.folder)
         listed = {entry["file"]: entry["sha256"] for entry in index.get("shards", [])}
         for shard in sorted(set(range(self.count)) - set(missing)):
