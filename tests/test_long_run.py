@@ -257,6 +257,21 @@ def test_verify_refuses_what_is_no_folder_of_samples(tmp_path: Path, capsys: pyt
     assert "index.json" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "entry", [{"format": 9}, {"num": "4"}, {"size": None}, {"settings": 5}, {"shards": 5}, {"shards": [{"file": "a"}]}]
+)
+def test_an_index_whose_entries_are_of_other_kinds_is_named(
+    entry: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Shards(tmp_path, 4, 2, {}).begin()
+    index = json.loads((tmp_path / "index.json").read_text())
+    (tmp_path / "index.json").write_text(json.dumps(index | entry))
+    assert app.main(["verify", str(tmp_path)]) == 2
+    assert "must hold a readable index.json: not an index of format 1" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="not an index of format 1"):
+        Shards(tmp_path, 4, 2, {}).begin()
+
+
 @pytest.mark.parametrize("name", ["thesis.tex", "shard-00000.safetensors"])  # of which nobody knows the settings
 def test_a_folder_of_something_else_is_left_alone(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("x")

@@ -219,11 +219,22 @@ def read_index(folder: Path) -> dict[str, Any]:
     """
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        if not isinstance(index, dict) or index["format"] != FORMAT or not {"num", "size", "settings"} <= set(index):
+        if not _is_index(index):
             raise ValueError(f"not an index of format {FORMAT}")
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{str(folder)!r} must hold a readable {INDEX}: {error}") from error
-    return index
+    return dict(index)
+
+
+def _is_index(index: Any) -> bool:  # noqa: ANN401 - whatever JSON holds
+    """Whether an index has its entries, each of its kind."""
+    entries: dict[str, Any] = {"shards": []} | index if isinstance(index, dict) else {}
+    kinds = {"num": int, "size": int, "settings": dict, "shards": list}
+    return (
+        entries.get("format") == FORMAT
+        and all(isinstance(entries.get(name), kind) for name, kind in kinds.items())
+        and all(isinstance(shard, dict) and {"file", "sha256"} <= set(shard) for shard in entries["shards"])
+    )
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
