@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import re
 import subprocess
@@ -18,6 +19,7 @@ from torch import Tensor
 
 import piadm
 from piadm.cli import app, figure, progress
+from piadm.shards import Shards
 
 SHAPE = (2, 1, 28, 28)
 SCHEDULE = piadm.VPSchedule()
@@ -280,3 +282,18 @@ def test_progress_is_logarithmic_in_the_error() -> None:
     assert progress.fraction_converged(1.0, 0.1, 0.01) == pytest.approx(0.5)
     assert progress.fraction_converged(1.0, 1e-3, 0.01) == 1.0
     assert progress.fraction_converged(1.0, float("nan"), 0.01) == 0.0
+
+
+def test_figures_are_written_where_nobody_reads_what_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, closed = tmp_path / "many", io.StringIO()
+    folder.mkdir()
+    shards = Shards(folder, 1, 1, {})
+    shards.begin()
+    shards.write(0, {"sample": torch.zeros(1, dtype=torch.float64, device="cpu")})
+    shards.finish()
+    closed.close()
+    monkeypatch.setattr(sys, "stdout", closed)  # as a pipe to head is after the first lines
+    assert app.main(["verify", str(folder), "--json", str(tmp_path / "found.json")]) == 1
+    assert json.loads((tmp_path / "found.json").read_text()) == {"samples": 1, "shards": 1, "wrong": []}

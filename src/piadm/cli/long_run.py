@@ -194,15 +194,15 @@ def _present(shards: Shards) -> int:
 
 
 def _say(shards: Shards, seconds: float, had: int, path: Path | None) -> None:
-    """Print and write what the folder holds."""
+    """Write and print what the folder holds; the file first, since a pipe may be closed."""
     found: Counter[str] = Counter()
     for status in shards.column("status"):
         found.update(STATUSES[code].name for code in status.tolist())
     fresh = shards.num - had
+    if path is not None:
+        figures = {"folder": str(shards.folder), "samples": shards.num, "shards": shards.count, "new": fresh}
+        files.write_json(path, figures | {"seconds": seconds, "status": found})
     screen = progress.console()
     screen.print(f"{shards.num} samples in {shards.count} shards: {shards.folder}", soft_wrap=True, markup=False)
     screen.print(f"{fresh} of them new, in {seconds:.1f} s, on all ranks", soft_wrap=True, markup=False)
     screen.print(", ".join(f"{count} {name}" for name, count in sorted(found.items())), markup=False)
-    if path is not None:
-        figures = {"folder": str(shards.folder), "samples": shards.num, "shards": shards.count, "new": fresh}
-        files.write_json(path, figures | {"seconds": seconds, "status": found})

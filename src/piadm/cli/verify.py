@@ -29,17 +29,16 @@ def verify(
         shards = opened(folder)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    found = run(shards)
-    if json is not None:
-        files.write_json(json, {"samples": shards.num, "shards": shards.count, "wrong": found})
-    if found:
+    if run(shards, json):
         raise typer.Exit(1)
 
 
-def run(shards: Shards) -> list[str]:
-    """Print and return what is wrong."""
+def run(shards: Shards, path: Path | None) -> list[str]:
+    """Write, print and return what is wrong; the file first, since a pipe may be closed."""
     with progress.bar("verify") as update:
         found = shards.verify(lambda shard: update((shard + 1) / shards.count, f"{shard + 1} of {shards.count} shards"))
+    if path is not None:
+        files.write_json(path, {"samples": shards.num, "shards": shards.count, "wrong": found})
     screen = progress.console()
     for line in found:
         screen.print(line, soft_wrap=True, markup=False)
