@@ -18,6 +18,7 @@ from piadm.cli.app import INTERRUPTED
 from piadm.cli.bench_measure import Curve, Lap, latencies, race, timings
 from piadm.cli.bench_report import Report
 from piadm.cli.device import resolve_device
+from piadm.cli.interrupts import interrupts
 from piadm.cli.model import ModelName
 from piadm.cli.numbers import check_seed, check_threads, window_rows, words
 from piadm.cli.sample import Method
@@ -182,9 +183,15 @@ def _race(settings: Settings, problem: Problem) -> tuple[list[Lap], bool]:
     samplers = settings.samplers(problem.denoiser)
     runs = len(samplers) * (settings.repeats + 1)
     laps: list[Lap] = []
-    with progress.bar("samplers") as update:
+    with interrupts() as heard, progress.bar("samplers") as update:
+
+        def before(number: int, note: str) -> None:
+            if heard:
+                raise KeyboardInterrupt
+            update(number / runs, note)
+
         try:
-            for lap in race(samplers, settings.repeats, problem.start.device, lambda n, note: update(n / runs, note)):
+            for lap in race(samplers, settings.repeats, problem.start.device, before):
                 laps.append(lap)
         except KeyboardInterrupt:
             pass

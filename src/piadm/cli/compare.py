@@ -17,6 +17,7 @@ from piadm.cli import files, progress
 from piadm.cli.app import INTERRUPTED
 from piadm.cli.compare_report import Report
 from piadm.cli.device import resolve_device
+from piadm.cli.interrupts import interrupts
 from piadm.cli.model import ModelName
 from piadm.cli.numbers import check_names, check_seed, check_threads, positives, words
 from piadm.cli.sample import Method
@@ -155,10 +156,12 @@ def _prepare(settings: Settings) -> Course:
 
 
 def _study(settings: Settings, course: Course, rivals: tuple[Rival, ...]) -> tuple[Result, ...]:
-    with progress.bar("rivals") as update, warnings.catch_warnings():
+    with interrupts() as heard, progress.bar("rivals") as update, warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
 
         def before_run(number: int, setting: str) -> None:
+            if heard:
+                raise KeyboardInterrupt
             update(number / len(rivals), f"{rivals[number].title(settings.method)}: {setting}")
 
         return study(course, rivals, settings.errors, before_run)

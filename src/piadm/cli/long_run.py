@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +16,7 @@ from torch import Tensor
 import piadm
 from piadm._checks import positive_int
 from piadm.cli import files, progress
+from piadm.cli.interrupts import interrupts
 from piadm.cli.model import FASHION
 from piadm.shards import Shards, read_index
 from piadm.solution import Status
@@ -121,7 +120,7 @@ def run(settings: LongRun, shape: tuple[int, ...], figures: Path | None) -> bool
     shards = settings.shards(denoiser, threads)
     shards.begin()
     began, had = time.monotonic(), _present(shards)
-    with _interrupts() as heard, progress.bar(f"{settings.num} samples", shown=rank == 0) as update:
+    with interrupts() as heard, progress.bar(f"{settings.num} samples", shown=rank == 0) as update:
         for shard in shards.order(rank, ranks):
             parts = []
             for batch in _batches(shards.samples(shard), settings.layout.batch):
@@ -141,22 +140,6 @@ def run(settings: LongRun, shape: tuple[int, ...], figures: Path | None) -> bool
 def _begun_threads(folder: Path) -> int | None:
     """Threads with which the folder was begun: their number can change the last bit of a sample."""
     return int(read_index(folder)["settings"]["threads"]) if (folder / "index.json").exists() else None
-
-
-@contextmanager
-def _interrupts() -> Iterator[list[int]]:
-    """Every Ctrl-C that is heard: a sampler that is about to end takes one in without a trace."""
-    heard: list[int] = []
-
-    def interrupt(number: int, frame: object) -> None:
-        heard.append(number)
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield heard
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _batches(samples: range, size: int) -> Iterator[range]:
