@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -71,10 +71,14 @@ class Builder:
 
     def free(self, samples: Tensor, references: Sequence[CondensedPath]) -> list[Tensor]:
         """The reference model's own states of some samples."""
+        start, noise = self._drawn(samples)
+        return free_states(references, start[:, None], noise)
+
+    def _drawn(self, samples: Tensor) -> tuple[Tensor, Callable[[int, int], Tensor]]:
+        """What was drawn for some samples: their first states, and their noise from one step to another."""
         problem = self.problem
-        start = problem.start[samples.to(problem.start.device)][:, None]
         some = None if len(samples) == problem.batch else samples
-        return free_states(references, start, lambda first, last: problem.noise.path(first, last, some))
+        return problem.start[samples.to(problem.start.device)], lambda a, b: problem.noise.path(a, b, some)
 
     def guess(
         self,
@@ -93,16 +97,12 @@ class Builder:
 
     def _walk(self, nodes: NodeSet, samples: Tensor) -> ClippedWalk | None:
         """Follows the steps of some samples if they clip."""
-        settings, problem = self.settings, self.problem
+        settings = self.settings
         if settings.excess is None:
             return None
         assert isinstance(settings.steps, AffineSteps)  # in others clipping is a part of the estimate
-        start = problem.start[samples.to(problem.start.device)]
-        some = None if len(samples) == problem.batch else samples
-        return ClippedWalk(
-            settings.excess, settings.steps, settings.slopes, settings.prior, nodes, start,
-            lambda first, last: problem.noise.path(first, last, some),
-        )  # fmt: skip
+        drawn = self._drawn(samples)
+        return ClippedWalk(settings.excess, settings.steps, settings.slopes, settings.prior, nodes, *drawn)
 
     @cached_property
     def ending(self) -> tuple[float, float]:
