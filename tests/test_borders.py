@@ -79,7 +79,8 @@ def moved(surprise: Table, end: Table, interpolation: Table, amplification: floa
     """A round of samples of any size, of which no row was lost."""
     zero = np.zeros_like(end)
     lost = np.zeros_like(surprise, dtype=bool)
-    return Movement(surprise, end, interpolation, zero, zero, zero + amplification, zero + 99, lost, lost[0])
+    none = np.zeros_like(surprise)
+    return Movement(surprise, none, end, interpolation, zero, zero, zero + amplification, zero + 99, lost, lost[0])
 
 
 @pytest.mark.parametrize("refinable", [True, False])

@@ -10,7 +10,7 @@ import piadm
 from piadm.condense import first_moved
 from piadm.local_model import Learning, LocalModel
 from piadm.models import GaussianDenoiser
-from piadm.turn import _Rows
+from piadm.turn import _places, _Rows
 
 NODES, BATCH, SIZE = 5, 3, 7
 SCHEDULE = piadm.VPSchedule(0.1, 20.0)
@@ -25,13 +25,17 @@ def model(states: Tensor, most: float = 2.0, *, own: bool = False) -> LocalModel
     return LocalModel(Learning(0 * bound, most * bound, bound, bound, bound, own), 0.25 * bound, states)
 
 
+def known(rows: Tensor) -> Tensor:
+    return torch.ones_like(rows, dtype=torch.bool)
+
+
 def observed(slope: Tensor, most: float = 2.0, *, own: bool = False) -> tuple[LocalModel, Tensor]:
     """A model that has seen ``R = slope x - 0.25 x`` twice, and the second states."""
     rows = torch.arange(NODES * BATCH)
     first, second = normals(NODES * BATCH, SIZE), normals(NODES * BATCH, SIZE, seed=1)
     local = model(first.view(NODES, BATCH, SIZE), most, own=own)
-    local.observe(rows, first, (slope - 0.25) * first)
-    local.observe(rows, second, (slope - 0.25) * (second - first))
+    local.observe(rows, first, (slope - 0.25) * first, ~known(rows))
+    local.observe(rows, second, (slope - 0.25) * (second - first), known(rows))
     return local, second
 
 
@@ -43,7 +47,7 @@ def test_the_slope_of_a_linear_network_is_learnt_exactly(own: bool) -> None:
     # Two roundings of a quotient of sums of seven products.
     assert torch.allclose(local.excess, slope - 0.25, rtol=0, atol=1e-13)
     third, rows = normals(NODES * BATCH, SIZE, seed=2), torch.arange(NODES * BATCH)
-    local.observe(rows, third, 0.125 * (third - second))  # beyond the line, which so turns by as much
+    local.observe(rows, third, 0.125 * (third - second), known(rows))  # beyond the line, which so turns by as much
     assert torch.allclose(local.excess, (slope - 0.125).clamp(max=1.75), rtol=0, atol=1e-13)
 
 
@@ -58,9 +62,9 @@ def test_slopes_are_kept_within_their_bounds(slope: float, kept: float, own: boo
 def test_the_slope_along_a_move_is_measured_beyond_the_bounds(own: bool) -> None:
     local, states = observed(torch.full((NODES * BATCH, 1), 5.0, dtype=torch.float64), own=own)  # kept at 2
     rows, moved = torch.arange(NODES * BATCH), normals(NODES * BATCH, SIZE, seed=2)
-    _, _, along = local.observe(rows, moved, 3.0 * (moved - states))
+    _, _, along = local.observe(rows, moved, 3.0 * (moved - states), known(rows))
     assert torch.allclose(along, torch.full_like(along, 5.0 - 0.25), rtol=0, atol=1e-12)
-    assert not local.observe(rows, moved, 0 * moved)[2].any()  # no move
+    assert not local.observe(rows, moved, 0 * moved, known(rows))[2].any()  # no move
 
 
 def test_coordinates_of_different_slopes_are_told_apart() -> None:
@@ -71,7 +75,8 @@ def test_coordinates_of_different_slopes_are_told_apart() -> None:
     for seed in range(2, 30):
         moved = normals(NODES * BATCH, SIZE, seed=seed)
         innovation = (slope - 0.25 - local.excess) * (moved - states)
-        local.observe(torch.arange(NODES * BATCH), moved, innovation)
+        rows = torch.arange(NODES * BATCH)
+        local.observe(rows, moved, innovation, known(rows))
         states = moved
         left.append((local.excess + 0.25 - slope).abs().max())
     assert left[0] > 0.3 and left[-1] < 0.01 and local.excess.shape == (NODES * BATCH, SIZE)
@@ -81,9 +86,9 @@ def test_a_coordinate_that_has_not_moved_keeps_what_all_have_in_common() -> None
     rows = torch.arange(NODES * BATCH)
     local = model(normals(NODES, BATCH, SIZE), own=True)
     start = local.seen.clone()
-    local.observe(rows, start, torch.zeros_like(start))
+    local.observe(rows, start, torch.zeros_like(start), ~known(rows))
     moved = start + torch.tensor([0.0, *[1.0] * (SIZE - 1)], dtype=torch.float64)
-    local.observe(rows, moved, 0.5 * (moved - start))
+    local.observe(rows, moved, 0.5 * (moved - start), known(rows))
     assert torch.allclose(local.excess, torch.full_like(local.excess, 0.5), rtol=0, atol=1e-13)
 
 
@@ -95,17 +100,18 @@ def test_equal_bounds_learn_nothing() -> None:
 def test_a_step_too_short_for_the_networks_rounding_teaches_no_slope() -> None:
     local, states = observed(torch.full((NODES * BATCH, 1), 0.5, dtype=torch.float64))
     before = local.excess.clone()
-    local.observe(torch.arange(NODES * BATCH), states * (1 + 1e-5), torch.full_like(states, 1e-3))
+    rows = torch.arange(NODES * BATCH)
+    local.observe(rows, states * (1 + 1e-5), torch.full_like(states, 1e-3), known(rows))
     assert torch.equal(local.excess, before) and torch.equal(local.seen, states * (1 + 1e-5))
 
 
-def test_surprise_and_stride_are_root_mean_squares() -> None:
+def test_surprise_is_a_mean_square_and_stride_a_length() -> None:
     local, states = observed(torch.full((NODES * BATCH, 1), 0.5, dtype=torch.float64))
     rows, moved = torch.tensor([2, 11]), torch.tensor([2.0, 3.0], dtype=torch.float64)
     innovation = torch.tensor([[3.0, 0, 0, 0, 0, 0, 0], [0.125] * 7], dtype=torch.float64)
-    surprise, stride, _ = local.observe(rows, states[rows] + moved[:, None], innovation)
-    assert torch.allclose(stride, moved, rtol=1e-13, atol=0)
-    assert torch.allclose(surprise, torch.tensor([3 / 7**0.5, 0.125], dtype=torch.float64), rtol=1e-13, atol=0)
+    surprise, stride, _ = local.observe(rows, states[rows] + moved[:, None], innovation, known(rows))
+    assert torch.allclose(stride, moved * 7**0.5, rtol=1e-13, atol=0)
+    assert torch.allclose(surprise, torch.tensor([9 / 7, 0.125**2], dtype=torch.float64), rtol=1e-13, atol=0)
 
 
 @pytest.mark.parametrize("ahead", [0.0, 0.02])
@@ -123,15 +129,17 @@ def test_a_path_that_follows_evaluations_is_the_fixed_point(
         outputs, residual = free.clone(), torch.zeros(NODES, BATCH, size, dtype=torch.float64)
         local = model(outputs[:-1], own=own)
         for turn in range(4):
-            rows = _Rows.of((normals(NODES, BATCH, seed=5 + turn) > 0).numpy(), residual.device)
-            innovation = torch.zeros(*rows.places.shape, size, dtype=torch.float64)
+            active = (normals(NODES, BATCH, seed=5 + turn) > 0).numpy()
+            rows, places = _Rows.of(active, active, residual.device), _places(active, residual.device)
+            innovation = torch.zeros(*places.shape, size, dtype=torch.float64)
             innovation[rows.sample, rows.place] = beyond = normals(len(rows.node), size, seed=9 + turn)
             states = outputs[:-1].clone()
-            local.observe(rows.node * BATCH + rows.sample, states[rows.node, rows.sample], beyond)
+            seen = known(rows.node) & (turn > 0)
+            local.observe(rows.number, states[rows.node, rows.sample], beyond, seen)
             expected = residual.clone()
             expected[rows.node, rows.sample] += beyond
             residual.copy_(expected)
-            local.follow(response, rows.places, innovation, outputs, residual, sweeps=40 if own else 12 if ahead else 0)
+            local.follow(response, places, innovation, outputs, residual, sweeps=40 if own else 12 if ahead else 0)
             expected += local.excess.view(NODES, BATCH, -1) * (outputs[:-1] - states)
             # Systems of five equations, of condition number about ten; sweeps gain a factor of 1/0.02 and more
             # each, and of two or so where coordinates have slopes of their own.

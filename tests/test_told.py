@@ -84,8 +84,9 @@ def test_samples_narrower_than_told_are_aimed_at_by_their_own_size() -> None:
 def judged(rule: stopping.CarriedResidual, size: float, moved: float = 0.0) -> tuple[float, stopping.Verdict]:
     """What the rule says of a sample of that size whose rows have settled."""
     heard = np.full((2, 1), moved)
-    nothing, no = np.zeros(1), np.zeros((2, 1), bool)
-    movement = Movement(heard, np.full(1, moved), nothing, nothing, nothing, np.ones(1), np.full(1, size), no, no[0])
+    nothing, no, none = np.zeros(1), np.zeros((2, 1), bool), np.zeros((2, 1))
+    end, once = np.full(1, moved), np.ones(1)
+    movement = Movement(heard, none, end, nothing, nothing, nothing, once, np.full(1, size), no, no[0])
     error, verdict = rule.judge(movement, heard)
     return float(error[0]), stopping.Verdict(int(verdict[0]))
 

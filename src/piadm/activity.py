@@ -104,9 +104,12 @@ class Outlook:
     The surprise is the RMS difference between an evaluated residual and the one that the local model predicted.  It
     grows with the drift, the RMS distance of the state from where the row was last evaluated:
 
-        expected = rate * drift,    rate = surprise / drift at the row's last evaluation, or the assumed rate if larger
+        expected^2 = (rate * drift)^2 + doubt^2,
+        rate = surprise / drift at the row's last evaluation, or the assumed rate if larger
 
-    The lower bound on the rate is there because networks are not linear: a small surprise says little of the next.
+    The lower bound on the rate is there because networks are not linear: a small surprise says little of the next.  A
+    row that takes the innovation of its neighbours (``Sharing``) drifts from there on, and keeps what that may have
+    missed as its doubt.
 
     Args:
         rate: what is assumed at least, shape ``(n,)`` float64.
@@ -115,6 +118,8 @@ class Outlook:
     Attributes:
         expected: shape ``(n, B)`` float64 on the CPU; inf for rows that were never evaluated.
         rate: shape ``(n, B)`` likewise.
+        drifted: ``rate * drift``, likewise.
+        doubt: what shared innovations may have missed since the row was last evaluated, likewise.
         known: which rows have been evaluated, shape ``(n, B)`` bool.
     """
 
@@ -122,25 +127,34 @@ class Outlook:
         self.assumed = rate[:, None]
         self.rate = self.assumed.repeat(batch, 1)
         self.known = np.zeros(self.rate.shape, dtype=np.bool_)
-        self.expected = np.full_like(self.rate, np.inf)
+        self.expected = self.drifted = np.full_like(self.rate, np.inf)
+        self.doubt = np.zeros_like(self.rate)
 
     @np.errstate(all="ignore")  # the stopping rule reports a network that fails
-    def learn(self, active: Flags, surprise: Table, stride: Table) -> None:
-        """Take in a round: which rows were evaluated, their surprise, and how far they had drifted, ``(n, B)``.
+    def learn(self, active: Flags, shared: Flags, surprise: Table, stride: Table, missed: Table) -> None:
+        """Take in a round.
 
-        A row whose surprise is not finite counts as never evaluated.
+        Args:
+            active: which rows were evaluated, shape ``(n, B)``.
+            shared: which took the innovation of their neighbours, likewise.
+            surprise: RMS of their innovations, likewise; a row where it is not finite counts as never evaluated.
+            stride: how far they had drifted, likewise.
+            missed: what sharing may have missed, RMS, 0 in other rows, likewise.
         """
         finite = np.isfinite(surprise)
-        again = active & self.known & finite & (stride > 0)
+        again = (active & (self.doubt == 0) | shared) & self.known & finite & (stride > 0)
         rate = np.maximum(surprise / np.where(again, stride, 1.0), self.assumed)
         self.rate = np.where(again, rate, self.rate)
         self.known = np.where(active, finite, self.known)
+        self.doubt = np.where(active, 0.0, np.hypot(self.doubt, missed))
 
     @np.errstate(all="ignore")
     def look(self, drift: Table) -> None:
         """Expect what the distances ``(n, B)`` from the last evaluations say."""
-        self.expected = np.where(self.known, self.rate * drift, np.inf)
+        self.drifted = self.rate * drift
+        self.expected = np.where(self.known, np.hypot(self.drifted, self.doubt), np.inf)
 
     def inherit(self, old: Flags, coarse: Outlook, keep: Flags | slice) -> None:
         """Take over what is known of the rows of a coarser node set: ``old`` of the nodes, ``keep`` of its samples."""
-        self.rate[old], self.known[old] = coarse.rate[:, keep], coarse.known[:, keep]
+        for table in ("rate", "known", "doubt"):
+            getattr(self, table)[old] = getattr(coarse, table)[:, keep]

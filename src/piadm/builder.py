@@ -33,6 +33,7 @@ from piadm.problem import Problem
 from piadm.reference import free_states
 from piadm.ripples import Ripples, no_ripples
 from piadm.settings import TURNS_PER_NODE, SampleSettings
+from piadm.sharing import Sharing
 from piadm.stopping import LAPS, LAPS_HALF, CarriedResidual
 
 #: Least influence of a node, so that one without any, where a step does not move the state, is still evaluated once.
@@ -183,6 +184,21 @@ class Builder:
         influence: Table = torch.maximum(own, (leading @ nodes.weights).abs()).clamp(min=FAINTEST).numpy()
         beside = np.pad(influence, 1)
         return np.maximum(influence, BESIDE * np.maximum(beside[:-2], beside[2:]))
+
+    def sharing(self, path: ParallelPath, rule: CarriedResidual) -> Sharing | None:
+        """Which rows of a path take the innovation of their neighbours; None: no row does.
+
+        None does where every step is evaluated because the caller says so, nor where it is rough from step to step: by
+        clipping, and by rounding in half precision.  The ODE's samples have few rounds in which they could.
+        """
+        settings, local = self.settings, path.local
+        if settings.nodes.count == settings.steps.count or not settings.noisy or settings.half_precision:
+            return None
+        if settings.excess is not None or local is None or not local.learns:
+            return None
+        response = path.path.response[:-1, 0].abs().tril(-1).numpy()
+        drafted = self.problem.denoiser.draft is not None and not rule.begun
+        return Sharing(response, drafted)
 
     def active_rows(self, count: int, rule: CarriedResidual) -> SlidingWindow | TimedWindow:
         """Which rows of a path on so many nodes are evaluated.

@@ -13,6 +13,7 @@ from piadm.executor import Asking, drive
 from piadm.numerics import Flags, Table, host
 from piadm.path import ParallelPath
 from piadm.ripple_probe import RippleProbe
+from piadm.sharing import Sharing
 from piadm.stopping import StoppingRule, Verdict
 from piadm.tally import Tally
 from piadm.turn import Movement, Turn
@@ -27,6 +28,7 @@ class PathRun:
         rule: judges every sample after every round.
         failed: which of the samples had failed before, shape ``(B,)``.
         probe: rows of its first round beside those of the path; None: there are none.
+        sharing: chooses which of the rows take the innovation of their neighbours; None: no row does.
 
     Attributes:
         samples: number of each sample in the whole batch, shape ``(B,)``.
@@ -37,9 +39,16 @@ class PathRun:
     """
 
     def __init__(
-        self, path: ParallelPath, rows: ActiveRows, rule: StoppingRule, failed: Flags, probe: RippleProbe | None = None
+        self,
+        path: ParallelPath,
+        rows: ActiveRows,
+        rule: StoppingRule,
+        failed: Flags,
+        probe: RippleProbe | None = None,
+        sharing: Sharing | None = None,
     ) -> None:
-        self.path, self.rows, self.rule, self.probe, self.rounds = path, rows, rule, probe, 0
+        self.path, self.rows, self.rule, self.probe, self.sharing = path, rows, rule, probe, sharing
+        self.rounds = 0
         self.samples = path.samples.numpy()
         self.verdict = np.where(failed, Verdict.NONFINITE, Verdict.GO_ON)
         self.handed = np.zeros_like(failed)
@@ -51,11 +60,15 @@ class PathRun:
         found: Flags = (self.verdict == Verdict.GO_ON) & (not self.spent)
         return found
 
-    def choose(self) -> Flags:
-        """The rows of the next round, ``(n, B)``."""
-        matter = self.path.outlook.expected * self.path.amplification.factor * self.rule.growth
+    def turn(self) -> Turn:
+        """The next round: its rows, and those that take the innovation of their neighbours."""
+        outlook = self.path.outlook
+        matter = outlook.expected * self.path.amplification.factor * self.rule.growth
         chosen: Flags = self.rows.choose(matter, self.rounds) & self.going
-        return chosen
+        shared: Flags = np.zeros_like(chosen)
+        if self.sharing is not None:
+            shared = self.sharing.choose(chosen, outlook, self.rounds) & np.logical_not(self.rule.wide)
+        return Turn(self.path, chosen & ~shared, shared)
 
     def judge(self, tally: Tally, active: Flags, movement: Movement) -> None:
         """Judge a round, and hand errors, ends and failures to the tally."""
@@ -92,10 +105,9 @@ def one_round(tally: Tally, runs: Sequence[PathRun]) -> Asking[None]:
         tally: counts it, and holds the errors and the current end of every sample.
         runs: the paths, no sample of which takes part in two of them.
     """
-    chosen = [run.choose() for run in runs]
-    tally.peak_states = max(tally.peak_states, sum(active.size for active in chosen))
     began = time.perf_counter()
-    turns = [Turn(run.path, active) for run, active in zip(runs, chosen, strict=True)]
+    turns = [run.turn() for run in runs]
+    tally.peak_states = max(tally.peak_states, sum(turn.active.size for turn in turns))
     probes = [run.probe for run in runs if run.probe is not None]
     asked: list[Turn | RippleProbe] = [*turns, *probes]
     yield from tally.problem.executor.ask([one.request for one in asked])

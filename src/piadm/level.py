@@ -50,7 +50,7 @@ class Level:
         ripples, probe = builder.ripples, None
         if ripples is not None and ripples.wanted(nodes, path.samples):
             probe = RippleProbe(ripples, path, nodes)
-        self.run = PathRun(path, self.rows, rule, failed, probe)
+        self.run = PathRun(path, self.rows, rule, failed, probe, builder.sharing(path, rule))
 
     @property
     def going(self) -> bool:

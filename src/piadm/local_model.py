@@ -87,9 +87,8 @@ class LocalModel:
         self.bounds = bounds.to(states).repeat_interleave(batch, 1)[..., None]
         self.seen = states.flatten(0, 1).clone()
         self.excess = self.seen.new_zeros(len(self.seen), size if self.own else 1)
-        self.known = torch.zeros(len(self.seen), dtype=torch.bool, device=states.device)
 
-    def observe(self, rows: Tensor, states: Tensor, innovation: Tensor) -> Tensor:
+    def observe(self, rows: Tensor, states: Tensor, innovation: Tensor, teaches: Tensor) -> Tensor:
         """Learn from an evaluation of some rows.
 
         Args:
@@ -97,11 +96,12 @@ class LocalModel:
             states: where they were evaluated, shape ``(r, d)``.
             innovation: innovations ``s``, shape ``(r, d)``.  One that is not finite is set to zero, and nothing is
                 learnt from it: the state may still be far from where the iteration ends.
+            teaches: which innovations are due to a move from a known state and teach a slope, shape ``(r,)`` bool.
 
         Returns:
-            Shape ``(3, r)``: surprise ``RMS(s)``, not finite where ``s`` was not; stride ``RMS(x - x_seen)``, 0 where
-            it is below the network's resolution, and the innovation nothing but rounding; and the secant slope along
-            the move less ``G``, not clamped, 0 where the move is too short or the row was not known.
+            Shape ``(3, r)``: the mean square of ``s``, not finite where ``s`` was not; the stride ``|x - x_seen|``, 0
+            where it is below the network's resolution, and the innovation nothing but rounding; and the secant slope
+            along the move less ``G``, not clamped, 0 where the move is too short or teaches nothing.
         """
         dx, old, size = states - self.seen[rows], self.excess[rows], states.shape[1]
         least, most = self.bounds[:, rows]
@@ -110,7 +110,7 @@ class LocalModel:
         innovation.masked_fill_(~finite[:, None], 0)
         moved = torch.linalg.vector_norm(dx, dim=1, keepdim=True)
         relative = moved / torch.linalg.vector_norm(states, dim=1, keepdim=True)
-        far = (relative > max(LEAST_STRIDE, self.resolution)) & self.known[rows, None]
+        far = (relative > max(LEAST_STRIDE, self.resolution)) & teaches[:, None]
         stride = moved * (relative > self.resolution)
         square = torch.where(far, moved.square(), torch.inf)  # of other rows nothing is learnt
         change = (dx * innovation).sum(1, keepdim=True) / square
@@ -121,8 +121,8 @@ class LocalModel:
             along = torch.addcmul(innovation, old, dx).mul_(dx).sum(1, keepdim=True) / square
         else:
             along = (old + change) * far
-        self.excess[rows], self.seen[rows], self.known[rows] = slope, states, finite
-        return torch.stack([surprise.sqrt_(), stride[:, 0] / size**0.5, along[:, 0]])
+        self.excess[rows], self.seen[rows] = slope, states
+        return torch.stack([surprise, stride[:, 0], along[:, 0]])
 
     def follow(
         self,
@@ -185,14 +185,13 @@ class LocalModel:
                 there.baddbmm_(change, innovation[at]) if units else there.add_(change)
 
     def drift(self, states: Tensor) -> Tensor:
-        """RMS distance of states ``(n B, d)`` from where they were last evaluated, ``(n B,)``."""
-        return (states - self.seen).square_().mean(1).sqrt_()
+        """Mean square of the distance of states ``(n B, d)`` from where they were last evaluated, ``(n B,)``."""
+        return (states - self.seen).square_().mean(1)
 
     def forget(self, lost: Tensor, states: Tensor) -> None:
-        """Keep the slopes as a guess at states ``(n, B, d)``, zero for the samples ``lost (B,)``; no row is known."""
+        """Keep the slopes as a guess at states ``(n, B, d)``, zero for the samples ``lost (B,)``."""
         self.excess.view(-1, len(lost), self.excess.shape[1])[:, lost] = 0
         self.seen = states.flatten(0, 1).clone()
-        self.known.fill_(False)
 
     def inherit(
         self, nodes: Tensor, coarse: LocalModel, columns: Tensor | slice, weights: Tensor, states: Tensor
@@ -210,9 +209,8 @@ class LocalModel:
         slopes = coarse.excess.view(len(nodes), -1, coarse.excess.shape[1])[:, columns]
         torch.mm(weights, slopes.flatten(1), out=self.excess.view(n, -1))
         self.excess.clamp_(*self.bounds)
-        seen, known = self.seen.view(states.shape).copy_(states), self.known.view(n, batch)
+        seen = self.seen.view(states.shape).copy_(states)
         seen[nodes] = coarse.seen.view(len(nodes), -1, states.shape[2])[:, columns]
-        known[nodes] = coarse.known.view(len(nodes), -1)[:, columns]
 
 
 def _product(matrix: Tensor, states: Tensor) -> Tensor:

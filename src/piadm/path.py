@@ -182,7 +182,7 @@ class ParallelPath:
         kept = keep.cpu().numpy() if isinstance(keep, Tensor) else keep
         self.outlook.inherit(old.numpy(), coarse.outlook, kept)
         self.amplification.inherit(old.numpy(), coarse.amplification, kept)
-        self.outlook.look(host(self.local.drift(self.rows).view(len(old), self.batch)))
+        self.outlook.look(np.sqrt(host(self.local.drift(self.rows).view(len(old), self.batch))))
 
     def unlearn(self) -> None:
         """Keep states, residuals and slopes as a guess: no row counts as evaluated, and the absurd is forgotten."""

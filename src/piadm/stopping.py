@@ -43,6 +43,11 @@ class StoppingRule(Protocol):
         """Factor on the influence that the linear model gives to a row, shape ``(B,)`` or one for all."""
         ...
 
+    @property
+    def wide(self) -> Flags | bool:
+        """Which samples are too large for their nodes, shape ``(B,)`` or one for all."""
+        ...
+
     def judge(self, movement: Movement, expected: Table) -> tuple[Table, Verdicts]:
         """Error estimate ``(B,)`` float64 and ``Verdict`` ``(B,)`` int64 of every sample.
 
@@ -66,6 +71,7 @@ class FixedIterations:
     estimate: float = np.nan
     done: int = field(default=0, init=False)
     growth: float = field(default=1.0, init=False)
+    wide: bool = field(default=False, init=False)
 
     def judge(self, movement: Movement, expected: Table) -> tuple[Table, Verdicts]:
         """DONE for every sample after K rounds."""
@@ -165,6 +171,7 @@ class CarriedResidual:
         self.laps, self.passed, self.size, self.width, self.remains = np.zeros((5, len(aim)))
         self.share, self.keenness = np.ones_like(aim), np.ones_like(aim)
         self.last: Table | None = None
+        self.between = np.zeros_like(aim)  # the interpolation error, when it was last estimated
         self.begun = coarse is not None
         self.coarse = coarse = CoarseRecord.unknown(len(aim)) if coarse is None else coarse
         self.contraction, self.interpolation, self.grown = coarse.contraction, coarse.interpolation, coarse.growth
@@ -240,17 +247,20 @@ class CarriedResidual:
         left = np.where(exact, settled, movement.amplification * self._iteration_error(movement, expected, reached))
         # A contraction that was seen once may be chance: the error is at least the last change.
         iteration = np.maximum(left, movement.end)
-        amplified = movement.interpolation * movement.amplification
+        # What shared innovations have missed would pass for a difference between the nodes.
+        doubtful = self.influence @ movement.doubt > settled
+        self.between = np.where(doubtful, self.between, movement.interpolation)
+        self.remains = np.where(doubtful, self.remains, movement.remains)
+        amplified = self.between * movement.amplification
         interpolation = amplified * np.exp2(np.clip(self.passed - self.caution.calm, 0, MOST_DOUBLINGS))
         error = np.hypot(iteration, interpolation) + movement.rounding
         self._compare(amplified)
-        self.remains = movement.remains
 
         ripe = still | (self.rounds >= self.caution.earliest)
         # Finer nodes are for paths that have nearly converged: others would take their errors along.
         enough = np.maximum(settled, np.minimum(0.5 * interpolation, ARRIVED * aim)) if self.refinable else settled
-        refine = ripe & (iteration <= enough) & (interpolation > 0.5 * aim)
+        refine = ripe & ~doubtful & (iteration <= enough) & (interpolation > 0.5 * aim)
         refine |= (self.circling | self.wide) & self.refinable
-        within = ripe & ~self.wide & (iteration <= aim) & (error <= (aim if self.refinable else self.tol))
+        within = ripe & ~doubtful & ~self.wide & (iteration <= aim) & (error <= (aim if self.refinable else self.tol))
         verdict = np.where(within, Verdict.DONE, np.where(refine, Verdict.REFINE, Verdict.GO_ON))
         return error, np.where(movement.failed, Verdict.NONFINITE, verdict)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from piadm.executor import Request
-from piadm.numerics import Flags, Table, full_precision, rms
+from piadm.numerics import Flags, Table, full_precision
 from piadm.path import ParallelPath
+from piadm.sharing import neighbours
 
 #: Relative roundings of the end that two ways of computing it may be apart: up to 5 were seen on a trained network.
 ROUNDINGS = 5
+
+#: Numbers held at once, some eight times, while local models learn: many at a time, for speed, but not all.
+OBSERVED_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -22,7 +29,8 @@ class Movement:
 
     Attributes:
         surprise: RMS difference of every row's residual from what its local model had said, shape ``(n, B)``;
-            0 where not evaluated, or lost.
+            0 where neither evaluated nor shared, or lost.
+        doubt: what shared innovations may have missed of every row's residual (``Outlook``), likewise.
         end: RMS change of the end of the path, shape ``(B,)``.
         interpolation: estimated RMS error at the end of the path that interpolation between the nodes leaves,
             shape ``(B,)``.
@@ -37,6 +45,7 @@ class Movement:
     """
 
     surprise: Table
+    doubt: Table
     end: Table
     interpolation: Table
     remains: Table
@@ -49,29 +58,38 @@ class Movement:
 
 @dataclass(frozen=True)
 class _Rows:
-    """The rows of a round, in the order of the nodes, and their places in a table of as many for every sample.
+    """Some rows of a round, in the order of the nodes, and their places in a table of as many for every sample.
 
     Attributes:
         node: their nodes, shape ``(r,)``.
         sample: their samples, shape ``(r,)``.
-        place: their places among those of their sample, shape ``(r,)``.
-        places: the nodes of every sample's rows, and where these are fewer some that are no rows, shape ``(B, a)``.
+        number: their numbers, ``node B + sample``, shape ``(r,)``.
+        place: their places among the rows of their sample in this round, shape ``(r,)``.
     """
 
     node: Tensor
     sample: Tensor
+    number: Tensor
     place: Tensor
-    places: Tensor
 
     @staticmethod
-    def of(active: Flags, device: torch.device) -> _Rows:
-        """Those that are true in a table ``(n, B)``."""
-        number = active.cumsum(0)
-        rows = np.stack([*active.nonzero(), number[active] - 1])
-        places = (~active).argsort(axis=0, kind="stable")[: number[-1].max()].T
-        # A blocking copy would wait for the device once more.
-        (node, sample, place), there = (torch.from_numpy(t).to(device, non_blocking=True) for t in (rows, places))
-        return _Rows(node, sample, place, there)
+    def of(some: Flags, among: Flags, device: torch.device) -> _Rows:
+        """Those that are true in a table ``(n, B)``, among all rows of the round."""
+        number, place = np.flatnonzero(some), among.cumsum(0)[some] - 1
+        return _Rows(*_moved(np.stack([*some.nonzero(), number, place]), device))
+
+    def __getitem__(self, part: slice) -> _Rows:
+        return _Rows(self.node[part], self.sample[part], self.number[part], self.place[part])
+
+
+def _places(among: Flags, device: torch.device) -> Tensor:
+    """The nodes of every sample's rows, and where these are fewer some that are no rows, shape ``(B, a)``."""
+    return _moved((~among).argsort(axis=0, kind="stable")[: among.sum(0).max()].T, device)
+
+
+def _moved(table: NDArray[Any], device: torch.device) -> Tensor:
+    """A table on the device; a blocking copy would wait for it once more."""
+    return torch.from_numpy(table).to(device, non_blocking=True)
 
 
 class Turn:
@@ -80,80 +98,126 @@ class Turn:
     Args:
         path: the path.
         active: which rows to evaluate, shape ``(n, B)``.
+        shared: which take the innovation of those before and after them, likewise.
     """
 
-    def __init__(self, path: ParallelPath, active: Flags) -> None:
-        self.path, self.active = path, active
-        self.rows = rows = _Rows.of(active, path.device)
-        self.numbers = rows.node * path.batch + rows.sample
+    def __init__(self, path: ParallelPath, active: Flags, shared: Flags) -> None:
+        self.path, self.active, self.shared, among = path, active, shared, active | shared
+        self.rows, self.places = _Rows.of(among, among, path.device), _places(among, path.device)
+        self.asked, self.weights = self.rows, np.zeros(0)
+        if shared.any():
+            self.asked = _Rows.of(active, among, path.device)
+            # Of every shared row the evaluated ones before and after it, and how far it is on the way between them.
+            self.beside = np.stack([table[shared] for table in neighbours(active)])
+            self.weights = (shared.nonzero()[0] - self.beside[0]) / (self.beside[1] - self.beside[0])
+        # The innovation of a row that shared before is what that has missed, and not due to the last move.
+        teaches = path.outlook.known & (shared | (path.outlook.doubt == 0))
+        self.teaches = _moved(teaches[among], path.device)
         # The innovations, as in ``LocalModel.follow``; and what ``LocalModel.observe`` returns of every row.
-        self.innovation = path.state.new_zeros(*rows.places.shape, path.size)
+        self.innovation = path.state.new_zeros(*self.places.shape, path.size)
         self.measured = path.state.new_zeros(3, path.path.count * path.batch)
 
     @property
     def request(self) -> Request:
         """The rows, for the executor.  Made when asked for: kept here, it and the turn would hold each other."""
-        path, rows = self.path, self.rows
+        path, rows = self.path, self.asked
         return Request(path.numbers[rows.sample], path.times[rows.node], self._fetch, self._store)
 
     def _fetch(self, part: slice) -> Tensor:
-        return self.path.nodes[self.rows.node[part], self.rows.sample[part]]
+        return self.path.nodes[self.asked.node[part], self.asked.sample[part]]
 
     def _store(self, part: slice, estimate: Tensor) -> None:
         # In place: on an accelerator a part is the whole round, and six copies of it must do.
-        path, at, sample, row = self.path, self.rows.node[part], self.rows.sample[part], self.numbers[part]
-        x, model, residual = self._fetch(part), path.reference_nodes[at, sample], path.residual.view(-1, path.size)
-        constant, prior, slope = path.affine[:, at, None]
+        path, rows = self.path, self.asked[part]
+        x, model = self._fetch(part), path.reference_nodes[rows.node, rows.sample]
+        constant, prior, slope = path.affine[:, rows.node, None]
         evaluated = estimate.sub_(constant).addcmul_(prior, model, value=-1).addcmul_(slope, model.sub_(x))
-        del model
-        old = residual[row]
-        innovation = evaluated.sub_(old)
-        if path.local is None:
-            self.measured[0, row] = rms(innovation)
-        else:
-            self.measured[:, row] = path.local.observe(row, x, innovation)
-        residual[row], self.innovation[sample, self.rows.place[part]] = old.add_(innovation), innovation
+        self.innovation[rows.sample, rows.place] = evaluated.sub_(path.residual.view(-1, path.size)[rows.number])
 
     def follow(self) -> Tensor:
         """Solve for the path; returns all that the host needs to know of it, one row of numbers on the device."""
         path = self.path
-        before = path.end.clone()
+        before, missed = path.end.clone(), self._share()
+        self._observe()
         if self.active.any():  # else nothing is new, and the path stays as it is to the last digit
-            path.follow(self.rows.places, self.innovation, int(self.active.any(1).argmax()))
+            path.follow(self.places, self.innovation, int(self.active.any(1).argmax()))
         del self.innovation
         end = path.end[:, 0]
-        moved, length, size = torch.stack([end - before[:, 0], end, end - path.centre]).square_().mean(2).sqrt_()
-        # Where the reference is far off, by a wrong mean, states are small differences of large numbers.
-        rounding = ROUNDINGS * torch.finfo(path.dtype).eps * length.maximum(path.reference_size)
+        squares = torch.stack([end - before[:, 0], end, end - path.centre]).square_().mean(2)
         drift = self.measured[1] if path.local is None else path.local.drift(path.rows)
-        return torch.cat([*self.measured, drift, moved, rounding, size, *self._left(end)])
+        return torch.cat([*self.measured, drift, *missed, *squares, path.reference_size, *self._left(end)])
+
+    def _share(self) -> list[Tensor]:
+        """Give every shared row an innovation between those of its neighbours.
+
+        Returns:
+            How far their neighbours' innovations are apart, mean squares, in parts of the shared rows.
+        """
+        if not self.shared.any():
+            return []
+        device, number = self.path.device, (self.active | self.shared).cumsum(0) - 1
+        (node, sample), place = self.shared.nonzero(), number[self.shared]
+        rows = _moved(np.stack([sample, place, *(place - node + self.beside)]), device)
+        weight = torch.from_numpy(self.weights).to(device, self.path.dtype, non_blocking=True)
+        apart = []
+        for part in self._parts(len(node)):
+            samples, places = rows[0, part], rows[1, part]
+            left, right = self.innovation[samples, rows[2:, part]]
+            apart.append(right.sub_(left).square().mean(1))
+            self.innovation[samples, places] = left.addcmul_(right, weight[part, None])
+        return apart
+
+    def _observe(self) -> None:
+        """Add the innovations to the residuals, and learn from them; those that are not finite are set to zero."""
+        path, residual = self.path, self.path.residual.view(-1, self.path.size)
+        for part in self._parts(len(self.rows.node)):
+            rows = self.rows[part]
+            innovation = self.innovation[rows.sample, rows.place]
+            if path.local is None:
+                self.measured[0, rows.number] = innovation.square().mean(1)
+            else:
+                x, teaches = path.nodes[rows.node, rows.sample], self.teaches[part]
+                self.measured[:, rows.number] = path.local.observe(rows.number, x, innovation, teaches)
+                self.innovation[rows.sample, rows.place] = innovation
+            residual.index_add_(0, rows.number, innovation)
+
+    def _parts(self, rows: int) -> Iterator[slice]:
+        size = max(1, OBSERVED_ELEMENTS // self.path.size)
+        return (slice(first, first + size) for first in range(0, rows, size))
 
     def _left(self, end: Tensor) -> list[Tensor]:
-        """For the interpolation error: the sizes of its rows, ``(m B,)``, and the distance of two ends, ``(B,)``."""
+        """For the interpolation error: mean squares of its rows, ``(m B,)``, and of two ends' distance, ``(B,)``."""
         path = self.path
         if path.interpolation is None or path.left is None:
             return []
         with full_precision(path.device):
             rows = path.left @ path.residual
         coarse = path.interpolation.coarse_end
-        sizes = rows.view(-1, path.size).square_().mean(1).sqrt_()  # in place: there are twice as many as nodes
-        return [sizes, torch.zeros_like(end[:, 0]) if coarse is None else rms(end - coarse)]
+        sizes = rows.view(-1, path.size).square_().mean(1)  # in place: there are twice as many as nodes
+        return [sizes, torch.zeros_like(end[:, 0]) if coarse is None else (end - coarse).square_().mean(1)]
 
     def finish(self, numbers: Table) -> Movement:
         """Update the outlook by the numbers of ``follow``, copied to the host, and return what the round changed."""
         path = self.path
-        of_rows, of_end, left = np.split(numbers, np.cumsum([4 * self.active.size, 3 * path.batch]))
+        parts = 4 * self.active.size, self.shared.sum(), 4 * path.batch
+        of_rows, gaps, of_end, left = np.split(numbers, np.cumsum(parts))
         surprise, stride, excess, distance = of_rows.reshape(4, path.path.count, path.batch)
+        surprise, stride, excess = np.sqrt(surprise), stride / path.size**0.5, np.where(self.active, excess, 0.0)
         lost: Flags = self.active & ~np.isfinite(surprise)
-        path.outlook.learn(self.active, surprise, stride)
+        missed = np.zeros_like(surprise)
+        missed[self.shared] = np.sqrt(self.weights * (1 - self.weights) * np.where(np.isfinite(gaps), gaps, np.inf))
+        path.outlook.learn(self.active, self.shared, surprise, stride, missed)
         path.amplification.learn(excess)
-        path.outlook.look(distance)
-        moved, rounding, size = of_end.reshape(3, path.batch)
-        sizes, apart = np.split(left.reshape(-1, path.batch), [-1])
+        path.outlook.look(np.sqrt(distance))
+        *squares, reference = of_end.reshape(4, path.batch)
+        moved, length, size = np.sqrt(squares)
+        # Where the reference is far off, by a wrong mean, states are small differences of large numbers.
+        rounding = ROUNDINGS * torch.finfo(path.dtype).eps * np.maximum(length, reference)
+        sizes, apart = np.split(np.sqrt(left).reshape(-1, path.batch), [-1])
         exact = np.zeros_like(moved), np.ones_like(moved)
         error, remains = exact if path.interpolation is None else path.interpolation.error(sizes, apart[0])
         first = self.active.argmax(0)[None]
         failed: Flags = ~np.isfinite(moved) | np.take_along_axis(lost, first, 0)[0]
-        amplification = path.amplification.factor.max(0)
-        surprise = np.where(lost, 0.0, surprise)
-        return Movement(surprise, moved, error, remains, rounding, amplification, size, lost, failed)
+        amplification, doubt = path.amplification.factor.max(0), path.outlook.doubt
+        surprise = np.where(np.isfinite(surprise), surprise, 0.0)
+        return Movement(surprise, doubt, moved, error, remains, rounding, amplification, size, lost, failed)

@@ -1,0 +1,92 @@
+"""Shared innovations: rows that matter but are not evaluated take the innovation of their neighbours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from piadm.activity import Outlook
+from piadm.numerics import Flags, Table
+
+#: What interpolation between the neighbours misses of an innovation, as a share of it: a U-Net showed 0.05 to 0.25 with
+#: every second row (SDE; up to 0.4 for the ODE), mixtures 0.1 to 0.3.
+MISSED = 0.25
+
+#: A row is left to its neighbours if what they miss is at most this many times the surprise that its next evaluation is
+#: expected to bring anyway.
+COMING = 2.0
+
+#: What a row's shared innovations have missed so far may be this many times its neighbours' expected surprise: beyond
+#: it evaluating the neighbours again is of less use than evaluating the row.
+OUTSTANDING = 0.5
+
+#: In the first round from a draft, whose path is far from the network's, one in so many rows is evaluated.
+FIRST = 4
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Chooses which rows of a round take their innovation from their neighbours.
+
+    The innovation of a row, by which its evaluation differs from what its local model predicts, resembles its
+    neighbours': all have moved alike.  So every second row may do without an evaluation and take an interpolated
+    innovation, ``w s' + (1 - w) s``.  What that may miss stays in the row as a doubt (``Outlook``), until it is
+    evaluated:
+
+        sqrt(w (1 - w)) RMS(s' - s)
+
+    if innovations are a random walk from node to node, and less if they are smooth.
+
+    Sharing pays where the row has to be evaluated again in any case, because those before it still change: a row is
+    shared as long as what is missed is small beside the surprise that the moves to come will bring.
+
+    Attributes:
+        response: ``|P|`` below the diagonal, from node residuals to nodes, shape ``(n, n)`` float64.
+        drafted: whether the path starts from a draft.
+    """
+
+    response: Table
+    drafted: bool
+
+    def choose(self, chosen: Flags, outlook: Outlook, rounds: int) -> Flags:
+        """Which of the ``chosen`` rows are not evaluated, ``(n, B)`` bool: all of them lie between two that are.
+
+        Args:
+            chosen: rows that matter in this round, ``(n, B)``.
+            outlook: what is expected of them.
+            rounds: number of rounds that the path has had.
+        """
+        index = np.arange(len(chosen))[:, None]
+        shared: Flags = np.zeros_like(chosen)
+        if rounds > 0:
+            shared = self._redundant(chosen, outlook) & outlook.known & (index % 2 == 1)
+        elif self.drafted:
+            shared = ~outlook.known & (index % FIRST != 0)
+        shared = shared & chosen
+        before, after = neighbours(chosen & ~shared)
+        left_out = np.pad((~chosen).cumsum(0), ((0, 1), (0, 0)))
+        inside = (before >= 0) & (after < len(chosen))
+        whole = np.take_along_axis(left_out, before, 0) == np.take_along_axis(left_out, after, 0)
+        found: Flags = shared & inside & whole
+        return found
+
+    @np.errstate(all="ignore")  # the stopping rule reports a network that fails
+    def _redundant(self, chosen: Flags, outlook: Outlook) -> Flags:
+        """Rows of which the next evaluation would bring more than sharing misses now."""
+        moving = np.where(chosen & outlook.known, outlook.expected, 0.0)
+        to_come = outlook.rate * (self.response @ moving)
+        missed = np.hypot(outlook.doubt, MISSED * outlook.drifted)
+        beside = np.pad(outlook.drifted, ((1, 1), (0, 0)))
+        least = np.minimum(beside[:-2], beside[2:])
+        found: Flags = (missed <= COMING * to_come) & (outlook.doubt <= OUTSTANDING * least)
+        return found
+
+
+def neighbours(evaluated: Flags) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """For every row the nearest that are evaluated, before it (else -1) and after it (else ``n``), each ``(n, B)``."""
+    index, count = np.arange(len(evaluated))[:, None], len(evaluated)
+    before = np.maximum.accumulate(np.where(evaluated, index, -1), axis=0)
+    after = np.minimum.accumulate(np.where(evaluated, index, count)[::-1], axis=0)[::-1]
+    return before, after
