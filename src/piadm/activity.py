@@ -130,6 +130,14 @@ class Outlook:
         self.expected = self.drifted = np.full_like(self.rate, np.inf)
         self.doubt = np.zeros_like(self.rate)
 
+    def teaches(self, shared: Flags) -> Flags:
+        """Of which rows an innovation would be due to their drift from a known state, ``(n, B)``.
+
+        That of a row in doubt is what was missed before, unless it is ``shared`` once more.
+        """
+        found: Flags = self.known & (shared | (self.doubt == 0))
+        return found
+
     @np.errstate(all="ignore")  # the stopping rule reports a network that fails
     def learn(self, active: Flags, shared: Flags, surprise: Table, stride: Table, missed: Table) -> None:
         """Take in a round.
@@ -142,7 +150,7 @@ class Outlook:
             missed: what sharing may have missed, RMS, 0 in other rows, likewise.
         """
         finite = np.isfinite(surprise)
-        again = (active & (self.doubt == 0) | shared) & self.known & finite & (stride > 0)
+        again = (active | shared) & self.teaches(shared) & finite & (stride > 0)
         rate = np.maximum(surprise / np.where(again, stride, 1.0), self.assumed)
         self.rate = np.where(again, rate, self.rate)
         self.known = np.where(active, finite, self.known)

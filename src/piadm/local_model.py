@@ -105,8 +105,8 @@ class LocalModel:
         """
         dx, old, size = states - self.seen[rows], self.excess[rows], states.shape[1]
         least, most = self.bounds[:, rows]
-        surprise = innovation.square().mean(1)
-        finite = surprise < torch.inf
+        squares = innovation.square().mean(1)
+        finite = squares < torch.inf
         innovation.masked_fill_(~finite[:, None], 0)
         moved = torch.linalg.vector_norm(dx, dim=1, keepdim=True)
         relative = moved / torch.linalg.vector_norm(states, dim=1, keepdim=True)
@@ -122,7 +122,7 @@ class LocalModel:
         else:
             along = (old + change) * far
         self.excess[rows], self.seen[rows] = slope, states
-        return torch.stack([surprise, stride[:, 0], along[:, 0]])
+        return torch.stack([squares, stride[:, 0], along[:, 0]])
 
     def follow(
         self,

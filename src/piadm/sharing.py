@@ -34,12 +34,7 @@ class Sharing:
 
     The innovation of a row, by which its evaluation differs from what its local model predicts, resembles its
     neighbours': all have moved alike.  So every second row may do without an evaluation and take an interpolated
-    innovation, ``w s' + (1 - w) s``.  What that may miss stays in the row as a doubt (``Outlook``), until it is
-    evaluated:
-
-        sqrt(w (1 - w)) RMS(s' - s)
-
-    if innovations are a random walk from node to node, and less if they are smooth.
+    innovation.  What that may miss (``Between``) stays in the row as a doubt (``Outlook``), until it is evaluated.
 
     Sharing pays where the row has to be evaluated again in any case, because those before it still change: a row is
     shared as long as what is missed is small beside the surprise that the moves to come will bring.
@@ -83,6 +78,40 @@ class Sharing:
         beside = np.pad(outlook.drifted, ((1, 1), (0, 0)))
         least = np.minimum(beside[:-2], beside[2:])
         found: Flags = (missed <= COMING * to_come) & (outlook.doubt <= OUTSTANDING * least)
+        return found
+
+
+@dataclass(frozen=True)
+class Between:
+    """Where shared rows lie between evaluated ones, whose innovations are ``s`` before and ``s'`` after them.
+
+    A shared row takes ``w s' + (1 - w) s``.  If innovations are a random walk from node to node, that misses
+
+        sqrt(w (1 - w)) RMS(s' - s)
+
+    and less if they are smooth.
+
+    Attributes:
+        before: the nearest evaluated node before each shared row, shape ``(r,)``.
+        after: that after it, likewise.
+        weight: ``w``, how far the row is on the way between them, likewise.
+    """
+
+    before: NDArray[np.int64]
+    after: NDArray[np.int64]
+    weight: Table
+
+    @staticmethod
+    def of(shared: Flags, evaluated: Flags) -> Between:
+        """Of the rows that are true in a table ``(n, B)``, in its order."""
+        if not shared.any():
+            return Between(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
+        before, after = (table[shared] for table in neighbours(evaluated))
+        return Between(before, after, (shared.nonzero()[0] - before) / (after - before))
+
+    def missed(self, apart: Table) -> Table:
+        """The equation above, of ``RMS(s' - s)``, shape ``(r,)``; inf where that is not finite, and tells nothing."""
+        found: Table = np.sqrt(self.weight * (1 - self.weight)) * np.where(np.isfinite(apart), apart, np.inf)
         return found
 
 

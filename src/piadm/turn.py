@@ -14,7 +14,7 @@ from torch import Tensor
 from piadm.executor import Request
 from piadm.numerics import Flags, Table, full_precision
 from piadm.path import ParallelPath
-from piadm.sharing import neighbours
+from piadm.sharing import Between
 
 #: Relative roundings of the end that two ways of computing it may be apart: up to 5 were seen on a trained network.
 ROUNDINGS = 5
@@ -104,15 +104,9 @@ class Turn:
     def __init__(self, path: ParallelPath, active: Flags, shared: Flags) -> None:
         self.path, self.active, self.shared, among = path, active, shared, active | shared
         self.rows, self.places = _Rows.of(among, among, path.device), _places(among, path.device)
-        self.asked, self.weights = self.rows, np.zeros(0)
-        if shared.any():
-            self.asked = _Rows.of(active, among, path.device)
-            # Of every shared row the evaluated ones before and after it, and how far it is on the way between them.
-            self.beside = np.stack([table[shared] for table in neighbours(active)])
-            self.weights = (shared.nonzero()[0] - self.beside[0]) / (self.beside[1] - self.beside[0])
-        # The innovation of a row that shared before is what that has missed, and not due to the last move.
-        teaches = path.outlook.known & (shared | (path.outlook.doubt == 0))
-        self.teaches = _moved(teaches[among], path.device)
+        self.asked = _Rows.of(active, among, path.device) if shared.any() else self.rows
+        self.between = Between.of(shared, active)
+        self.teaches = _moved(path.outlook.teaches(shared)[among], path.device)
         # The innovations, as in ``LocalModel.follow``; and what ``LocalModel.observe`` returns of every row.
         self.innovation = path.state.new_zeros(*self.places.shape, path.size)
         self.measured = path.state.new_zeros(3, path.path.count * path.batch)
@@ -137,7 +131,7 @@ class Turn:
     def follow(self) -> Tensor:
         """Solve for the path; returns all that the host needs to know of it, one row of numbers on the device."""
         path = self.path
-        before, missed = path.end.clone(), self._share()
+        before, apart = path.end.clone(), self._share()
         self._observe()
         if self.active.any():  # else nothing is new, and the path stays as it is to the last digit
             path.follow(self.places, self.innovation, int(self.active.any(1).argmax()))
@@ -145,7 +139,7 @@ class Turn:
         end = path.end[:, 0]
         squares = torch.stack([end - before[:, 0], end, end - path.centre]).square_().mean(2)
         drift = self.measured[1] if path.local is None else path.local.drift(path.rows)
-        return torch.cat([*self.measured, drift, *missed, *squares, path.reference_size, *self._left(end)])
+        return torch.cat([*self.measured, drift, *apart, *squares, path.reference_size, *self._left(end)])
 
     def _share(self) -> list[Tensor]:
         """Give every shared row an innovation between those of its neighbours.
@@ -157,8 +151,9 @@ class Turn:
             return []
         device, number = self.path.device, (self.active | self.shared).cumsum(0) - 1
         (node, sample), place = self.shared.nonzero(), number[self.shared]
-        rows = _moved(np.stack([sample, place, *(place - node + self.beside)]), device)
-        weight = torch.from_numpy(self.weights).to(device, self.path.dtype, non_blocking=True)
+        beside = place - node + self.between.before, place - node + self.between.after
+        rows = _moved(np.stack([sample, place, *beside]), device)
+        weight = torch.from_numpy(self.between.weight).to(device, self.path.dtype, non_blocking=True)
         apart = []
         for part in self._parts(len(node)):
             samples, places = rows[0, part], rows[1, part]
@@ -205,7 +200,7 @@ class Turn:
         surprise, stride, excess = np.sqrt(surprise), stride / path.size**0.5, np.where(self.active, excess, 0.0)
         lost: Flags = self.active & ~np.isfinite(surprise)
         missed = np.zeros_like(surprise)
-        missed[self.shared] = np.sqrt(self.weights * (1 - self.weights) * np.where(np.isfinite(gaps), gaps, np.inf))
+        missed[self.shared] = self.between.missed(np.sqrt(gaps))
         path.outlook.learn(self.active, self.shared, surprise, stride, missed)
         path.amplification.learn(excess)
         path.outlook.look(np.sqrt(distance))
