@@ -155,25 +155,25 @@ def test_who_shares(turns: list[tuple[Turn, Tensor, Tensor]], given: dict[str, o
 
 def test_what_is_missed_is_about_what_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """The network is asked after all: in most rounds rows differ from their neighbours by less than ``2 MISSED``."""
-    shares = []
+    shares, watched = [], []
     original = PathRun.turn
 
     def asked(self: PathRun) -> Turn:
         turn = original(self)
         if turn.shared.any():
             turn = Turn(self.path, turn.active | turn.shared, np.zeros_like(turn.shared))
-            turn.between = True  # type: ignore[attr-defined]
+            watched.append(turn)
         return turn
 
     follow = Turn.follow
 
     def compared(self: Turn) -> Tensor:
-        if hasattr(self, "between"):
+        if self in watched:
             table = self.path.state.new_zeros(*self.active.shape, self.path.size)
             table[self.rows.node, self.rows.sample] = self.innovation[self.rows.sample, self.rows.place]
             inside = torch.from_numpy(self.active[:-2] & self.active[1:-1] & self.active[2:])
-            left = table[1:-1] - (table[:-2] + table[2:]) / 2
-            shares.append(float(left[inside].square().mean().sqrt() / table[1:-1][inside].square().mean().sqrt()))
+            missed = table[1:-1] - (table[:-2] + table[2:]) / 2
+            shares.append(float(missed[inside].square().mean().sqrt() / table[1:-1][inside].square().mean().sqrt()))
         return follow(self)
 
     monkeypatch.setattr(PathRun, "turn", asked)
