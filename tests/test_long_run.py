@@ -9,9 +9,7 @@ import resource
 import shutil
 import signal
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -23,7 +21,7 @@ from torch import Tensor
 
 import piadm
 from piadm.cli import app, long_run
-from piadm.shards import BrokenShard, Shards, opened
+from piadm.shards import opened
 
 SCHEDULE = piadm.VPSchedule()
 SETTINGS = ["--method", "sde", "--steps", "12", "--tol", "1e-2", "--seed", "5", "--threads", "1"]
@@ -201,15 +199,6 @@ def test_a_file_in_the_place_of_the_folder_is_named(tmp_path: Path, capsys: pyte
     assert "--out must name a .png file or a folder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
-def test_every_rank_would_do_every_shard_but_begins_with_its_own(ranks: int, tmp_path: Path) -> None:
-    shards = Shards(tmp_path, 19, 2, {})
-    orders = [list(shards.order(rank, ranks)) for rank in range(ranks)]
-    assert all(sorted(order) == list(range(10)) for order in orders)
-    own = [order[: len(range(rank, 10, ranks))] for rank, order in enumerate(orders)]
-    assert sorted(shard for part in own for shard in part) == list(range(10))
-
-
 def damaged(folder: Path, whole: Path, damage: str) -> None:
     folder.mkdir()
     for name, data in contents(whole).items():
@@ -257,54 +246,7 @@ def test_verify_refuses_what_is_no_folder_of_samples(tmp_path: Path, capsys: pyt
     assert "index.json" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "entry", [{"format": 9}, {"num": "4"}, {"size": None}, {"settings": 5}, {"shards": 5}, {"shards": [{"file": "a"}]}]
-)
-def test_an_index_whose_entries_are_of_other_kinds_is_named(
-    entry: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    Shards(tmp_path, 4, 2, {}).begin()
-    index = json.loads((tmp_path / "index.json").read_text())
-    (tmp_path / "index.json").write_text(json.dumps(index | entry))
-    assert app.main(["verify", str(tmp_path)]) == 2
-    assert "must hold a readable index.json: not an index of format 1" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="not an index of format 1"):
-        Shards(tmp_path, 4, 2, {}).begin()
-
-
-@pytest.mark.parametrize("name", ["thesis.tex", "shard-00000.safetensors"])  # of which nobody knows the settings
-def test_a_folder_of_something_else_is_left_alone(name: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_text("x")
-    with pytest.raises(ValueError, match=f"must be empty or hold an index.json, but it holds '{name}'"):
-        Shards(tmp_path, 4, 2, {}).begin()
-
-
-@pytest.mark.parametrize("attempt", range(5))
-def test_of_processes_that_begin_a_folder_at_once_the_first_has_its_settings(attempt: int, tmp_path: Path) -> None:
-    ready, refused = threading.Barrier(8), []
-
-    def begin(tol: int) -> None:
-        ready.wait()
-        try:
-            Shards(tmp_path, 4, 2, {"tol": tol}).begin()
-        except ValueError as error:
-            refused.append((tol, str(error)))
-
-    with ThreadPoolExecutor(8) as threads:
-        list(threads.map(begin, range(8)))
-    won = opened(tmp_path).settings["tol"]
-    assert sorted(tol for tol, _ in refused) == [tol for tol in range(8) if tol != won]
-    assert all(f"was begun with tol = {won}, not {tol}" in said for tol, said in refused)
-    assert [path.name for path in tmp_path.iterdir()] == ["index.json"]
-
-
 def test_the_same_command_twice_at_once_doubles_no_sample_and_changes_no_bit(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "twice"
     assert finish(start(folder), start(folder)) == [0, 0]
     assert contents(folder) == contents(whole)
-
-
-def test_a_broken_shard_is_an_error_of_its_own_kind(tmp_path: Path) -> None:
-    (tmp_path / "shard-00000.safetensors").write_bytes(b"no")
-    with pytest.raises(BrokenShard, match="shard-00000.*delete it"):
-        Shards(tmp_path, 1, 1, {}).finish()

@@ -6,12 +6,13 @@ A folder of ``num`` samples holds
     shard-00000.safetensors ...   samples ``k size .. (k + 1) size - 1`` each
 
 Shard ``k`` depends on the settings and ``k`` alone, so it does not matter who computes it, when, or how often: it is
-there, under its name, or it is not.
+there, under its name, or it is not.  It carries a checksum of the settings, which tells it from shards of other runs.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -75,10 +76,14 @@ class Shards:
         """Numbers of its samples."""
         return range(shard * self.size, min(self.num, (shard + 1) * self.size))
 
+    def present(self) -> list[int]:
+        """Shards that are there."""
+        there = {entry.name for entry in self.folder.iterdir()}
+        return [shard for shard in range(self.count) if self.path(shard).name in there]
+
     def missing(self) -> list[int]:
         """Shards that are not there yet."""
-        there = {entry.name for entry in self.folder.iterdir()}
-        return [shard for shard in range(self.count) if self.path(shard).name not in there]
+        return sorted(set(range(self.count)) - set(self.present()))
 
     def _foreign(self) -> list[str]:
         """Files whose name matches ``shard-*.safetensors``, as a reader would collect them, but that are no shard."""
@@ -100,6 +105,7 @@ class Shards:
 
         Raises:
             ValueError: if it was started with others, naming the first that differs, or holds something else.
+            BrokenShard: if a shard in it cannot be read, or was made with others.
         """
         own = self._index()
         if not (self.folder / INDEX).exists():
@@ -115,6 +121,9 @@ class Shards:
                     f"{str(self.folder)!r} was begun with {name} = {before}, not {value}; go on with that, or take "
                     "another folder"
                 )
+        listed = _checksums(begun)
+        for shard in self.present():
+            self._about(shard, listed)
 
     def write(self, shard: int, tensors: Mapping[str, Tensor]) -> None:
         """Write one shard, whole or not at all.
@@ -124,15 +133,21 @@ class Shards:
         """
         whole = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
         samples = self.samples(shard)
-        about = {"shard": shard, "first": samples.start, "count": len(samples), "sha256": _digest(whole)}
+        about: dict[str, object] = {"shard": shard, "first": samples.start, "count": len(samples)}
+        about |= {"settings": self._settings, "sha256": _digest(whole)}
         self._put(self.path(shard), save(whole, {ABOUT: json.dumps(about)}))
 
     def finish(self) -> bool:
-        """If every shard is there, add their checksums to the index and remove what killed runs have left."""
+        """If every shard is there, add their checksums to the index and remove what killed runs have left.
+
+        Raises:
+            BrokenShard: if one cannot be read, or was made with other settings.
+        """
         if self.missing():
             return False
-        listed = [self._about(shard) | {"file": self.path(shard).name} for shard in range(self.count)]
-        self._put(self.folder / INDEX, _json(self._index() | {"complete": True, "shards": listed}))
+        listed = _checksums(read_index(self.folder))
+        found = [self._about(shard, listed) | {"file": self.path(shard).name} for shard in range(self.count)]
+        self._put(self.folder / INDEX, _json(self._index() | {"complete": True, "shards": found}))
         for part in self.folder.glob(f".*{PART}"):
             part.unlink(missing_ok=True)
         return True
@@ -152,14 +167,13 @@ class Shards:
 
     def verify(self, progress: Callable[[int], None] = lambda shard: None) -> list[str]:
         """What is wrong, a line each: shards that are missing, too many, or not what they were when written."""
-        missing = self.missing()
-        found = [f"{self.path(shard).name} is missing" for shard in missing]
+        found = [f"{self.path(shard).name} is missing" for shard in self.missing()]
         found += [f"{name} does not belong to these {self.num} samples; remove it" for name in self._foreign()]
         index = read_index(self.folder)
-        listed = {entry["file"]: entry["sha256"] for entry in index.get("shards", [])}
-        for shard in sorted(set(range(self.count)) - set(missing)):
+        listed = _checksums(index)
+        for shard in self.present():
             try:
-                self._check(shard, listed.get(self.path(shard).name))
+                self._check(shard, listed)
             except BrokenShard as error:
                 found.append(str(error))
             progress(shard)
@@ -167,13 +181,13 @@ class Shards:
             found.append(f"{INDEX} does not say that the set is complete; start the same command again")
         return found
 
-    def _check(self, shard: int, listed: str | None) -> None:
+    def _check(self, shard: int, listed: Mapping[str, str]) -> None:
         """Read a shard and compare it with what it says of itself, and with the index.
 
         Raises:
             BrokenShard: if it differs.
         """
-        name, about = self.path(shard).name, self._about(shard)
+        name, about = self.path(shard).name, self._about(shard, listed)
         samples = self.samples(shard)
         if (about["shard"], about["first"], about["count"]) != (shard, samples.start, len(samples)):
             raise BrokenShard(f"{name} holds other samples than {samples.start}..{samples.stop - 1}")
@@ -184,17 +198,32 @@ class Shards:
             raise BrokenShard(f"{name} cannot be read: {error}") from error
         if any(len(tensor) != len(samples) for tensor in tensors.values()):
             raise BrokenShard(f"{name} does not hold {len(samples)} samples")
-        if _digest(tensors) != about["sha256"] or listed not in (None, about["sha256"]):
+        if _digest(tensors) != about["sha256"] or listed.get(name) not in (None, about["sha256"]):
             raise BrokenShard(f"{name} is not what was written: its checksum differs")
 
-    def _about(self, shard: int) -> dict[str, Any]:
-        """What a shard says of itself."""
+    def _about(self, shard: int, listed: Mapping[str, str]) -> dict[str, Any]:
+        """What a shard says of itself.
+
+        Shards of earlier versions do not say their settings: such a one belongs here only if the index lists it.
+
+        Raises:
+            BrokenShard: if it cannot be read, or was made with other settings.
+        """
+        name = self.path(shard).name
         try:
             with safe_open(self.path(shard), framework="pt") as stored:
                 about: dict[str, Any] = json.loads((stored.metadata() or {})[ABOUT])
         except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise BrokenShard(f"{self.path(shard).name} cannot be read: {error}") from error
+            raise BrokenShard(f"{name} cannot be read: {error}") from error
+        known = about["settings"] == self._settings if "settings" in about else about["sha256"] == listed.get(name)
+        if not known:
+            raise BrokenShard(f"{name} was made with other settings, or by an earlier version")
         return about
+
+    @functools.cached_property
+    def _settings(self) -> str:
+        """Checksum of all that the samples depend on."""
+        return hashlib.sha256(json.dumps(_flat(self._index()), sort_keys=True).encode()).hexdigest()
 
     def _index(self) -> dict[str, Any]:
         own = {"format": FORMAT, "num": self.num, "size": self.size, "settings": dict(self.settings), "complete": False}
@@ -235,6 +264,11 @@ def _is_index(index: Any) -> bool:  # noqa: ANN401 - whatever JSON holds
         and all(isinstance(entries.get(name), kind) for name, kind in kinds.items())
         and all(isinstance(shard, dict) and {"file", "sha256"} <= set(shard) for shard in entries["shards"])
     )
+
+
+def _checksums(index: Mapping[str, Any]) -> dict[str, str]:
+    """The checksum of every file that an index lists."""
+    return {entry["file"]: entry["sha256"] for entry in index.get("shards", [])}
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
