@@ -129,6 +129,11 @@ def positive_int(name: str, value: object, minimum: int = 1, maximum: int | None
     return number
 
 
+def optional_int(name: str, value: object, minimum: int = 1, maximum: int | None = None) -> int | None:
+    """Return None, or ``value`` as ``positive_int`` does, which says what is raised."""
+    return None if value is None else positive_int(name, value, minimum, maximum)
+
+
 def switch(name: str, value: object) -> bool:
     """Return ``value`` if it is a bool (Python or NumPy).
 

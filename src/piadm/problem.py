@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from piadm._checks import caller_level, described, positive_int, shown
+from piadm._checks import caller_level, described, optional_int, positive_int, shown
 from piadm.conditions import with_rows
 from piadm.denoiser import Denoiser
 from piadm.executor import Executor, Team
@@ -91,8 +91,7 @@ def make_problem(
     _warn_of_chance(denoiser.network)
     shape = check_shape(shape)
     _check_times(denoiser, grid)
-    if max_batch is not None:
-        positive_int("max_batch", max_batch, minimum=denoiser.rows_per_call)
+    optional_int("max_batch", max_batch, minimum=denoiser.rows_per_call)
     if callback is not None and not callable(callback):
         raise TypeError(f"callback must be callable or None, got {type(callback).__name__}")
     given = None if initial is None else given_array("initial", initial, shape)

@@ -29,6 +29,9 @@ from piadm.atomic import PART, write_atomically
 
 INDEX, FORMAT = "index.json", 1
 
+#: Name of a shard: its number in five digits, or ``*`` for all that a reader would collect.
+_NAME = "shard-{}.safetensors"
+
 #: The one entry of a shard's metadata: JSON, since the order of several would not be reproducible.
 ABOUT = "piadm"
 
@@ -70,7 +73,7 @@ class Shards:
 
     def path(self, shard: int) -> Path:
         """The file of a shard."""
-        return self.folder / f"shard-{shard:05d}.safetensors"
+        return self.folder / _NAME.format(f"{shard:05d}")
 
     def samples(self, shard: int) -> range:
         """Numbers of its samples."""
@@ -86,9 +89,9 @@ class Shards:
         return sorted(set(range(self.count)) - set(self.present()))
 
     def _foreign(self) -> list[str]:
-        """Files whose name matches ``shard-*.safetensors``, as a reader would collect them, but that are no shard."""
+        """Files that are named like a shard, so that a reader would collect them, but that are none."""
         own = {self.path(shard).name for shard in range(self.count)}
-        return sorted({path.name for path in self.folder.glob("shard-*.safetensors")} - own)
+        return sorted({path.name for path in self.folder.glob(_NAME.format("*"))} - own)
 
     def order(self, rank: int, ranks: int) -> Iterator[int]:
         """The shards in the order in which one of several ranks takes care of them, those passed over that are there.

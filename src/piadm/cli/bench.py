@@ -183,11 +183,10 @@ def _race(settings: Settings, problem: Problem) -> tuple[list[Lap], bool]:
     samplers = settings.samplers(problem.denoiser)
     runs = len(samplers) * (settings.repeats + 1)
     laps: list[Lap] = []
-    with interrupts() as heard, progress.bar("samplers") as update:
+    with interrupts() as check, progress.bar("samplers") as update:
 
         def before(number: int, note: str) -> None:
-            if heard:
-                raise KeyboardInterrupt
+            check()
             update(number / runs, note)
 
         try:

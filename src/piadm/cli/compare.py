@@ -12,7 +12,7 @@ import torch
 import typer
 
 import piadm
-from piadm._checks import positive_int
+from piadm._checks import optional_int, positive_int
 from piadm.cli import files, progress
 from piadm.cli.app import INTERRUPTED
 from piadm.cli.compare_report import Report
@@ -69,8 +69,7 @@ class Settings:
         positive_int("--num", self.num)
         check_seed("--seed", self.seed)
         check_threads("--threads", self.threads)
-        if self.max_batch is not None:
-            positive_int("--max-batch", self.max_batch)
+        optional_int("--max-batch", self.max_batch)
         check_names("--only", self.only, NAMES)
         files.check_writable("--out", self.out, ".png")
         if self.json is not None:
@@ -156,12 +155,11 @@ def _prepare(settings: Settings) -> Course:
 
 
 def _study(settings: Settings, course: Course, rivals: tuple[Rival, ...]) -> tuple[Result, ...]:
-    with interrupts() as heard, progress.bar("rivals") as update, warnings.catch_warnings():
+    with interrupts() as check, progress.bar("rivals") as update, warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
 
         def before_run(number: int, setting: str) -> None:
-            if heard:
-                raise KeyboardInterrupt
+            check()
             update(number / len(rivals), f"{rivals[number].title(settings.method)}: {setting}")
 
         return study(course, rivals, settings.errors, before_run)

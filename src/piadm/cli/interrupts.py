@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
 @contextmanager
-def interrupts() -> Iterator[list[int]]:
-    """Every Ctrl-C that is heard: a sampler that is about to end takes one in without a trace."""
+def interrupts() -> Iterator[Callable[[], None]]:
+    """Hear every Ctrl-C while the block runs.
+
+    Yields:
+        A function that raises ``KeyboardInterrupt`` if there was one: a sampler that is about to end takes it in
+        without a trace.
+    """
     heard: list[int] = []
 
     def interrupt(number: int, frame: object) -> None:
         heard.append(number)
         raise KeyboardInterrupt
 
+    def check() -> None:
+        if heard:
+            raise KeyboardInterrupt
+
     before = signal.signal(signal.SIGINT, interrupt)
     try:
-        yield heard
+        yield check
     finally:
         signal.signal(signal.SIGINT, before)

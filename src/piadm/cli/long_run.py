@@ -96,7 +96,7 @@ def place() -> tuple[int, int, int]:
     return rank, ranks, local
 
 
-def run(settings: LongRun, shape: tuple[int, ...], figures: Path | None) -> bool:
+def run(settings: LongRun, shape: tuple[int, ...], figures: Path | None) -> None:
     """Compute what is missing, shard by shard, and say what is there.
 
     Args:
@@ -104,10 +104,8 @@ def run(settings: LongRun, shape: tuple[int, ...], figures: Path | None) -> bool
         shape: Shape of one sample.
         figures: Where to write every printed figure, as JSON.
 
-    Returns:
-        Whether Ctrl-C cut it short; started again it goes on.
-
     Raises:
+        KeyboardInterrupt: If Ctrl-C cut it short; started again it goes on.
         ValueError: If the folder was begun with other settings.
         OSError: If a shard cannot be written; the others stay.
     """
@@ -120,21 +118,18 @@ def run(settings: LongRun, shape: tuple[int, ...], figures: Path | None) -> bool
     shards = settings.shards(denoiser, threads)
     shards.begin()
     began, had = time.monotonic(), _present(shards)
-    with interrupts() as heard, progress.bar(f"{settings.num} samples", shown=rank == 0) as update:
+    with interrupts() as check, progress.bar(f"{settings.num} samples", shown=rank == 0) as update:
         for shard in shards.order(rank, ranks):
             parts = []
             for batch in _batches(shards.samples(shard), settings.layout.batch):
-                part = _sample(denoiser, settings, batch, shape)
-                if part is None or heard:
-                    return True
-                parts.append(part)
+                parts.append(_sample(denoiser, settings, batch, shape))
+                check()
                 if rank == 0:
                     update(*_done(shards, had, time.monotonic() - began, sum(len(one["status"]) for one in parts)))
             shards.write(shard, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
     shards.finish()
     if rank == 0:
         _say(shards, time.monotonic() - began, had, figures)
-    return False
 
 
 def _begun_threads(folder: Path) -> int | None:
@@ -146,13 +141,17 @@ def _batches(samples: range, size: int) -> Iterator[range]:
     yield from (samples[first : first + size] for first in range(0, len(samples), size))
 
 
-def _sample(denoiser: Denoiser, settings: LongRun, samples: range, shape: tuple[int, ...]) -> dict[str, Tensor] | None:
-    """One batch, as it is stored; None if it was interrupted."""
+def _sample(denoiser: Denoiser, settings: LongRun, samples: range, shape: tuple[int, ...]) -> dict[str, Tensor]:
+    """One batch, as it is stored.
+
+    Raises:
+        KeyboardInterrupt: If it was interrupted.
+    """
     seed = [(settings.seed, sample) for sample in samples]
     with progress.quiet():
         found = piadm.sample(denoiser, (len(samples), *shape), seed=seed, **settings.arguments)
     if Status.INTERRUPTED in found.status:
-        return None
+        raise KeyboardInterrupt
     return {
         "sample": found.sample.cpu(),
         "status": torch.tensor([STATUSES.index(status) for status in found.status], dtype=torch.uint8, device="cpu"),
@@ -173,7 +172,7 @@ def _done(shards: Shards, had: int, seconds: float, at_work: int) -> tuple[float
 
 def _present(shards: Shards) -> int:
     """Number of samples that are there."""
-    return shards.num - sum(len(shards.samples(shard)) for shard in shards.missing())
+    return sum(len(shards.samples(shard)) for shard in shards.present())
 
 
 def _say(shards: Shards, seconds: float, had: int, path: Path | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from piadm._checks import positive_int
+from piadm._checks import optional_int, positive_int
 
 _LARGEST_SEED = 2**64 - 1
 _MOST_THREADS = 1024  # more than any machine runs at once; OpenMP ends the process if it cannot start them
@@ -23,8 +23,7 @@ def check_threads(option: str, threads: int | None) -> None:
     Raises:
         ValueError: If it is not positive, or so large that no machine starts them.
     """
-    if threads is not None:
-        positive_int(option, threads, maximum=_MOST_THREADS)
+    optional_int(option, threads, maximum=_MOST_THREADS)
 
 
 def whole(option: str, text: str) -> int:

@@ -11,7 +11,7 @@ import torch
 import typer
 
 import piadm
-from piadm._checks import finite_float, positive_int
+from piadm._checks import finite_float, optional_int, positive_int
 from piadm.cli import files, long_run, progress
 from piadm.cli.app import INTERRUPTED
 from piadm.cli.device import resolve_device
@@ -81,8 +81,7 @@ class Settings:
         check_seed("--seed", self.seed)
         self.rows()
         check_threads("--threads", self.threads)
-        if self.max_batch is not None:
-            positive_int("--max-batch", self.max_batch)
+        optional_int("--max-batch", self.max_batch)
         if self.long:
             long_run.check_folder("--out", self.out)
             if self.window == "auto":
@@ -146,7 +145,9 @@ def sample(
         )  # fmt: skip
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    if long_run.run(settings.part(), FASHION_SHAPE, settings.json) if settings.long else run(settings):
+    if settings.long:
+        long_run.run(settings.part(), FASHION_SHAPE, settings.json)
+    elif run(settings):
         raise typer.Exit(INTERRUPTED)
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from piadm._checks import choice, finite_float, positive_int
+from piadm._checks import choice, finite_float, optional_int, positive_int
 from piadm.corrector import Corrector
 from piadm.grid import Blocks
 from piadm.theory.families import PaperODE, PaperSDE, Target
@@ -117,7 +117,7 @@ def plan(
     allowed = finite_float("kl", kl, low=0.0)
     choice("method", method, ("sde", "ode"))
     block = finite_float("longest_block", longest_block, low=0.0)
-    limit = None if memory_limit is None else positive_int("memory_limit", memory_limit)
+    limit = optional_int("memory_limit", memory_limit)
     target = Target(_modes(dimension, spectrum, lipschitz), early_stop)
     if allowed < (least := LEAST_PER_MODE * target.modes.dimension):
         raise ValueError(f"kl must be at least {least:g} here, got {allowed:g}: less takes over 1e7 steps")

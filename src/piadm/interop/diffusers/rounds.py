@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from piadm._checks import positive_int
+from piadm._checks import optional_int
 from piadm.denoiser import Denoiser
 from piadm.engine import rounds
 from piadm.executor import error_text, name_rows, out_of_memory
@@ -41,10 +41,8 @@ class Options:
     raise_on_failure: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_batch is not None:
-            positive_int("max_batch", self.max_batch)
-        if self.max_rounds is not None:
-            positive_int("max_rounds", self.max_rounds)
+        optional_int("max_batch", self.max_batch)
+        optional_int("max_rounds", self.max_rounds)
         # A schedule that allows everything: what the pipeline's own one does not shows when it is known.
         anything = Denoiser(PipelineNetwork(1), VPSchedule(), "sample", self.data_mean, self.data_variance)
         self.engine(anything, "ode", None)
