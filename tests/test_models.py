@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import piadm
+from piadm._checks import device_here
 from piadm.models import load_folder, shipped
 
 pytest.importorskip("diffusers")
@@ -90,6 +91,7 @@ def test_dtype_is_that_asked_for() -> None:
         ({"name": "../fashion"}, ValueError, "name must be one of 'fashion'"),
         ({"device": "abacus"}, ValueError, "device must be a device of this machine, got 'abacus'"),
         ({"device": "meta:x"}, ValueError, "device must be a device of this machine, got 'meta:x'"),
+        ({"device": "meta"}, ValueError, "got 'meta': torch cannot use it here .*cannot be called on meta tensors"),
         ({"dtype": "float32"}, TypeError, "dtype must be a torch.dtype, got 'float32'"),
         ({"dtype": torch.int64}, ValueError, "dtype must be a floating-point type .*, got torch.int64"),
     ],
@@ -97,6 +99,20 @@ def test_dtype_is_that_asked_for() -> None:
 def test_bad_arguments_are_named(arguments: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         piadm.load(**{"name": "fashion", **arguments})
+
+
+def test_a_device_that_has_memory_but_runs_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def add(*_: object) -> None:
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nand much advice")
+
+    monkeypatch.setattr(torch.Tensor, "add", add)
+    with pytest.raises(ValueError, match=r"got 'cpu': torch cannot use it here \(CUDA error: .* on the device\)$"):
+        piadm.load("fashion", device="cpu")
+
+
+def test_to_check_the_cpu_no_other_device_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: pytest.fail("CUDA was started"))
+    assert device_here("device", "cpu") == torch.device("cpu")
 
 
 @pytest.mark.parametrize("file", ["config.json", "weights.safetensors"])

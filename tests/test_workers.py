@@ -187,6 +187,7 @@ def test_every_device_keeps_its_thread() -> None:
         ("cpu", TypeError, "devices must be a list of at least two torch devices"),
         (["cpu"], ValueError, "at least two"),
         (["cpu", "abacus"], ValueError, r"devices\[1\] must be a device of this machine, got 'abacus'"),
+        (["cpu", "meta"], ValueError, r"devices\[1\] must be .*, got 'meta': torch cannot use it here"),
         ([None, "cpu"], ValueError, r"devices\[0\] must be a device of this machine, got 'None'"),  # no default device
     ],
 )

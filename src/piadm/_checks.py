@@ -44,13 +44,16 @@ def device_here(name: str, value: Any) -> torch.device:  # noqa: ANN401 - whatev
     """Return the device of this machine that ``value`` means, with its number: the current one of its kind if none.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is none, or torch cannot compute there.
     """
     try:
-        return torch.empty(0, device=torch.device(value)).device  # None alone would be torch's default
+        one = torch.ones(1, device=torch.device(value))  # None alone would be torch's default
+        one.add(1).item()  # there may be memory where nothing can be computed
     except (RuntimeError, AssertionError, ImportError, TypeError) as error:  # each kind of device has its own
         reason = str(error).partition("\n")[0][:100]
-        raise ValueError(f"{name} must be a device of this machine, got {str(value)!r}: {reason}") from error
+        refused = f"{name} must be a device of this machine, got {str(value)!r}"
+        raise ValueError(f"{refused}: torch cannot use it here ({reason})") from error
+    return one.device
 
 
 def finite_float(
