@@ -31,11 +31,13 @@ def linear() -> nn.Linear:
 
 
 BARE = piadm.Denoiser(linear(), VP, "sample")
+CLIPPED = replace(BARE, clip=functools.partial(torch.clamp, max=1.0))
 GUIDED = piadm.GuidedNetwork(linear(), 2.0, {"label": torch.zeros(1, 3)})
 DIFFERENT = {
     "weights": (BARE, replace(BARE, network=nn.Linear(4, 4))),
     "prediction": (BARE, replace(BARE, prediction="v")),
     "draft": (BARE, replace(BARE, draft=BARE)),
+    "clip": (CLIPPED, replace(CLIPPED, clip=functools.partial(torch.clamp, max=2.0))),
     "buffers": (mixture(0), mixture(1)),
     "scale": (GUIDED, piadm.GuidedNetwork(GUIDED.network, 7.5, GUIDED.null)),
     "null": (GUIDED, piadm.GuidedNetwork(GUIDED.network, 2.0, {"label": torch.ones(1, 3)})),

@@ -171,8 +171,8 @@ def test_samplers_have_the_agreed_arguments(name: str) -> None:
     [
         (
             piadm.Denoiser,
-            ["network", "schedule", "prediction", "data_mean", "data_variance", "draft"],
-            (0.0, 1.0, None),
+            ["network", "schedule", "prediction", "data_mean", "data_variance", "draft", "clip"],
+            (0.0, 1.0, None, None),
         ),
         (piadm.Blocks.paper, ["horizon", "early_stop", "length", "step"], ()),
         (piadm.Corrector, ["duration", "length", "step", "iterations", "friction"], (2.0,)),

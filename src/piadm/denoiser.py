@@ -4,19 +4,19 @@ Whatever a network predicts, the samplers see one function, the denoised estimat
 
     x0_hat(x, t) = p(t) x + q(t) F(x, t),
 
-with two scalars per time that follow from ``x_t = alpha x_0 + sigma eps``.
+with two scalars per time that follow from ``x_t = alpha x_0 + sigma eps``, and clipped where the denoiser says so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from piadm._checks import choice, described, finite_float, float_field
+from piadm._checks import choice, described, finite_float, float_field, shown
 from piadm.conditions import parts, rebuilt
 from piadm.network import Network, network_dtype, rows_per_call, unwrap
 from piadm.schedule import NoiseSchedule
@@ -31,10 +31,10 @@ PREDICTIONS = ("epsilon", "score", "sample", "v", "velocity")
 class Denoiser:
     """A network, the schedule it was trained on, and what it predicts.
 
-    Calling it gives ``x0_hat(x, t) = p(t) x + q(t) F(x, t)``:
+    Calling it gives ``x0_hat(x, t) = clip(p(t) x + q(t) F(x, t))``:
 
     ========== ====================================== ======================================
-    prediction the network F returns                  denoised estimate
+    prediction the network F returns                  denoised estimate, before ``clip``
     ========== ====================================== ======================================
     epsilon    the noise ``eps``                      ``(x - sigma F) / alpha``
     score      ``grad log p_t(x)``                    ``(x + sigma^2 F) / alpha``
@@ -62,9 +62,12 @@ class Denoiser:
         draft: a much cheaper denoiser of about the same data, with the same schedule and conditions, from whose path
             ``sample`` starts; None: no draft.  A bad draft costs rounds, never accuracy.  ``fit_draft`` fits one to
             samples.
+        clip: what becomes of denoised estimates ``(R, *shape)``, row by row, such as ``partial(torch.clamp, min=-1,
+            max=1)``; None: they stay as they are.
 
     Raises:
-        TypeError: if the network is not callable, the schedule is no ``NoiseSchedule`` or the draft no ``Denoiser``.
+        TypeError: if the network or the clip is not callable, the schedule is no ``NoiseSchedule`` or the draft no
+            ``Denoiser``.
         ValueError: if the prediction is unknown, the mean is not finite, the variance not finite and positive, or the
             draft's schedule is a different one.
 
@@ -78,6 +81,7 @@ class Denoiser:
     data_mean: float = 0.0
     data_variance: float = 1.0
     draft: Denoiser | None = None
+    clip: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
         if not callable(self.network):
@@ -87,6 +91,8 @@ class Denoiser:
         if not isinstance(self.schedule, NoiseSchedule):
             raise TypeError(f"schedule must be a piadm.NoiseSchedule, got {type(self.schedule).__name__}")
         choice("prediction", self.prediction, PREDICTIONS)
+        if self.clip is not None and not callable(self.clip):
+            raise TypeError(f"clip must be callable on denoised estimates, or None, got {described(self.clip)}")
         float_field(self, "data_mean")
         float_field(self, "data_variance", low=0.0, high=WIDEST)
         if self.draft is not None and not isinstance(self.draft, Denoiser):
@@ -147,7 +153,7 @@ class Denoiser:
         """Denoised estimate of rows ``x (R, *shape)`` at schedule times ``t (R,)``, in the dtype of ``x``.
 
         Raises:
-            ValueError: if the network returns another shape than that of ``x``.
+            ValueError: if the network or the clip returns another shape than that of ``x``.
             TypeError: if it does not return real floating-point numbers.
         """
         dtype = network_dtype(self.network, x.dtype)
@@ -162,7 +168,13 @@ class Denoiser:
         if not output.is_floating_point():
             raise TypeError(f"network returned {output.dtype}; it must return floating-point numbers")
         p, q = (c.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1)) for c in self.coefficients(t.double()))
-        return (p * x).addcmul_(q, output.to(x.dtype))
+        estimate = (p * x).addcmul_(q, output.to(x.dtype))
+        if self.clip is None:
+            return estimate
+        clipped = self.clip(estimate)
+        if getattr(clipped, "shape", None) != x.shape:
+            raise ValueError(f"clip must return denoised estimates of shape {tuple(x.shape)}, got {shown(clipped)}")
+        return clipped.to(x.dtype)
 
     @property
     def rows_per_call(self) -> int:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import diffusers as df
 import pytest
 import torch
-from tiny import flux, normals, pixels
+from tiny import built, flux, normals, pixels
 
 import piadm
+from piadm.workers.fingerprint import fingerprint
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
@@ -28,7 +30,10 @@ def test_a_bare_network_samples_as_its_pipeline(prediction: str) -> None:
     assert float((got - x).square().mean().sqrt()) <= 1e-3 * float(x.square().mean().sqrt())
 
 
-@pytest.mark.parametrize("how", [{"clip_sample_range": 0.5}, {"thresholding": True}], ids=["clip", "threshold"])
+CLIPS = pytest.mark.parametrize("how", [{"clip_sample_range": 0.5}, {"thresholding": True}], ids=["clip", "threshold"])
+
+
+@CLIPS
 def test_a_bare_networks_estimate_is_clipped_as_its_scheduler_says(how: dict[str, Any]) -> None:
     # Unlike DDIM's, the step of DDPM reads the estimate and the state alone: clipping the one is all there is to it.
     scheduler = df.DDPMScheduler(beta_schedule="squaredcos_cap_v2", num_train_timesteps=100, **how)
@@ -40,6 +45,35 @@ def test_a_bare_networks_estimate_is_clipped_as_its_scheduler_says(how: dict[str
             x0 = scheduler.step(network(x[row : row + 1], t).sample, t, x[row : row + 1]).pred_original_sample
             assert float((got[row] - x0[0]).abs().max()) <= 1e-4
             assert float(x0.abs().max()) <= 1
+
+
+@CLIPS
+def test_a_guided_estimate_is_clipped_after_guidance(how: dict[str, Any]) -> None:
+    scheduler = df.DDPMScheduler(num_train_timesteps=100, **how)
+    network = built(
+        df.UNet2DModel, sample_size=8, block_out_channels=(32,), down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",), num_class_embeds=2, norm_num_groups=4,
+    )  # fmt: skip
+    denoiser = piadm.Denoiser.from_diffusers(network, scheduler)
+    guidance = piadm.GuidedNetwork(denoiser.network, 3.0, {"class_labels": 0})
+    x, t, label = normals(1, 1, 3, 8, 8), torch.tensor([60.0]), torch.tensor([1])
+    with torch.no_grad():
+        got = replace(denoiser, network=guidance)(x, t, class_labels=label)
+        null, given = (network(x, 60, class_labels=label - away).sample for away in (1, 0))
+        want = scheduler.step(null + 3.0 * (given - null), 60, x).pred_original_sample
+        apart = denoiser(x, t, class_labels=label - 1)
+        apart = apart + 3.0 * (denoiser(x, t, class_labels=label) - apart)
+    assert float((got - want).abs().max()) <= 1e-4
+    assert float((apart - want).abs().max()) >= 1e-2  # clipped one by one, estimates are others
+
+
+def test_ranges_of_clipping_are_told_apart() -> None:
+    network = pixels(df.DDPMPipeline, df.DDPMScheduler()).unet
+    ways = [{"clip_sample_range": 0.5}, {}, {"thresholding": True}, {"thresholding": True, "sample_max_value": 1.5}]
+    ways += [{"thresholding": True, "dynamic_thresholding_ratio": 0.9}, {"clip_sample": False}]
+    told = [fingerprint(piadm.Denoiser.from_diffusers(network, df.DDPMScheduler(**how))) for how in ways]
+    again = [fingerprint(piadm.Denoiser.from_diffusers(network, df.DDPMScheduler(**how))) for how in ways]
+    assert len(set(told)) == len(ways) and told == again
 
 
 def test_a_bare_flow_network_and_a_preconditioned_one() -> None:
@@ -62,6 +96,7 @@ def test_a_bare_flow_network_and_a_preconditioned_one() -> None:
     "kind, how",
     [
         (df.DDPMScheduler, {}),  # it clips
+        (df.DDPMScheduler, {"thresholding": True}),
         (df.DDPMScheduler, {"clip_sample": False}),
         (df.EDMEulerScheduler, {}),
         (df.FlowMatchEulerDiscreteScheduler, {}),
@@ -70,11 +105,12 @@ def test_a_bare_flow_network_and_a_preconditioned_one() -> None:
 def test_what_calls_a_bare_network_compiles_as_one_graph(kind: type, how: dict[str, Any]) -> None:
     torch._dynamo.reset()
     unet = pixels(df.DDPMPipeline, df.DDPMScheduler()).unet
-    network = piadm.Denoiser.from_diffusers(unet, kind(**how)).network
+    denoiser = piadm.Denoiser.from_diffusers(unet, kind(**how))
+    compiled = replace(denoiser, network=piadm.CompiledNetwork(denoiser.network, backend="eager"))
     x, t = normals(1, 2, 3, 8, 8), torch.tensor([0.3, 0.5])
     with torch.no_grad():
         # Padded to another number of rows, kernels round otherwise.
-        assert torch.allclose(piadm.CompiledNetwork(network, backend="eager")(x, t), network(x, t), atol=1e-5)
+        assert torch.allclose(compiled(x, t), denoiser(x, t), atol=1e-5)
 
 
 def test_from_diffusers_names_what_it_cannot_use() -> None:

@@ -99,7 +99,8 @@ def fit_draft(denoiser: Denoiser, samples: Tensor, *, components: int = 16, rank
         rank: number of principal directions of each; along all others its variance is one number.
 
     Returns:
-        A copy of the denoiser with ``draft``, on the device of its network.
+        A copy of the denoiser with ``draft``, on the device of its network; its estimates are clipped as the
+        denoiser's are.
 
     Raises:
         TypeError, ValueError: naming the argument, what was received and what is accepted.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,28 +64,6 @@ class PreconditionedNetwork:
         return self.scheduler.precondition_outputs(x, output, sigma).to(x.dtype)  # type: ignore[no-any-return]
 
 
-@dataclass(frozen=True)
-class ClippedNetwork:
-    """A network that predicts the data, clipped as a scheduler clips its denoised estimate.
-
-    Attributes:
-        network: the network, called with the schedule's times.
-        schedule: its noise levels.
-        kind: what it predicts itself.
-        clip: what the scheduler makes of denoised estimates ``(r, *shape)``.
-    """
-
-    network: TimedNetwork
-    schedule: DiscreteSchedule
-    kind: str
-    clip: Callable[[Tensor], Tensor]
-
-    def __call__(self, x: Tensor, t: Tensor, **condition: Any) -> Tensor:  # noqa: ANN401 - the network's own
-        """Clipped estimate of rows ``x (R, *shape)`` at times ``t (R,)``, in single precision or wider."""
-        wide = torch.promote_types(x.dtype, torch.float32)  # with next to no data in the state its factors are large
-        return self.clip(Denoiser(self.network, self.schedule, self.kind)(x.to(wide), t, **condition))
-
-
 def denoiser(network: object, scheduler: Any, data_mean: float, data_variance: float) -> Denoiser:  # noqa: ANN401
     """See ``piadm.Denoiser.from_diffusers``."""
     pipeline_class()
@@ -118,10 +95,8 @@ def denoiser(network: object, scheduler: Any, data_mean: float, data_variance: f
             "scheduler must leave something of the data at its last time: without rescale_betas_zero_snr, "
             f"got {type(scheduler).__name__} with alphas_cumprod down to {float(table.min()):g}"
         )
-    timed, levels, kind = TimedNetwork(network, Clock()), DiscreteSchedule(table), tabled[prediction]
-    if (clip := clip_of(scheduler)) is None:
-        return Denoiser(timed, levels, kind, data_mean, data_variance)
-    return Denoiser(ClippedNetwork(timed, levels, kind, clip), levels, "sample", data_mean, data_variance)
+    what = TimedNetwork(network, Clock()), DiscreteSchedule(table), tabled[prediction]
+    return Denoiser(*what, data_mean, data_variance, clip=clip_of(scheduler))
 
 
 def _flows(scheduler: Any) -> bool:  # noqa: ANN401 - any scheduler

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +22,38 @@ SHARP = 1e-2
 
 #: A denoised estimate that every scheduler clips, in standard deviations of the data.
 FAR = 1e3
+
+
+@dataclass(frozen=True)
+class Clamp:
+    """Denoised estimates held between ``-limit`` and ``limit``."""
+
+    limit: float
+
+    def __call__(self, estimate: Tensor) -> Tensor:
+        """The clipped estimates."""
+        return estimate.clamp(-self.limit, self.limit)
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Denoised estimates held within a quantile of each row's sizes, and divided by it, as a scheduler does it.
+
+    Attributes:
+        ratio: which quantile.
+        most: the largest limit.
+        scheduler: does it, by these settings of its own.
+
+    Reference: Saharia et al. 2022 (arXiv 2205.11487, section 2.3), dynamic thresholding.
+    """
+
+    ratio: float
+    most: float
+    scheduler: Any = field(repr=False)
+
+    def __call__(self, estimate: Tensor) -> Tensor:
+        """The clipped estimates."""
+        return self.scheduler._threshold_sample(estimate)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -79,13 +111,10 @@ def clipping(
 
 def clip_of(scheduler: Any) -> Callable[[Tensor], Tensor] | None:  # noqa: ANN401 - any scheduler
     """The scheduler's clipping of denoised estimates ``(r, *shape)``; None: it does not."""
-    if scheduler.config.get("thresholding"):
-        threshold: Callable[[Tensor], Tensor] = copy.deepcopy(scheduler)._threshold_sample
-        return threshold
-    if scheduler.config.get("clip_sample"):
-        limit = scheduler.config.get("clip_sample_range") or 1.0
-        return lambda estimate: estimate.clamp(-limit, limit)
-    return None
+    config = scheduler.config
+    if config.get("thresholding"):
+        return Threshold(config.dynamic_thresholding_ratio, config.sample_max_value, copy.deepcopy(scheduler))
+    return Clamp(config.get("clip_sample_range") or 1.0) if config.get("clip_sample") else None
 
 
 def _held(
