@@ -178,8 +178,14 @@ def test_nonsense_is_refused(given: dict[str, object], kind: type[Exception], me
 
 
 def test_a_draft_of_other_samples_is_named() -> None:
-    with pytest.raises(piadm.NetworkError, match="the draft is of samples of 4 coordinates, got 6"):
-        piadm.sample(fit_draft(mixture(), torch.randn(20, 4)), SHAPE, steps=20)
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        raise AssertionError("called")
+
+    denoiser = fit_draft(replace(mixture(), network=network), torch.randn(20, 4))
+    with pytest.raises(ValueError, match="draft must be of samples of 6 coordinates, got one of 4"):
+        piadm.sample(denoiser, SHAPE, steps=20)
+    with pytest.raises(piadm.NetworkError, match="x must have rows of 4 coordinates, got 6"):
+        piadm.sample_sequential(denoiser.draft, SHAPE, steps=20)
 
 
 def test_the_shipped_network_has_a_draft_that_helps() -> None:
