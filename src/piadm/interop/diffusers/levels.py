@@ -25,6 +25,10 @@ from piadm.schedule import FlowSchedule, NoiseSchedule
 #: diffusers' names of what a network predicts, in this library's words.
 PREDICTIONS = {"epsilon": "epsilon", "sample": "sample", "v_prediction": "v", "flow_prediction": "velocity"}
 
+#: Roundings of single precision by which the squares of two equal levels may be apart, relative to ``1 + sigma^2``: 24
+#: were seen of a level that a scheduler interpolates between logarithms, on some CPUs, and 2 on others.
+LEVEL_ROUNDINGS = 64
+
 
 @dataclass(frozen=True, eq=False)
 class CallLevels(NoiseSchedule):
@@ -139,7 +143,8 @@ def levels(scheduler: Any, times: Tensor, scales: Tensor) -> CallLevels:  # noqa
     if exploding:
         found[1, :-1] = (scales.pow(-2) - 1).sqrt()
         # Near the data, single precision leaves little of the difference: of two equal levels the later may be larger.
-        least, rounding = found[1, :-1].cummin(0).values, 8 * torch.finfo(torch.float32).eps * scales.pow(-2)
+        rounding = LEVEL_ROUNDINGS * torch.finfo(torch.float32).eps * scales.pow(-2)
+        least = found[1, :-1].cummin(0).values
         equal = found[1, :-1].square() - least.square() <= rounding
         found[1, :-1] = torch.where(equal, least, found[1, :-1])
     at = CallLevels(*found)
