@@ -24,12 +24,13 @@ CIRCLING = [(0, 115), (0, 160)]
 
 
 @pytest.fixture
-def no_opening(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Evaluate all nodes from the first round."""
+def laps_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluate all nodes from the first round, and do not look for samples that are astray."""
     monkeypatch.setattr(settings, "OPENING_FEWEST", 10**9)
+    monkeypatch.setattr(stopping, "EARLY", 10**9)
 
 
-@pytest.mark.usefixtures("no_opening")
+@pytest.mark.usefixtures("laps_alone")
 def test_a_sample_that_goes_in_circles_ends_on_finer_nodes() -> None:
     denoiser, shape = mixture(), (len(CIRCLING), 1, 8, 8)
     found = piadm.sample(denoiser, shape, method="ode", seed=CIRCLING)
@@ -39,7 +40,7 @@ def test_a_sample_that_goes_in_circles_ends_on_finer_nodes() -> None:
     assert float((found.sample - exact.sample).flatten(1).square().mean(1).sqrt().max()) < 1e-2
 
 
-@pytest.mark.usefixtures("no_opening")
+@pytest.mark.usefixtures("laps_alone")
 def test_without_finer_nodes_it_would_go_on_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builder, "LAPS", torch.inf)
     monkeypatch.setattr(builder, "FIRST_SMOOTH", Caution())
@@ -99,6 +100,37 @@ def test_amplified_errors_are_held_to_the_same_aim(refinable: bool) -> None:
     once, often = judged(1.0), judged(10.0)
     assert once[0] == pytest.approx(0.3, rel=1e-4) and often[0] == pytest.approx(10 * once[0])
     assert (once[1], often[1]) == (stopping.Verdict.DONE, stopping.Verdict.REFINE)
+
+
+@pytest.mark.parametrize(
+    ("interpolation", "refinable", "expected", "leaves"),
+    [
+        ([1.0] * 9, True, 1.0, stopping.EARLY + 2),
+        ([1.0] * 7 + [0.1, 1.0, 1.0], True, 1.0, stopping.EARLY + 2),
+        ([0.1] * 6 + [1.0, 0.1, 1.0, 1.0, 0.1], True, 1.0, 10),  # in two rounds running
+        ([0.3] * 9, True, 1.0, None),  # below ASTRAY times the aim
+        ([1.0] * 9, False, 1.0, None),  # there are no finer nodes
+        ([1.0] * 9, True, np.inf, None),  # a row was never evaluated
+    ],
+)
+def test_a_sample_far_from_resolved_leaves_before_it_has_converged(
+    interpolation: list[float], refinable: bool, expected: float, leaves: int | None
+) -> None:
+    rule = stopping.CarriedResidual(
+        np.ones(2), np.full((2, 1), 1e-9), 1.0, aim=np.ones(1), refinable=refinable, exact_after=math.inf,
+        caution=FIRST_SMOOTH,
+    )  # fmt: skip
+    for number, error in enumerate(interpolation, start=1):
+        movement = moved(np.ones((2, 1)), np.full(1, 9.0), np.full(1, error), 10.0)
+        _, verdict = rule.judge(movement, np.full((2, 1), expected))
+        left = leaves is not None and number >= leaves
+        assert (bool(rule.leaving[0]), verdict[0] == stopping.Verdict.REFINE) == (left, left)
+
+
+def test_the_slowest_sample_of_a_batch_does_not_wait_on_nodes_that_are_too_few() -> None:
+    found = piadm.sample(mixture(), (256, 1, 8, 8), method="ode")
+    # It had converged on five node sets, one after the other, in 79 rounds; leaving early it takes 26.
+    assert found.converged and found.stats.rounds < 40
 
 
 def test_the_interpolation_error_of_a_slow_sample_is_doubted() -> None:

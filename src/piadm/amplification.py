@@ -66,9 +66,9 @@ class Amplification:
         self.factor = np.maximum(factor, self.inherited)
 
     def forget(self) -> None:
-        """Take all slopes for not measured."""
+        """Take all slopes for not measured, here and on a coarser node set."""
         self.rise = np.zeros_like(self.rise)
-        self.factor = self.inherited
+        self.factor = self.inherited = np.ones_like(self.factor)
 
     def inherit(self, old: Flags, coarse: Amplification, keep: Flags | slice) -> None:
         """Take over the factors of a coarser node set: ``old`` of the nodes, ``keep`` of its samples.

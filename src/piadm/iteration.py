@@ -67,7 +67,7 @@ class PathRun:
         chosen: Flags = self.rows.choose(matter, self.rounds) & self.going
         shared: Flags = np.zeros_like(chosen)
         if self.sharing is not None:
-            shared = self.sharing.choose(chosen, outlook, self.rounds) & np.logical_not(self.rule.wide)
+            shared = self.sharing.choose(chosen, outlook, self.rounds) & np.logical_not(self.rule.leaving)
         return Turn(self.path, chosen & ~shared, shared)
 
     def judge(self, tally: Tally, active: Flags, movement: Movement) -> None:

@@ -67,7 +67,7 @@ class Level:
     def next_nodes(self, some: Flags) -> list[tuple[NodeSet, Flags]]:
         """Finer nodes for some of them ``(B,)``: twice as many, or more where these would not be enough.
 
-        Samples that are too wide for these nodes are apart from the others, since ``finer`` judges them anew.  No node
+        Samples that leave these nodes early are apart from the others, since ``finer`` judges them anew.  No node
         set is made that is not on somebody's way: those of 5000 steps of the SDE took 23 s and 2 GB.
         """
         settings, nodes, doublings = self.builder.settings, self.nodes, 0
@@ -76,7 +76,7 @@ class Level:
             climbs, doublings = (left & ~at_once).any(), doublings + 1
             nodes = settings.finer(nodes) if climbs else every_step(settings.steps.count)
             here = left & self._enough(nodes, doublings, at_once)
-            parts += [(nodes, here & (self.rule.wide == wide)) for wide in (False, True)]
+            parts += [(nodes, here & (self.rule.leaving == early)) for early in (False, True)]
             left = left & ~here
         return [(nodes, part) for nodes, part in parts if part.any()]
 
@@ -97,7 +97,7 @@ class Level:
         rule, ripples = self.rule, self.builder.ripples
         if nodes.count == self.builder.settings.steps.count:
             return np.ones_like(at_once)
-        few = at_once | (rule.wide & (rule.width > self.builder.widest(nodes)))
+        few = at_once | (rule.width > self.builder.widest(nodes))
         if ripples is not None:
             few |= ripples.on(nodes, self.path.samples)() > RIPPLED * rule.aim
         few |= (rule.remains > RIPPLY) & (rule.remains**doublings * rule.interpolation > FAR * rule.aim)
@@ -106,20 +106,24 @@ class Level:
     def finer(self, nodes: NodeSet, again: Flags) -> Level:
         """Some of them that have not failed, ``again (B,)``, on finer nodes, from where they are on these.
 
-        Those that are too wide leave before their iteration has converged.  Where they end on these nodes says nothing
-        then, and they are judged as on a first node set.
+        Some leave before their iteration has converged.  Where they end on these nodes says nothing then, and they are
+        judged as on a first node set.  How much their errors grow is measured anew, too, for the ODE: of a trained
+        network's 32 samples two took 9500 evaluations otherwise, and 3800 with it.  One of 512 of the SDE of each of
+        two mixtures, whose next nodes are all steps, ended on the wrong side with it.
         """
         builder, keep, path = self.builder, torch.from_numpy(again), self.path
         samples, reference = path.samples[keep], builder.reference(nodes)
         careful = self.rule.circling & (not builder.settings.half_precision)
         aim = np.where(careful, builder.settings.aim / CARE, self.rule.aim)[again]
-        there, anew = keep.to(path.device), bool(self.rule.wide[again].all())
+        there, anew = keep.to(path.device), bool(self.rule.leaving[again].all())
         rule = builder.rule(nodes, reference, aim, None if anew else self.rule.record(again))
         coarse = None if anew else (path.end[there, 0], self.nodes.count)
         judged = builder.interpolation(nodes, samples, reference, coarse)
         free = builder.free(samples, [reference]).pop()
         fine = builder.guess(nodes, samples, reference, free, judged)
         take_over(fine, nodes, self.nodes, path, there)
+        if anew and not builder.settings.noisy:
+            fine.amplification.forget()
         self.run.handed |= again
         return Level(builder, nodes, fine, rule, np.zeros(len(samples), np.bool_))
 
