@@ -121,12 +121,13 @@ class Outlook:
         drifted: ``rate * drift``, likewise.
         doubt: what shared innovations may have missed since the row was last evaluated, likewise.
         known: which rows have been evaluated, shape ``(n, B)`` bool.
+        taught: which rows' last innovations have taught their local models, likewise.
     """
 
     def __init__(self, rate: Table, batch: int) -> None:
         self.assumed = rate[:, None]
         self.rate = self.assumed.repeat(batch, 1)
-        self.known = np.zeros(self.rate.shape, dtype=np.bool_)
+        self.known, self.taught = np.zeros((2, *self.rate.shape), dtype=np.bool_)
         self.expected = self.drifted = np.full_like(self.rate, np.inf)
         self.doubt = np.zeros_like(self.rate)
 
@@ -153,6 +154,7 @@ class Outlook:
         again = (active | shared) & self.teaches(shared) & finite & (stride > 0)
         rate = np.maximum(surprise / np.where(again, stride, 1.0), self.assumed)
         self.rate = np.where(again, rate, self.rate)
+        self.taught = np.where(active | shared, again, self.taught)
         self.known = np.where(active, finite, self.known)
         self.doubt = np.where(active, 0.0, np.hypot(self.doubt, missed))
 
@@ -164,5 +166,5 @@ class Outlook:
 
     def inherit(self, old: Flags, coarse: Outlook, keep: Flags | slice) -> None:
         """Take over what is known of the rows of a coarser node set: ``old`` of the nodes, ``keep`` of its samples."""
-        for table in ("rate", "known", "doubt"):
+        for table in ("rate", "known", "taught", "doubt"):
             getattr(self, table)[old] = getattr(coarse, table)[:, keep]

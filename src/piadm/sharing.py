@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +38,11 @@ class Sharing:
     innovation.  What that may miss (``Between``) stays in the row as a doubt (``Outlook``), until it is evaluated.
 
     Sharing pays where the row has to be evaluated again in any case, because those before it still change: a row is
-    shared as long as what is missed is small beside the surprise that the moves to come will bring.
+    shared as long as what is missed is small beside the surprise that the moves to come will bring.  It takes local
+    models that are alike, too: a row whose last innovation taught it nothing, since it was new or in doubt, is not
+    shared beside rows that have learnt.  Its neighbours may be right about what they answer, and it be far off: without
+    this, and without the second part of what ``Between`` says is missed, 40 of 256 samples of a mixture three times as
+    wide as told were outside a tolerance of 3e-3, by up to 42 times, and with it none.
 
     Attributes:
         response: ``|P|`` below the diagonal, from node residuals to nodes, shape ``(n, n)`` float64.
@@ -75,9 +80,9 @@ class Sharing:
         moving = np.where(chosen & outlook.known, outlook.expected, 0.0)
         to_come = outlook.rate * (self.response @ moving)
         missed = np.hypot(outlook.doubt, MISSED * outlook.drifted)
-        beside = np.pad(outlook.drifted, ((1, 1), (0, 0)))
-        least = np.minimum(beside[:-2], beside[2:])
-        found: Flags = (missed <= COMING * to_come) & (outlook.doubt <= OUTSTANDING * least)
+        least = np.minimum(*_beside(outlook.drifted))
+        alike = outlook.taught | ~np.logical_or(*_beside(outlook.taught))
+        found: Flags = alike & (missed <= COMING * to_come) & (outlook.doubt <= OUTSTANDING * least)
         return found
 
 
@@ -85,18 +90,22 @@ class Sharing:
 class Between:
     """Where shared rows lie between evaluated ones, whose innovations are ``s`` before and ``s'`` after them.
 
-    A shared row takes ``w s' + (1 - w) s``.  If innovations are a random walk from node to node, that misses
+    A shared row takes ``w s' + (1 - w) s``.  If innovations are a random walk from node to node, that misses ``sqrt(w
+    (1 - w)) RMS(s' - s)``, and less if they are smooth.  If another surprise ``e`` was expected of the row than of its
+    neighbours, their local models differ, and so may the innovations:
 
-        sqrt(w (1 - w)) RMS(s' - s)
-
-    and less if they are smooth.
+        missed^2 = w (1 - w) RMS(s' - s)^2 + (e - w e' - (1 - w) e_before)^2
 
     Attributes:
-        before: the nearest evaluated node before each shared row, shape ``(r,)``.
+        node: nodes of the shared rows, shape ``(r,)``.
+        sample: their samples, likewise.
+        before: the nearest evaluated node before each of them, likewise.
         after: that after it, likewise.
         weight: ``w``, how far the row is on the way between them, likewise.
     """
 
+    node: NDArray[np.int64]
+    sample: NDArray[np.int64]
     before: NDArray[np.int64]
     after: NDArray[np.int64]
     weight: Table
@@ -104,15 +113,32 @@ class Between:
     @staticmethod
     def of(shared: Flags, evaluated: Flags) -> Between:
         """Of the rows that are true in a table ``(n, B)``, in its order."""
+        none = np.zeros(0, np.int64)
         if not shared.any():
-            return Between(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
+            return Between(none, none, none, none, np.zeros(0))
+        node, sample = shared.nonzero()
         before, after = (table[shared] for table in neighbours(evaluated))
-        return Between(before, after, (shared.nonzero()[0] - before) / (after - before))
+        return Between(node, sample, before, after, (node - before) / (after - before))
 
-    def missed(self, apart: Table) -> Table:
-        """The equation above, of ``RMS(s' - s)``, shape ``(r,)``; inf where that is not finite, and tells nothing."""
-        found: Table = np.sqrt(self.weight * (1 - self.weight)) * np.where(np.isfinite(apart), apart, np.inf)
+    @np.errstate(invalid="ignore")
+    def missed(self, apart: Table, expected: Table) -> Table:
+        """The equation above, shape ``(r,)``; inf where ``apart`` is not finite, and tells nothing.
+
+        Args:
+            apart: ``RMS(s' - s)``, shape ``(r,)``.
+            expected: ``e`` of all rows, shape ``(n, B)``; where it is not finite, that part is left out.
+        """
+        own, before, after = (expected[node, self.sample] for node in (self.node, self.before, self.after))
+        beyond = own - before - self.weight * (after - before)
+        walk = np.sqrt(self.weight * (1 - self.weight)) * np.where(np.isfinite(apart), apart, np.inf)
+        found: Table = np.hypot(walk, np.where(np.isfinite(beyond), beyond, 0.0))
         return found
+
+
+def _beside(table: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """A table ``(n, B)`` at the rows before and after every row; zero where there is none."""
+    padded = np.pad(table, ((1, 1), (0, 0)))
+    return padded[:-2], padded[2:]
 
 
 def neighbours(evaluated: Flags) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -150,12 +150,12 @@ class Turn:
         if not self.shared.any():
             return []
         device, number = self.path.device, (self.active | self.shared).cumsum(0) - 1
-        (node, sample), place = self.shared.nonzero(), number[self.shared]
-        beside = place - node + self.between.before, place - node + self.between.after
-        rows = _moved(np.stack([sample, place, *beside]), device)
-        weight = torch.from_numpy(self.between.weight).to(device, self.path.dtype, non_blocking=True)
+        between, place = self.between, number[self.shared]
+        beside = place - between.node + between.before, place - between.node + between.after
+        rows = _moved(np.stack([between.sample, place, *beside]), device)
+        weight = torch.from_numpy(between.weight).to(device, self.path.dtype, non_blocking=True)
         apart = []
-        for part in self._parts(len(node)):
+        for part in self._parts(len(place)):
             samples, places = rows[0, part], rows[1, part]
             left, right = self.innovation[samples, rows[2:, part]]
             apart.append(right.sub_(left).square().mean(1))
@@ -200,7 +200,7 @@ class Turn:
         surprise, stride, excess = np.sqrt(surprise), stride / path.size**0.5, np.where(self.active, excess, 0.0)
         lost: Flags = self.active & ~np.isfinite(surprise)
         missed = np.zeros_like(surprise)
-        missed[self.shared] = self.between.missed(np.sqrt(gaps))
+        missed[self.shared] = self.between.missed(np.sqrt(gaps), path.outlook.drifted)
         path.outlook.learn(self.active, self.shared, surprise, stride, missed)
         path.amplification.learn(excess)
         path.outlook.look(np.sqrt(distance))
