@@ -185,6 +185,19 @@ def test_who_shares(turns: list[tuple[Turn, Tensor, Tensor]], given: dict[str, o
     assert bool(turns) == some
 
 
+def test_no_row_is_shared_in_the_last_round_that_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing could be evaluated later."""
+    found, original = [], PathRun.turn
+
+    def watched(self: PathRun, *, last: bool) -> Turn:
+        found.append(original(self, last=last))
+        return found[-1]
+
+    monkeypatch.setattr(PathRun, "turn", watched)
+    assert not piadm.sample(mixture(), (8, 16), seed=1, max_rounds=6).converged
+    assert found[-2].shared.any() and found[-1].active.any() and not found[-1].shared.any()
+
+
 def test_rows_on_finer_nodes_are_not_led_astray_by_their_neighbours() -> None:
     """Three times as wide as told: these go on to finer nodes, half of whose rows are new."""
     means = 3 * torch.randn(10, 16, generator=torch.Generator().manual_seed(0)).double()
@@ -200,8 +213,8 @@ def test_what_is_missed_is_about_what_was_said(monkeypatch: pytest.MonkeyPatch) 
     shares, watched = [], []
     original = PathRun.turn
 
-    def asked(self: PathRun) -> Turn:
-        turn = original(self)
+    def asked(self: PathRun, *, last: bool) -> Turn:
+        turn = original(self, last=last)
         if turn.shared.any():
             turn = Turn(self.path, turn.active | turn.shared, np.zeros_like(turn.shared))
             watched.append(turn)

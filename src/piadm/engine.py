@@ -51,7 +51,7 @@ def rounds(
             going = [level.run for level in levels if level.going]
             if going and not batch.over:
                 with tally.stoppable():
-                    yield from one_round(tally, going)
+                    yield from one_round(tally, going, limit)
             levels = batch.onward(levels)
     return None if states is None else states.reshape(-1, *problem.shape)
 

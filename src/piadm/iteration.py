@@ -60,13 +60,16 @@ class PathRun:
         found: Flags = (self.verdict == Verdict.GO_ON) & (not self.spent)
         return found
 
-    def turn(self) -> Turn:
-        """The next round: its rows, and those that take the innovation of their neighbours."""
+    def turn(self, *, last: bool) -> Turn:
+        """The next round: its rows, and those that take the innovation of their neighbours.
+
+        In the ``last`` one that is allowed none does, since none could be evaluated later.
+        """
         outlook = self.path.outlook
         matter = outlook.expected * self.path.amplification.factor * self.rule.growth
         chosen: Flags = self.rows.choose(matter, self.rounds) & self.going
         shared: Flags = np.zeros_like(chosen)
-        if self.sharing is not None:
+        if self.sharing is not None and not last:
             shared = self.sharing.choose(chosen, outlook, self.rounds) & np.logical_not(self.rule.leaving)
         return Turn(self.path, chosen & ~shared, shared)
 
@@ -98,15 +101,16 @@ class PathRun:
         return f"the network returned a value that is not finite at time {self.path.path.times[bad[0]]:g}"
 
 
-def one_round(tally: Tally, runs: Sequence[PathRun]) -> Asking[None]:
+def one_round(tally: Tally, runs: Sequence[PathRun], limit: int) -> Asking[None]:
     """One round of several paths at once: the network is called on the rows of all of them in one batch.
 
     Args:
         tally: counts it, and holds the errors and the current end of every sample.
         runs: the paths, no sample of which takes part in two of them.
+        limit: number of rounds, of all that the tally counts, after which to give up.
     """
     began = time.perf_counter()
-    turns = [run.turn() for run in runs]
+    turns = [run.turn(last=tally.rounds + 1 >= limit) for run in runs]
     tally.peak_states = max(tally.peak_states, sum(turn.active.size for turn in turns))
     probes = [run.probe for run in runs if run.probe is not None]
     asked: list[Turn | RippleProbe] = [*turns, *probes]
@@ -141,7 +145,7 @@ def iterate(tally: Tally, path: ParallelPath, rows: ActiveRows, rule: StoppingRu
     run = PathRun(path, rows, rule, tally.failed[path.samples.numpy()])
     with tally.stoppable():
         while run.going.any() and not tally.over(limit):
-            yield from one_round(tally, [run])
+            yield from one_round(tally, [run], limit)
     return run
 
 
