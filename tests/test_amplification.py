@@ -46,6 +46,15 @@ def test_a_gap_without_end_is_left_out_and_a_slope_that_is_not_measured_is_kept(
     assert (found.factor == 1).all()
 
 
+def test_a_factor_counts_for_another_round_where_samples_are_judged() -> None:
+    found, high = Amplification(np.full(3, 0.5), np.array([-1.0, 0.0, 1.0]), SLOPES[:3], 1), np.full((3, 1), 5.0)
+    factors = []
+    for slope in (high, 0.1 * high, 0.1 * high):
+        found.learn(slope - SLOPES[:3, None])
+        factors.append((found.factor[0, 0], found.recent[0, 0]))
+    assert factors == [(pytest.approx(math.e**3),) * 2, (1, pytest.approx(math.e**3)), (1, 1)]
+
+
 def test_finer_nodes_start_from_the_factors_of_the_coarser() -> None:
     coarse = learnt(1, 1, 3, 3, 3, 1, 0, 0, 0)
     fine = Amplification(np.full(17, 0.5), np.linspace(-2, 2, 17), np.full(17, 0.25), 1)

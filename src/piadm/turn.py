@@ -213,6 +213,6 @@ class Turn:
         error, remains = exact if path.interpolation is None else path.interpolation.error(sizes, apart[0])
         first = self.active.argmax(0)[None]
         failed: Flags = ~np.isfinite(moved) | np.take_along_axis(lost, first, 0)[0]
-        amplification, doubt = path.amplification.factor.max(0), path.outlook.doubt
+        amplification, doubt = path.amplification.recent.max(0), path.outlook.doubt
         surprise = np.where(np.isfinite(surprise), surprise, 0.0)
         return Movement(surprise, doubt, moved, error, remains, rounding, amplification, size, lost, failed)
