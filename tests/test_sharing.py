@@ -87,8 +87,7 @@ def test_what_is_missed_beside_rows_of_which_something_else_is_expected() -> Non
     alike = [2**0.5 / 3 * 0.3, 2**0.5 / 3 * 0.3, np.inf]  # w = 1/3, 2/3, 1/2
     assert between.missed(apart, expected) == pytest.approx(alike, rel=1e-12)
     expected[[2, 3, 5], 0] = 4.0, 1.5, 1.0  # interpolated, 3 and 2 are expected of rows 3 and 4
-    apart = between.missed(np.zeros(3), expected)
-    assert apart == pytest.approx([1.5, 1.0, 0.0], rel=1e-12)
+    assert between.missed(np.zeros(3), expected) == pytest.approx([1.5, 1.0, 0.0], rel=1e-12)
     expected[2] = np.inf  # never evaluated
     assert between.missed(np.zeros(3), expected).tolist() == [0, 0, 0]
 

@@ -27,7 +27,7 @@ from piadm.interpolation import (
 )
 from piadm.linearization import Gaussian
 from piadm.nodes import NodeSet
-from piadm.numerics import Table
+from piadm.numerics import Table, beside
 from piadm.path import ParallelPath
 from piadm.problem import Problem
 from piadm.reference import free_states
@@ -182,8 +182,7 @@ class Builder:
         leading = weights_on_end(steps, Gaussian(BOUNDLESS * denoiser.data_variance).slopes(denoiser.schedule, steps))
         own = self.condensed(nodes, reference).response[-1, 0].abs()
         influence: Table = torch.maximum(own, (leading @ nodes.weights).abs()).clamp(min=FAINTEST).numpy()
-        beside = np.pad(influence, 1)
-        return np.maximum(influence, BESIDE * np.maximum(beside[:-2], beside[2:]))
+        return np.maximum(influence, BESIDE * np.maximum(*beside(influence)))
 
     def sharing(self, path: ParallelPath, rule: CarriedResidual) -> Sharing | None:
         """Which rows of a path take the innovation of their neighbours; None: no row does.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock
-from typing import final
+from typing import TypeVar, final
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 #: of the time that torch's do.
 Table = NDArray[np.float64]
 Flags = NDArray[np.bool_]
+Kind = TypeVar("Kind", bound=np.generic)
 
 
 def rms(rows: Tensor) -> Tensor:
@@ -32,6 +33,12 @@ def host(numbers: Tensor) -> Table:
     """Numbers on the host."""
     found: Table = numbers.cpu().double().numpy()
     return found
+
+
+def beside(table: NDArray[Kind]) -> tuple[NDArray[Kind], NDArray[Kind]]:
+    """A table ``(n, ...)`` at the rows before and after every row; zero where there is none."""
+    padded = np.pad(table, ((1, 1), *[(0, 0)] * (table.ndim - 1)))
+    return padded[:-2], padded[2:]
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

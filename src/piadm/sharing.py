@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from piadm.activity import Outlook
-from piadm.numerics import Flags, Table
+from piadm.numerics import Flags, Table, beside
 
 #: What interpolation between the neighbours misses of an innovation, as a share of it: a U-Net showed 0.05 to 0.25 with
 #: every second row (SDE; up to 0.4 for the ODE), mixtures 0.1 to 0.3.
@@ -79,8 +78,8 @@ class Sharing:
         moving = np.where(chosen & outlook.known, outlook.expected, 0.0)
         to_come = outlook.rate * (self.response @ moving)
         missed = np.hypot(outlook.doubt, MISSED * outlook.drifted)
-        least = np.minimum(*_beside(outlook.drifted))
-        alike = outlook.taught | ~np.logical_or(*_beside(outlook.taught))
+        least = np.minimum(*beside(outlook.drifted))
+        alike = outlook.taught | ~np.logical_or(*beside(outlook.taught))
         found: Flags = alike & (missed <= COMING * to_come) & (outlook.doubt <= OUTSTANDING * least)
         return found
 
@@ -132,12 +131,6 @@ class Between:
         walk = np.sqrt(self.weight * (1 - self.weight)) * np.where(np.isfinite(apart), apart, np.inf)
         found: Table = np.hypot(walk, np.where(np.isfinite(beyond), beyond, 0.0))
         return found
-
-
-def _beside(table: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """A table ``(n, B)`` at the rows before and after every row; zero where there is none."""
-    padded = np.pad(table, ((1, 1), (0, 0)))
-    return padded[:-2], padded[2:]
 
 
 def neighbours(evaluated: Flags) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

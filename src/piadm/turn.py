@@ -73,10 +73,9 @@ class _Rows:
     place: Tensor
 
     @staticmethod
-    def of(some: Flags, among: Flags, device: torch.device) -> _Rows:
-        """Those that are true in a table ``(n, B)``, among all rows of the round."""
-        number, place = np.flatnonzero(some), among.cumsum(0)[some] - 1
-        return _Rows(*_moved(np.stack([*some.nonzero(), number, place]), device))
+    def of(some: Flags, order: NDArray[np.int64], device: torch.device) -> _Rows:
+        """Those that are true in a table ``(n, B)``, with the places of all."""
+        return _Rows(*_moved(np.stack([*some.nonzero(), np.flatnonzero(some), order[some]]), device))
 
     def __getitem__(self, part: slice) -> _Rows:
         return _Rows(self.node[part], self.sample[part], self.number[part], self.place[part])
@@ -103,8 +102,9 @@ class Turn:
 
     def __init__(self, path: ParallelPath, active: Flags, shared: Flags) -> None:
         self.path, self.active, self.shared, among = path, active, shared, active | shared
-        self.rows, self.places = _Rows.of(among, among, path.device), _places(among, path.device)
-        self.asked = _Rows.of(active, among, path.device) if shared.any() else self.rows
+        self.order = among.cumsum(0) - 1  # places of the rows among those of their sample
+        self.rows, self.places = _Rows.of(among, self.order, path.device), _places(among, path.device)
+        self.asked = _Rows.of(active, self.order, path.device) if shared.any() else self.rows
         self.between = Between.of(shared, active)
         self.teaches = _moved(path.outlook.teaches(shared)[among], path.device)
         # The innovations, as in ``LocalModel.follow``; and what ``LocalModel.observe`` returns of every row.
@@ -149,8 +149,7 @@ class Turn:
         """
         if not self.shared.any():
             return []
-        device, number = self.path.device, (self.active | self.shared).cumsum(0) - 1
-        between, place = self.between, number[self.shared]
+        device, between, place = self.path.device, self.between, self.order[self.shared]
         beside = place - between.node + between.before, place - between.node + between.after
         rows = _moved(np.stack([between.sample, place, *beside]), device)
         weight = torch.from_numpy(between.weight).to(device, self.path.dtype, non_blocking=True)
