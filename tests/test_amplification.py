@@ -55,6 +55,16 @@ def test_a_factor_counts_for_another_round_where_samples_are_judged() -> None:
     assert factors == [(pytest.approx(math.e**3),) * 2, (1, pytest.approx(math.e**3)), (1, 1)]
 
 
+def test_a_sample_is_judged_as_in_a_batch_when_a_round_measures_nothing_of_it() -> None:
+    clock = np.array([-1.0, 0.0, 1.0])
+    both, alone = (Amplification(np.full(3, 0.5), clock, SLOPES[:3], batch) for batch in (2, 1))
+    for first, second in ((5.0, 5.0), (0.5, 5.0), (0.0, 0.5)):
+        excess = np.array([[first, second]] * 3)
+        both.learn(excess)
+        alone.learn(excess[:, :1])
+        assert (both.recent[:, :1] == alone.recent).all()
+
+
 def test_finer_nodes_start_from_the_factors_of_the_coarser() -> None:
     coarse = learnt(1, 1, 3, 3, 3, 1, 0, 0, 0)
     fine = Amplification(np.full(17, 0.5), np.linspace(-2, 2, 17), np.full(17, 0.25), 1)

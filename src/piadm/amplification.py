@@ -57,6 +57,7 @@ class Amplification:
     def learn(self, excess: Table) -> None:
         """Take in the slopes ``J - G`` that a round has measured, ``(n, B)``; 0 where it has not."""
         measured = excess[:-1] != 0
+        self.recent = self.factor
         if not measured.any():
             return
         rise = self.gap * (self.alpha * (self.slopes + excess[:-1]) - 1)
@@ -66,8 +67,8 @@ class Amplification:
         most = np.maximum.accumulate(total[::-1])[::-1] - total
         factor = np.exp(np.minimum(most, np.log(MOST_AMPLIFICATION)))
         factor[factor < LEAST_AMPLIFICATION] = 1.0
-        before, self.factor = self.factor, np.maximum(factor, self.inherited)
-        self.recent = np.maximum(before, self.factor)
+        self.factor = np.maximum(factor, self.inherited)
+        self.recent = np.maximum(self.recent, self.factor)
 
     def forget(self) -> None:
         """Take all slopes for not measured, here and on a coarser node set."""
