@@ -130,7 +130,7 @@ def test_a_path_that_follows_evaluations_is_the_fixed_point(
         local = model(outputs[:-1], own=own)
         for turn in range(4):
             active = (normals(NODES, BATCH, seed=5 + turn) > 0).numpy()
-            rows, places = _Rows.of(active, active, residual.device), _places(active, residual.device)
+            rows, places = _Rows.of(active, active.cumsum(0) - 1, residual.device), _places(active, residual.device)
             innovation = torch.zeros(*places.shape, size, dtype=torch.float64)
             innovation[rows.sample, rows.place] = beyond = normals(len(rows.node), size, seed=9 + turn)
             states = outputs[:-1].clone()
