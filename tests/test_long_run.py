@@ -241,6 +241,22 @@ def test_verify_is_content_with_a_whole_folder(whole: Path, capsys: pytest.Captu
     assert capsys.readouterr().out.startswith("complete: 22 samples in 6 shards")
 
 
+def test_an_index_that_does_not_say_its_threads_is_one_of_other_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(piadm, "load", None)
+    denoiser, folder = serve(0), tmp_path / "run"
+    folder.mkdir()
+    settings = {"method": "ode", "steps": 12, "tol": 1e-2, "window": None, "max_batch": None}
+    layout = long_run.Layout(256, 64)
+    long_run.LongRun(folder, 2, 0, layout, "cpu", None, settings).shards(denoiser, torch.get_num_threads()).begin()
+    index = json.loads((folder / "index.json").read_text())
+    del index["settings"]["threads"]
+    (folder / "index.json").write_text(json.dumps(index))
+    assert app.main(["sample", "--num", "2", "--steps", "12", "--out", str(folder)]) == 1
+    assert "was begun with threads = None, not" in capsys.readouterr().err
+
+
 def test_verify_refuses_what_is_no_folder_of_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert app.main(["verify", str(tmp_path)]) == 2
     assert "index.json" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -92,6 +93,45 @@ def test_a_broken_shard_is_an_error_of_its_own_kind(tmp_path: Path) -> None:
     for go_on in (shards.begin, shards.finish):
         with pytest.raises(BrokenShard, match="shard-00000.*delete it"):
             go_on()
+
+
+@pytest.mark.parametrize(
+    "about, said",
+    [
+        ({"shard": None}, "lacks shard in the entry 'piadm' of its metadata"),
+        ({"first": None, "count": None}, "lacks first, count in the entry"),
+        ({"sha256": None}, "lacks sha256 in the entry"),
+        ({"settings": None, "sha256": None}, "lacks sha256 in the entry"),
+        (None, "lacks shard, first, count, sha256 in the entry"),
+        (5, "lacks shard, first, count, sha256 in the entry"),
+    ],
+)
+def test_a_shard_that_does_not_say_what_it_is_is_named(
+    about: object, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = begun(tmp_path, 1)
+    write(shards, 0, 1)
+    assert shards.finish()
+    if isinstance(about, dict):
+        with safe_open(shards.path(1), framework="pt") as stored:
+            whole = json.loads(stored.metadata()["piadm"])
+        about = {name: value for name, value in whole.items() if name not in about}
+    metadata = None if about is None else {"piadm": json.dumps(about)}
+    save_file(load_file(shards.path(1)), shards.path(1), metadata)
+    named = f"shard-00001.safetensors {said}"
+    for go_on in (shards.begin, shards.finish):
+        with pytest.raises(BrokenShard, match=f"{re.escape(named)}.*; delete it, and the same command makes it again"):
+            go_on()
+    assert app.main(["verify", str(tmp_path)]) == 1 and named in capsys.readouterr().out
+
+
+def test_a_shard_without_a_tensor_that_is_read_or_with_one_of_no_rows_is_named(tmp_path: Path) -> None:
+    shards = begun(tmp_path, 1)
+    write(shards, 0, 1)
+    with pytest.raises(BrokenShard, match="shard-00000.safetensors cannot be read: .*status"):
+        list(shards.column("status"))
+    shards.write(1, {"sample": torch.tensor(1.0)})
+    assert "shard-00001.safetensors does not hold 1 samples" in shards.verify()[0]
 
 
 def test_a_shard_of_a_run_with_other_settings_is_named_until_it_is_made_again(tmp_path: Path) -> None:

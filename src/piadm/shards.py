@@ -35,6 +35,9 @@ _NAME = "shard-{}.safetensors"
 #: The one entry of a shard's metadata: JSON, since the order of several would not be reproducible.
 ABOUT = "piadm"
 
+#: What that must say; "settings", which the first versions did not write, comes beside it.
+_SAYS = ("shard", "first", "count", "sha256")
+
 
 class BrokenShard(ValueError):  # noqa: N818 - what was found, not what went wrong
     """A shard that cannot be read, or is not what its name says."""
@@ -163,10 +166,28 @@ class Shards:
                 raise
 
     def column(self, name: str) -> Iterator[Tensor]:
-        """One tensor of every shard, in order."""
+        """One tensor of every shard, in order.
+
+        Raises:
+            BrokenShard: if one of them cannot be read, or has no such tensor.
+        """
         for shard in range(self.count):
+            with self._opened(shard) as stored:
+                tensor: Tensor = stored.get_tensor(name)
+            yield tensor
+
+    @contextlib.contextmanager
+    def _opened(self, shard: int) -> Iterator[Any]:
+        """The file of a shard, to be read.
+
+        Raises:
+            BrokenShard: if that fails.
+        """
+        try:
             with safe_open(self.path(shard), framework="pt") as stored:
-                yield stored.get_tensor(name)
+                yield stored
+        except (SafetensorError, OSError, ValueError) as error:
+            raise BrokenShard(f"{self.path(shard).name} cannot be read: {error}") from error
 
     def verify(self, progress: Callable[[int], None] = lambda shard: None) -> list[str]:
         """What is wrong, a line each: shards that are missing, too many, or not what they were when written."""
@@ -194,12 +215,9 @@ class Shards:
         samples = self.samples(shard)
         if (about["shard"], about["first"], about["count"]) != (shard, samples.start, len(samples)):
             raise BrokenShard(f"{name} holds other samples than {samples.start}..{samples.stop - 1}")
-        try:
-            with safe_open(self.path(shard), framework="pt") as stored:
-                tensors = {key: stored.get_tensor(key) for key in sorted(stored.keys())}
-        except (SafetensorError, OSError) as error:
-            raise BrokenShard(f"{name} cannot be read: {error}") from error
-        if any(len(tensor) != len(samples) for tensor in tensors.values()):
+        with self._opened(shard) as stored:
+            tensors = {key: stored.get_tensor(key) for key in sorted(stored.keys())}
+        if any(tensor.shape[:1] != (len(samples),) for tensor in tensors.values()):
             raise BrokenShard(f"{name} does not hold {len(samples)} samples")
         if _digest(tensors) != about["sha256"] or listed.get(name) not in (None, about["sha256"]):
             raise BrokenShard(f"{name} is not what was written: its checksum differs")
@@ -210,14 +228,14 @@ class Shards:
         Shards of earlier versions do not say their settings: such a one belongs here only if the index lists it.
 
         Raises:
-            BrokenShard: if it cannot be read, or was made with other settings.
+            BrokenShard: if it cannot be read, lacks an entry, or was made with other settings.
         """
         name = self.path(shard).name
-        try:
-            with safe_open(self.path(shard), framework="pt") as stored:
-                about: dict[str, Any] = json.loads((stored.metadata() or {})[ABOUT])
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise BrokenShard(f"{name} cannot be read: {error}") from error
+        with self._opened(shard) as stored:
+            read = json.loads((stored.metadata() or {}).get(ABOUT, "{}"))
+        about: dict[str, Any] = read if isinstance(read, dict) else {}
+        if missing := [entry for entry in _SAYS if entry not in about]:
+            raise BrokenShard(f"{name} lacks {', '.join(missing)} in the entry {ABOUT!r} of its metadata")
         known = about["settings"] == self._settings if "settings" in about else about["sha256"] == listed.get(name)
         if not known:
             raise BrokenShard(f"{name} was made with other settings, or by an earlier version")

@@ -133,8 +133,9 @@ def run(settings: LongRun, shape: tuple[int, ...], figures: Path | None) -> None
 
 
 def _begun_threads(folder: Path) -> int | None:
-    """Threads with which the folder was begun: their number can change the last bit of a sample."""
-    return int(read_index(folder)["settings"]["threads"]) if (folder / "index.json").exists() else None
+    """Threads with which the folder was begun, if it says: their number can change the last bit of a sample."""
+    begun = read_index(folder)["settings"].get("threads") if (folder / "index.json").exists() else None
+    return begun if isinstance(begun, int) else None
 
 
 def _batches(samples: range, size: int) -> Iterator[range]:
