@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -186,6 +187,18 @@ def test_a_draft_of_other_samples_is_named() -> None:
         piadm.sample(denoiser, SHAPE, steps=20)
     with pytest.raises(piadm.NetworkError, match="x must have rows of 4 coordinates, got 6"):
         piadm.sample_sequential(denoiser.draft, SHAPE, steps=20)
+
+
+@pytest.mark.parametrize("wrap", [lambda network: network, lambda network: partial(network)])
+def test_any_draft_may_say_what_samples_it_is_of(wrap: Callable[[object], Callable[..., Tensor]]) -> None:
+    class Four:
+        coordinates_per_row = 4
+
+        def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+            raise AssertionError("called")
+
+    with pytest.raises(ValueError, match="draft must be of samples of 6 coordinates, got one of 4"):
+        piadm.sample(drafted(wrap(Four())), SHAPE, steps=20)
 
 
 def test_the_shipped_network_has_a_draft_that_helps() -> None:

@@ -61,7 +61,7 @@ class Denoiser:
             hundred may end outside the tolerance (hardly any with ``nodes="all"``).  ``measure_moments`` measures both.
         draft: a much cheaper denoiser of about the same data, with the same schedule and conditions, from whose path
             ``sample`` starts; None: no draft.  A bad draft costs rounds, never accuracy.  ``fit_draft`` fits one to
-            samples.
+            samples.  If its network has an integer ``coordinates_per_row``, samples of another size are refused.
         clip: what becomes of denoised estimates ``(R, *shape)``, row by row, such as ``partial(torch.clamp, min=-1,
             max=1)``; None: they stay as they are.
 

@@ -9,8 +9,7 @@ from dataclasses import replace
 from piadm._checks import caller_level, listed
 from piadm.activity import SlidingWindow
 from piadm.iteration import solve
-from piadm.models.lowrank import LowRankMixtureNetwork
-from piadm.network import module
+from piadm.network import coordinates_per_row
 from piadm.path import ParallelPath
 from piadm.problem import Problem
 from piadm.settings import TURNS_PER_NODE
@@ -34,15 +33,15 @@ def start_from_draft(problem: Problem, path: ParallelPath, rule: CarriedResidual
         The draft's rounds and evaluations.
 
     Raises:
-        ValueError: if a fitted draft is of samples of another size.
+        ValueError: if the draft's network says by ``coordinates_per_row`` that it is of samples of another size.
         NetworkError: if the draft raises or returns the wrong shape.
         KeyboardInterrupt: if it came from the keyboard in the meantime.
     """
     draft = problem.denoiser.draft
     assert draft is not None
-    network, size = module(draft.network), problem.start.shape[1]
-    if isinstance(network, LowRankMixtureNetwork) and network.coordinates != size:
-        raise ValueError(f"draft must be of samples of {size} coordinates, got one of {network.coordinates}")
+    wanted, size = problem.start.shape[1], coordinates_per_row(draft.network)
+    if size not in (None, wanted):
+        raise ValueError(f"draft must be of samples of {wanted} coordinates, got one of {size}")
     tally = Tally(replace(problem, denoiser=draft, executor=problem.executor.alone(draft)))
     count = path.path.count
     try:

@@ -87,8 +87,19 @@ def network_device(network: object) -> torch.device | None:
 
 def rows_per_call(network: object) -> int:
     """Rows that are evaluated per row handed to a network, by its ``rows_per_call``: two under guidance, else one."""
-    stated = (getattr(one, "rows_per_call", None) for one in layers(network))
-    return next((int(rows) for rows in stated if isinstance(rows, Integral)), 1)
+    stated = _stated(network, "rows_per_call")
+    return 1 if stated is None else stated
+
+
+def coordinates_per_row(network: object) -> int | None:
+    """Coordinates of the rows that a network is made for, by its ``coordinates_per_row``; None where it has none."""
+    return _stated(network, "coordinates_per_row")
+
+
+def _stated(network: object, name: str) -> int | None:
+    """The first whole number of that name among the attributes of a network's layers."""
+    stated = (getattr(one, name, None) for one in layers(network))
+    return next((int(number) for number in stated if isinstance(number, Integral)), None)
 
 
 def resolution(network: object) -> float:

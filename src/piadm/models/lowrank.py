@@ -64,15 +64,15 @@ class LowRankMixtureNetwork(nn.Module):
             self.register_buffer(name, value)
 
     @property
-    def coordinates(self) -> int:
-        """Numbers of a sample, ``d``."""
+    def coordinates_per_row(self) -> int:
+        """Coordinates of a sample, ``d``."""
         return self.means.shape[1]
 
     def forward(self, x: Tensor, t: Tensor, **condition: object) -> Tensor:
         """Posterior mean of rows ``x (R, *shape)`` at their times ``t (R,)``; it knows of no condition."""
         rows = x.flatten(1).to(self.means.dtype)
-        if rows.shape[1] != self.coordinates:
-            raise ValueError(f"x must have rows of {self.coordinates} coordinates, got {rows.shape[1]}")
+        if rows.shape[1] != self.coordinates_per_row:
+            raise ValueError(f"x must have rows of {self.coordinates_per_row} coordinates, got {rows.shape[1]}")
         alpha, noise = (level.to(rows) for level in levels(self.schedule, t, x, None))
         power = alpha.square()
         components, size, rank = self.directions.shape
