@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import piadm
+from piadm.cli.interrupts import INTERRUPTED
 
 if TYPE_CHECKING:
     import typer
 
 FAILED = 1
-INTERRUPTED = 130
 _INTERRUPTED = "piadm: interrupted"
 _MISSING = "piadm: the command line needs {name}; install it with: pip install 'piadm[cli,plots,diffusers]'"
 

@@ -14,11 +14,10 @@ import typer
 import piadm
 from piadm._checks import finite_float, positive_int
 from piadm.cli import files, progress
-from piadm.cli.app import INTERRUPTED
 from piadm.cli.bench_measure import Curve, Lap, latencies, race, timings
 from piadm.cli.bench_report import Report
 from piadm.cli.device import resolve_device
-from piadm.cli.interrupts import interrupts
+from piadm.cli.interrupts import INTERRUPTED, interrupts
 from piadm.cli.model import ModelName
 from piadm.cli.numbers import check_seed, check_threads, window_rows, words
 from piadm.cli.sample import Method

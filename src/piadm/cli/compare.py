@@ -14,10 +14,9 @@ import typer
 import piadm
 from piadm._checks import optional_int, positive_int
 from piadm.cli import files, progress
-from piadm.cli.app import INTERRUPTED
 from piadm.cli.compare_report import Report
 from piadm.cli.device import resolve_device
-from piadm.cli.interrupts import interrupts
+from piadm.cli.interrupts import INTERRUPTED, interrupts
 from piadm.cli.model import ModelName
 from piadm.cli.numbers import check_names, check_seed, check_threads, positives, words
 from piadm.cli.sample import Method

@@ -6,6 +6,9 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+#: Exit code of a command that Ctrl-C has cut short, as shells have it.
+INTERRUPTED = 130
+
 
 @contextmanager
 def interrupts() -> Iterator[Callable[[], None]]:

@@ -13,8 +13,8 @@ import typer
 import piadm
 from piadm._checks import finite_float, optional_int, positive_int
 from piadm.cli import files, long_run, progress
-from piadm.cli.app import INTERRUPTED
 from piadm.cli.device import resolve_device
+from piadm.cli.interrupts import INTERRUPTED
 from piadm.cli.model import FASHION, FASHION_SHAPE
 from piadm.cli.numbers import check_seed, check_threads, window_rows
 from piadm.cli.report import Report, RunFigures, Spread, Trace, rms_difference, warnings_of
