@@ -157,6 +157,8 @@ def test_means_beyond_the_bins_are_named_before_anything_is_sampled(monkeypatch:
     ("call", "named"),
     [
         (lambda: theory.MixtureProduct([0.0, 1.0], 0.1, [1.0], 3), "means"),
+        (lambda: theory.MixtureProduct([math.nan], 0.1, [1.0], 3), "means"),
+        (lambda: theory.MixtureProduct([[0.0]], 0.1, [1.0], 3), "means"),
         (lambda: theory.MixtureProduct([0.0], -0.1, [1.0], 3), "variance"),
         (lambda: theory.MixtureProduct([0.0], 0.1, [-1.0], 3), "weights"),
         (lambda: theory.MixtureProduct([0.0], 0.1, [1.0], 0), "dimension"),

@@ -13,7 +13,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from piadm._checks import finite_float, instance, positive_int
+from piadm._checks import finite_float, instance, positive_int, real_vector
 from piadm.denoiser import Denoiser
 from piadm.grid import Blocks, TimeGrid
 from piadm.integrators import AffineSteps, Integrator, integrator
@@ -68,11 +68,11 @@ class MixtureProduct:
             TypeError, ValueError: for arguments out of bounds.
         """
         share, size = positive_vector("weights", weights), positive_int("dimension", dimension)
-        centre = torch.as_tensor(means, dtype=torch.float64, device="cpu")
-        if centre.shape != share.shape:
-            raise ValueError(f"means must have one entry per weight, ({len(share)},), got shape {tuple(centre.shape)}")
+        centre = real_vector("means", means, minimum=1)
+        if len(centre) != len(share):
+            raise ValueError(f"means must have one entry per weight, {len(share)}, got {len(centre)}")
         for name, value in (
-            ("means", centre.clone()),
+            ("means", centre),
             ("variance", finite_float("variance", variance, low=0.0)),
             ("weights", share / share.sum()),
             ("dimension", size),
