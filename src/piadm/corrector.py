@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from piadm._checks import float_field, positive_int
+from piadm.grid import covering
 from piadm.integrators import AffineSteps, variance_preserving
 from piadm.schedule import NoiseSchedule
 
@@ -55,12 +56,12 @@ class Corrector:
     @property
     def blocks(self) -> int:
         """Number of blocks ``N_dagger``."""
-        return max(1, math.ceil(self.duration / self.length - 1e-9))
+        return covering(self.duration / self.length)
 
     @property
     def block_steps(self) -> int:
         """Steps per block ``M_dagger``."""
-        return max(1, math.ceil(self.duration / self.blocks / self.step - 1e-9))
+        return covering(self.duration / self.blocks / self.step)
 
     @property
     def step_length(self) -> float:

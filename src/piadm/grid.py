@@ -230,9 +230,9 @@ class Blocks:
         fewest = (top - eta + math.log(top) - math.log(eta)) / _MAX_STEPS
         if eps < fewest:
             raise ValueError(f"step must be at least {fewest:g} here, got {shown(step)}")
-        count = _ceil((top - eta) / longest)
+        count = covering((top - eta) / longest)
         borders = torch.linspace(top, eta, count + 1, dtype=torch.float64, device="cpu").tolist()
-        inner = _ceil((top - eta) / count / eps)
+        inner = covering((top - eta) / count / eps)
         spans = zip(borders[:-2], borders[1:-1], strict=True)
         uniform = [torch.linspace(*span, inner + 1, dtype=torch.float64, device="cpu") for span in spans]
         return cls([*uniform, _shrinking(borders[-2], eta, eps)])
@@ -242,7 +242,7 @@ class Blocks:
         """Steps of each block of that partition into ``count`` equal blocks; takes arguments that are right."""
         length = (horizon - early_stop) / count
         last = horizon if count == 1 else early_stop + length
-        return (_ceil(length / step),) * (count - 1) + (max(1, sum(_shrinking_steps(last, early_stop, step))),)
+        return (covering(length / step),) * (count - 1) + (max(1, sum(_shrinking_steps(last, early_stop, step))),)
 
     def grid(self, schedule: NoiseSchedule) -> TimeGrid:
         """All blocks joined, on the schedule's own clock: the times of equal log-SNR.
@@ -285,7 +285,7 @@ def _shrinking_steps(start: float, end: float, step: float) -> tuple[int, int]:
     return uniform, max(0, math.ceil(math.log(turn / end) / math.log1p(step) - _ROUNDING)) if turn > end else 0
 
 
-def _ceil(quotient: float) -> int:
+def covering(quotient: float) -> int:
     """Smallest count >= 1 that covers the quotient, rounding forgiven."""
     return max(1, math.ceil(quotient - _ROUNDING))
 

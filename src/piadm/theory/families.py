@@ -11,7 +11,7 @@ from torch import Tensor
 
 from piadm._checks import float_field
 from piadm.corrector import Corrector
-from piadm.grid import Blocks
+from piadm.grid import Blocks, covering
 from piadm.theory.cuts import CutBlocks, cut
 from piadm.theory.engine import gaussian_law, secant_law
 from piadm.theory.law import Law, kl
@@ -67,7 +67,7 @@ class Target:
 
     def fewest_blocks(self, horizon: float, longest: float) -> int:
         """How many blocks of some length at most it takes."""
-        return max(1, math.ceil((horizon - self.early_stop) / longest - 1e-9))
+        return covering((horizon - self.early_stop) / longest)
 
     def span(self, horizon: float) -> float:
         """Number of steps times their length ``eps``, for short ones."""
@@ -230,7 +230,7 @@ class PaperODE(_InBlocks):
     def fitting(self, target: Target, horizon: float, count: int, step: float, coarsest: int) -> float:
         """One of which the corrector takes a whole number, of its multiples too; it has few steps where blocks do."""
         time = self._time(target, horizon, count)
-        return time / (coarsest * math.ceil(time / (coarsest * step) - 1e-9))
+        return time / (coarsest * covering(time / (coarsest * step)))
 
     def _time(self, target: Target, horizon: float, count: int) -> float:
         return min(self.time, target.span(horizon) / count)
