@@ -76,7 +76,6 @@ class LocalModel:
     Attributes:
         seen: states of the last evaluations, or of the starting guess, shape ``(n B, d)``.
         excess: ``e``, shape ``(n B, d)``, or ``(n B, 1)`` for one of all coordinates.
-        known: which rows have been evaluated, shape ``(n B,)`` bool.
     """
 
     def __init__(self, learning: Learning, slopes: Tensor, states: Tensor) -> None:

@@ -174,7 +174,6 @@ def candidates(
     horizons: Iterable[float],
     counts: Callable[[float], Iterable[int]],
     most: int,
-    share: float = SHARE,
 ) -> Iterator[Found]:
     """Settings that should do, judged on coarse grids.
 
@@ -185,12 +184,11 @@ def candidates(
         horizons: ``T`` to try.
         counts: numbers of blocks to try at a horizon.
         most: largest number of iterations to try.
-        share: of the divergence, that steps and horizon may take.
     """
     for horizon in horizons:
         for count in counts(horizon):
             expansion = Expansion.of(family, target, horizon, count, allowed)
-            step = expansion.longest_step(target, share * allowed)
+            step = expansion.longest_step(target, SHARE * allowed)
             if step is None:
                 break
             grid = counted_on(target, horizon, count, step)
