@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import diffusers as df
@@ -12,7 +13,8 @@ from torch import Tensor
 
 import piadm
 from piadm.interop.diffusers import parallelize
-from piadm.models import MixtureDenoiser
+from piadm.models import GaussianDenoiser, MixtureDenoiser
+from piadm.settings import resolve
 
 TABLE = dict(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
 
@@ -122,3 +124,15 @@ def test_a_pipeline_samples_as_the_library_does(trained: piadm.Denoiser) -> None
     # The parity of the schedulers themselves is 2e-6 (tests/test_parity.py), tolerances add; the pipeline clamps.
     assert float((got - own.sample.clamp(-1, 1)).square().mean().sqrt()) <= 3e-4
     assert abs(fast.last_solution.stats.rounds - 1 - own.stats.rounds) <= 1  # it has learnt the output's shape
+
+
+def test_every_step_is_evaluated_of_as_many_as_is_said() -> None:
+    denoiser, page = GaussianDenoiser(piadm.VPSchedule()), Path(__file__).parents[2] / "docs" / "diffusers.md"
+
+    def every_step(method: str, steps: int) -> bool:
+        given = dict(grid=None, tol=1e-2, nodes=None, window=None, guess=None)
+        return resolve(denoiser, method=method, steps=steps, **given).nodes.count == steps
+
+    ode, sde = (max(steps for steps in range(50, 400) if every_step(method, steps)) for method in ("ode", "sde"))
+    assert f"every step of up to {ode}, of a stochastic scheduler up to {sde};" in " ".join(parallelize.__doc__.split())
+    assert f"every step is evaluated of up to {ode} ({sde} for stochastic" in page.read_text(encoding="utf-8")

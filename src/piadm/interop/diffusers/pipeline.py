@@ -279,7 +279,7 @@ def parallelize(
         max_batch: most network rows in one call, guidance included; None: 128 on a CPU, up to 1024
             for latents of few numbers; elsewhere what memory holds.
         nodes: steps at which the network is called, as for ``piadm.sample``: "all", a number, or None: as many as the
-            tolerance needs.  At ``tol=1e-2`` that is every step of up to 105, of a stochastic scheduler up to 304; and
+            tolerance needs.  At ``tol=1e-2`` that is every step of up to 95, of a stochastic scheduler up to 304; and
             always every step if arguments of a network other than the time change between steps.
         window: rows per sample evaluated in a round, as for ``piadm.sample``.
         linearization: as for ``piadm.sample``.
