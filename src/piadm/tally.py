@@ -32,21 +32,30 @@ class Tally:
         callback: called after each round; a true return value ends the run.
         progress: show a progress bar.
 
-    ``end`` is the current final state of the whole batch, ``(B, d)``; ``error`` and ``status`` are per sample.
-    ``interrupted`` says that the run was asked to end; ``mid_round`` that this was by Ctrl-C, perhaps within a round.
+    Attributes:
+        rounds, peak_states, nodes, window: as in ``Stats``, so far.
+        draft: the tally of the draft's own path; None: there was none.
+        residuals: error estimates after each round, each ``(B,)`` float64.
+        failures: a line per sample that was given up.
+        end: current final state of the whole batch, shape ``(B, d)``.
+        error: error estimate of every sample, shape ``(B,)`` float64 on the CPU; inf: nothing is known yet.
+        status: of every sample; INTERRUPTED until it is closed.
+        rounds_per_sample: rounds in which each took part, shape ``(B,)`` int64.
+        interrupted: whether the run was asked to end.
+        mid_round: whether this was by Ctrl-C, perhaps within a round.
     """
 
     problem: Problem
     total: int | None = None
     callback: Callback | None = None
     progress: bool | None = None
-    rounds: int = 0
-    peak_states: int = 0
-    nodes: int | None = None
-    window: int | None = None
-    draft: Tally | None = None
-    residuals: list[Tensor] = field(default_factory=list)
-    failures: list[str] = field(default_factory=list)
+    rounds: int = field(default=0, init=False)
+    peak_states: int = field(default=0, init=False)
+    nodes: int | None = field(default=None, init=False)
+    window: int | None = field(default=None, init=False)
+    draft: Tally | None = field(default=None, init=False)
+    residuals: list[Tensor] = field(default_factory=list, init=False)
+    failures: list[str] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         batch, self.end = self.problem.batch, self.problem.start.clone()
