@@ -289,3 +289,12 @@ def test_times_are_of_the_networks_type_whatever_the_states_are() -> None:
     denoiser = piadm.Denoiser(Network(), piadm.VPSchedule(), "v")
     initial = np.random.default_rng(0).standard_normal((1, 3))  # float64, as NumPy makes it
     assert piadm.sample(denoiser, (1, 3), steps=20, initial=initial).converged
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda it: piadm.Denoiser(it, VP, "sample"), lambda it: piadm.GuidedNetwork(it, 2, {}), piadm.CompiledNetwork],
+)
+def test_what_is_no_network_is_named_with_its_value(wrap: Callable[[object], object]) -> None:
+    with pytest.raises(TypeError, match=r"network must be callable as network\(x, t, .*\), got 5 of type int"):
+        wrap(5)

@@ -11,9 +11,9 @@ from typing import Any, cast, final
 import torch
 from torch import Tensor
 
-from piadm._checks import described, switch
+from piadm._checks import switch
 from piadm.conditions import with_rows
-from piadm.network import Network, rows_per_call, unwrap
+from piadm.network import Network, check_network, rows_per_call, unwrap
 from piadm.numerics import joined
 
 #: Numbers of rows that calls are padded to: one, for the sequential sampler, and powers of two from where accelerators
@@ -50,8 +50,7 @@ class CompiledNetwork:
         cuda_graph: bool = False,
         backend: str | Callable[..., Any] = "inductor",
     ) -> None:
-        if not callable(network):
-            raise TypeError(f"network must be callable as network(x, t, **condition), got {described(network)}")
+        check_network(network)
         self.network, self.backend = network, backend
         self.compile, self.cuda_graph = switch("compile", compile), switch("cuda_graph", cuda_graph)
         self._variants: dict[tuple[object, ...], Network] = {}

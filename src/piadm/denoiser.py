@@ -18,7 +18,7 @@ from torch import Tensor
 
 from piadm._checks import choice, described, finite_float, float_field, shown
 from piadm.conditions import parts, rebuilt
-from piadm.network import Network, network_dtype, rows_per_call, unwrap
+from piadm.network import Network, check_network, network_dtype, rows_per_call, unwrap
 from piadm.schedule import NoiseSchedule
 
 #: Variances from here on are slips: their products would leave the range of floating-point numbers.
@@ -84,12 +84,9 @@ class Denoiser:
     clip: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
-        if not callable(self.network):
-            raise TypeError(
-                f"network must be callable as network(x, t, **condition), got {type(self.network).__name__}"
-            )
+        check_network(self.network)
         if not isinstance(self.schedule, NoiseSchedule):
-            raise TypeError(f"schedule must be a piadm.NoiseSchedule, got {type(self.schedule).__name__}")
+            raise TypeError(f"schedule must be a piadm.NoiseSchedule, got {described(self.schedule)}")
         choice("prediction", self.prediction, PREDICTIONS)
         if self.clip is not None and not callable(self.clip):
             raise TypeError(f"clip must be callable on denoised estimates, or None, got {described(self.clip)}")
@@ -238,10 +235,9 @@ class GuidedNetwork:
     """
 
     def __init__(self, network: Network, scale: float, null: Mapping[str, Any]) -> None:
-        if not callable(network):
-            raise TypeError(f"network must be callable as network(x, t, **condition), got {type(network).__name__}")
+        check_network(network)
         if not isinstance(null, Mapping):
-            raise TypeError(f"null must be a mapping from condition names to values, got {type(null).__name__}")
+            raise TypeError(f"null must be a mapping from condition names to values, got {described(null)}")
         self.network, self.scale, self.null = network, finite_float("scale", scale), dict(null)
 
     @property

@@ -11,12 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from piadm._checks import described
 from piadm.numerics import autocast_dtype
 
 Network = Callable[..., Any]
 
 #: Most wrappers around a network that are followed: objects that invent attributes seem to have no end of them.
 DEEPEST = 32
+
+
+def check_network(network: object) -> None:
+    """Refuse what is no network.
+
+    Raises:
+        TypeError: if it cannot be called.
+    """
+    if not callable(network):
+        raise TypeError(f"network must be callable as network(x, t, **condition), got {described(network)}")
 
 
 def unwrap(output: Any) -> Tensor:  # noqa: ANN401 - anything a network may return
