@@ -190,6 +190,8 @@ def test_a_model_of_the_users_own(source: str, tmp_path: Path, monkeypatch: pyte
     [
         ("", "could not be loaded"),
         ("raise SystemExit(0)", "'own_model:make' could not be loaded: SystemExit: 0"),
+        ("make = torch.nn.Linear(8, 8)", "without arguments that returns one, got Linear"),
+        ("def make(x, t):\n    return x", "without arguments that returns one, got function"),
         ("raise RuntimeError('at import')", "'own_model:make' could not be loaded: RuntimeError: at import"),
         ("make = 3", "must be a piadm.Denoiser, or a function"),
         ("def make():\n    return 3", "must be a piadm.Denoiser, or a function"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from dataclasses import dataclass
 from importlib import import_module
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import nn
@@ -105,7 +107,7 @@ def _denoiser(name: str) -> Denoiser:
         sys.path.insert(0, os.getcwd())  # as python -m would: the module may lie here, not in site-packages
     try:
         found = attrgetter(attribute)(import_module(source))
-        if not isinstance(found, Denoiser) and callable(found):
+        if not isinstance(found, Denoiser) and _is_factory(found):
             found = found()
     except (Exception, SystemExit) as error:  # whatever a user's module raises; a script ends with sys.exit()
         raise ValueError(f"--model {name!r} could not be loaded: {type(error).__name__}: {error}") from error
@@ -115,3 +117,14 @@ def _denoiser(name: str) -> Denoiser:
             f"got {type(found).__name__}"
         )
     return found
+
+
+def _is_factory(found: Any) -> bool:  # noqa: ANN401 - whatever the user's module has
+    """Whether an object can be called without arguments: a network cannot, though every module takes any."""
+    try:
+        inspect.signature(getattr(found, "forward", found)).bind()
+    except ValueError:  # some functions tell no signature
+        return True
+    except TypeError:
+        return False
+    return True
