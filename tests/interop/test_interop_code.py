@@ -257,9 +257,17 @@ class HandsOver(df.StableDiffusionPipeline):
         return super().__call__(*args, **kwargs)
 
 
-def test_a_loop_that_is_not_found_is_said_to_be_elsewhere() -> None:
-    with pytest.raises(UnsupportedError, match="HandsOver calls its unet outside .* in its own __call__.*a parent's"):
-        parallelize(stable_diffusion(HandsOver))(**SD)
+class Walks(df.StableDiffusionPipeline):
+    """A pipeline whose loop is over the timesteps as they are."""
+
+    def __call__(self, prompt_embeds: Tensor, **others: object) -> object:
+        return [self.unet(torch.zeros(2, 4, 8, 8), t, prompt_embeds) for t in self.scheduler.timesteps]
+
+
+@pytest.mark.parametrize("kind", [HandsOver, Walks])
+def test_a_loop_that_is_not_found_is_said_to_be_otherwise_or_elsewhere(kind: type) -> None:
+    with pytest.raises(UnsupportedError, match="its unet outside .*enumerate.*progress_bar.*__call__.*a parent's"):
+        parallelize(stable_diffusion(kind))(**SD)
 
 
 class Drifts(df.StableDiffusionPipeline):

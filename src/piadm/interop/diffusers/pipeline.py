@@ -137,8 +137,8 @@ class Run:
         name = proxy._name
         if self.rehearsal is None:
             raise UnsupportedError(
-                f"{self.name} calls its {name} outside of a loop over scheduler.timesteps in its own __call__; one in "
-                "another function, such as a parent's __call__, is not found"
+                f"{self.name} calls its {name} outside of a loop over enumerate(scheduler.timesteps), or over "
+                "its progress_bar of them, in its own __call__; one elsewhere, as in a parent's __call__, is not found"
             )
         if self.rounds is None:
             return self.rehearsal.network(proxy, arguments)
