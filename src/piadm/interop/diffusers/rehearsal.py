@@ -255,8 +255,9 @@ class Rehearsal:
             known = {name: denoises(self.spares[name]) for name, _ in calls}
             self.slots = [Slot(name, given, self.state, denoises=known[name]) for name, given in calls]
         for step in (self.before, calls) if self.before else (calls,):
-            if [name for name, _ in step] != [slot.name for slot in self.slots]:
-                raise UnsupportedError("the pipeline calls other networks at some steps than at others")
+            if (names := [name for name, _ in step]) != (others := [slot.name for slot in self.slots]):
+                what = "other networks" if {*names} != {*others} else "its networks more often, as for guidance,"
+                raise UnsupportedError(f"the pipeline calls {what} at some steps than at others")
             for slot, (_, given) in zip(self.slots, step, strict=True):
                 slot.learn(given)
         self.before = []
