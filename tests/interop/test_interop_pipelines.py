@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import diffusers as df
@@ -11,6 +12,7 @@ from tiny import CASES, SCALED, Case
 from torch import Tensor
 
 from piadm.interop.diffusers import ParallelPipeline, parallelize
+from piadm.interop.diffusers.probe import WORKS
 
 STEPS = 12
 
@@ -108,3 +110,8 @@ def test_a_scheduler_is_its_sequential_self(name: str) -> None:
     # The aim again; 3e-4 at most.  Schedulers of second order call the network twice per step.
     pipe.scheduler.set_timesteps(STEPS)
     assert fast.last_solution.stats.rounds <= len(pipe.scheduler.timesteps) - 1
+
+
+def test_messages_name_all_schedulers_that_work() -> None:
+    run = {kind.__name__.removesuffix("Scheduler") for kind, _, _ in SCHEDULERS.values()}
+    assert run <= {*re.findall(r"\w+", WORKS)}

@@ -25,7 +25,7 @@ from torch import Tensor
 WORKS = (
     "DDPM, DDIM, PNDM, LMSDiscrete, EulerDiscrete, EulerAncestralDiscrete, HeunDiscrete, KDPM2Discrete, "
     "KDPM2AncestralDiscrete, DPMSolverMultistep (ODE and SDE), DPMSolverSinglestep, DEISMultistep, UniPCMultistep, "
-    "LCM, EDMEuler, EDMDPMSolverMultistep, FlowMatchEulerDiscrete, FlowMatchHeunDiscrete"
+    "SASolver, LCM, TCD, EDMEuler, EDMDPMSolverMultistep, FlowMatchEulerDiscrete, FlowMatchHeunDiscrete"
 )
 
 #: Decorators that only switch gradients.
