@@ -39,6 +39,8 @@ ABSURD = 1e3
 class ParallelPath:
     """The states of one path at its nodes and its end, for a batch of samples.
 
+    ``shaken`` says that changes of the last round were so large that their rounding must not stay in the states.
+
     Three copies of the node states are kept: ``q``, ``x`` and ``R(x)``; a fourth and a fifth where a local model is.
 
     Args:
@@ -73,7 +75,7 @@ class ParallelPath:
         # What residuals are relative to, ``g_ref``, ``G_ref`` and ``G``: one table, of which a round takes its rows.
         self.affine = self._matrix(torch.stack([reference.constants, reference.slopes, path.slopes]))
         self.left = None if interpolation is None else self._matrix(interpolation.rows)
-        self.turns, self.free = 0, free
+        self.turns, self.free, self.shaken = 0, free, False
         self.reference_size = rms(free.view(-1, path.components, self.batch, self.size)[-1, 0])
         self.state = self.free.clone()
         self.residual = torch.zeros(path.count, self.batch * self.size, dtype=self.dtype, device=self.device)
@@ -141,7 +143,7 @@ class ParallelPath:
         with full_precision(self.device):
             self.local.follow(self.response, places, innovation, outputs, residual, self.sweeps, onward)
         self.turns += 1
-        if self.turns % ANCHOR == 0:
+        if self.turns % ANCHOR == 0 or self.shaken:
             self.solve()
 
     def _walk(self, walk: ClippedWalk, slopes: Tensor) -> None:

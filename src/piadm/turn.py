@@ -16,6 +16,10 @@ from piadm.numerics import Flags, Table, full_precision
 from piadm.path import ParallelPath
 from piadm.sharing import Between
 
+#: Surprises beyond this many times the size of the data are those of states that only the iteration visits.  Changes
+#: like these, added and taken back, leave a rounding of a thousandth of the data: the states are computed anew.
+OUTLANDISH = 1e4
+
 #: Relative roundings of the end that two ways of computing it may be apart: up to 5 were seen on a trained network.
 ROUNDINGS = 5
 
@@ -205,6 +209,7 @@ class Turn:
         path.outlook.look(np.sqrt(distance))
         *squares, reference = of_end.reshape(4, path.batch)
         moved, length, size = np.sqrt(squares)
+        path.shaken = bool((surprise > OUTLANDISH * reference).any())
         # Where the reference is far off, by a wrong mean, states are small differences of large numbers.
         rounding = ROUNDINGS * torch.finfo(path.dtype).eps * np.maximum(length, reference)
         sizes, apart = np.split(np.sqrt(left).reshape(-1, path.batch), [-1])
