@@ -39,8 +39,6 @@ ABSURD = 1e3
 class ParallelPath:
     """The states of one path at its nodes and its end, for a batch of samples.
 
-    ``shaken`` says that changes of the last round were so large that their rounding must not stay in the states.
-
     Three copies of the node states are kept: ``q``, ``x`` and ``R(x)``; a fourth and a fifth where a local model is.
 
     Args:
@@ -53,6 +51,9 @@ class ParallelPath:
             outlook, as a fixed number of rounds needs none.
         centre: mean of the end according to ``data_mean``, about which its size is measured.
         walk: follows evaluations where steps clip; None: they do not.
+
+    Attributes:
+        shaken: whether the last round's changes were so large that their rounding must not stay in the states.
     """
 
     def __init__(
