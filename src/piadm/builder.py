@@ -187,8 +187,8 @@ class Builder:
     def sharing(self, path: ParallelPath, rule: CarriedResidual) -> Sharing | None:
         """Which rows of a path take the innovation of their neighbours; None: no row does.
 
-        None does where every step is evaluated because the caller says so, nor where it is rough from step to step: by
-        clipping, and by rounding in half precision.  The ODE's samples have few rounds in which they could.
+        None does where the first nodes are all steps, nor where it is rough from step to step: by clipping, and by
+        rounding in half precision.  The ODE's samples have few rounds in which they could.
         """
         settings, local = self.settings, path.local
         if settings.nodes.count == settings.steps.count or not settings.noisy or settings.half_precision:

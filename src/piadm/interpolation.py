@@ -18,7 +18,7 @@ from torch import Tensor
 
 from piadm.memo import memoized
 from piadm.nodes import NodeSet, left_out, thin
-from piadm.numerics import Table
+from piadm.numerics import TINY, Table
 from piadm.ripples import missed
 
 #: SDE: estimated error per RMS of the change of the end with half of the nodes and without averages.  It was 0.03 to
@@ -116,7 +116,7 @@ class SmoothInterpolation(Interpolation):
         count = self.rows.shape[1]
         changes, ripples = sizes[:2].max(0), np.sqrt(np.square(sizes[2 : 2 + count]).sum(0))
         coarser = np.sqrt(0.5 * np.square(sizes[2 + count :]).sum(0))
-        left = ripples / np.maximum(coarser, np.finfo(float).tiny)
+        left = ripples / np.maximum(coarser, TINY)
         found: Table = RIPPLE_SHARE * np.minimum(1.0, np.square(left / INDEPENDENT)) * ripples
         left = np.minimum(left, MOST_LEFT)
         if self.coarse_end is not None:

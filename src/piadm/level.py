@@ -30,6 +30,9 @@ RIPPLY, FAR = 0.6, 2.0
 #: small network in bfloat16 took 122 rounds for 100 steps, and 18 with the common aim.
 CARE = 16
 
+#: All samples of a path.
+ALL = slice(None)
+
 
 class Level:
     """Some samples on one node set.
@@ -145,7 +148,7 @@ def take_over(
     nodes: NodeSet,
     coarse_nodes: NodeSet,
     coarse: ParallelPath,
-    keep: Tensor | slice = slice(None),  # noqa: B008
+    keep: Tensor | slice = ALL,
 ) -> None:
     """Bring a path to where one of the same samples, or of more of which some are kept, is on some of its nodes."""
     old = torch.isin(nodes.indices, coarse_nodes.indices)

@@ -18,6 +18,9 @@ Table = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 Kind = TypeVar("Kind", bound=np.generic)
 
+#: Replaces divisors of zero.
+TINY = float(np.finfo(np.float64).tiny)
+
 
 def rms(rows: Tensor) -> Tensor:
     """Root mean square over the coordinates of rows ``(B, d)``, shape ``(B,)``."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from piadm.memo import memoized
 from piadm.nodes import NodeSet
-from piadm.numerics import Table
+from piadm.numerics import TINY, Table
 
 #: Steps at which ripples are measured, of every sample once: of the SDE of a small network with a table of times, 0.02
 #: to 0.1 wide, up to a third of the samples ended outside, by up to 5 times, and with this up to 6 %.  Of trained
@@ -80,7 +80,7 @@ class Ripples:
         self.times, self.clock, self.scale, self.step_influence = times, clock, scale, step_influence
         inside = (nodes.indices > 1) & (nodes.indices < len(times) - 1)  # nor beside a first one without data
         squares = missed(nodes, step_influence) * scale[nodes.indices].square() * inside
-        share = squares.cumsum(0) / squares.sum().clamp(min=torch.finfo(torch.float64).tiny)
+        share = squares.cumsum(0) / squares.sum().clamp(min=TINY)
         quantiles = (torch.arange(PLACES, dtype=torch.float64, device="cpu") + 0.5) / PLACES
         last = torch.searchsorted(share, share[-1:])
         self.count, self.steps = nodes.count, nodes.indices[torch.searchsorted(share, quantiles).minimum(last)]

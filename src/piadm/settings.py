@@ -6,19 +6,20 @@ import math
 from dataclasses import dataclass, replace
 from numbers import Integral
 
-import torch
 from torch import Tensor
 
 from piadm._checks import choice, described, finite_float, positive_int, shown
 from piadm.activity import NARROW, ROUGH, WIDE
 from piadm.clipped import Excess
 from piadm.condense import weights_on_end
+from piadm.denoiser import Denoiser
 from piadm.grid import TimeGrid
 from piadm.integrators import Integrator, Steps, steps_of
 from piadm.linearization import DiagonalSecant, Gaussian, LearnedSlopes, Linearization, check_slopes, linearization
 from piadm.local_model import Learning
 from piadm.network import resolution
 from piadm.nodes import NodeSet, averaged, every_step, refine, spread, strided
+from piadm.numerics import TINY
 from piadm.problem import check_denoiser, grid_of
 from piadm.stopping import LOOSEST
 
@@ -58,7 +59,7 @@ OPENING_SHARE, OPENING_FEWEST = 4, 6
 #: 1e-2, three moved on to finer nodes and took 20 rounds where now 16 are enough.
 USUAL_AIM = 0.01
 
-#: Surprise per drift that is assumed at least, relative to the geometric mean of two bounds (see ``resolve``).  In most
+#: Surprise per drift that is assumed at least, relative to the geometric mean of two bounds (``_learning``).  In most
 #: rows trained networks showed 0.3 to 0.5 of that mean; with 1 here rounds were 5 % more, and of 5932 samples 0.2 %
 #: were outside the tolerance instead of 0.4 %.
 ASSUMED = 0.5
@@ -182,8 +183,7 @@ def resolve(
         TypeError, ValueError: naming the argument, what was received and what is accepted.
     """
     checked = check_denoiser(denoiser)
-    schedule = checked.schedule
-    deviation = math.sqrt(checked.data_variance)
+    schedule, deviation = checked.schedule, math.sqrt(checked.data_variance)
     tolerance = finite_float("tol", tol, low=0.0)
     aim = min(tolerance, LOOSEST * deviation)
     times = grid_of(grid, schedule, steps)
@@ -196,24 +196,13 @@ def resolve(
     first, refinable = _first_nodes(nodes, clock, deviation, aim / deviation, noisy=noisy)
     importance = _importance(scheme, jacobian) if noisy else None
     opening = _opening(first, clock, aim / deviation, noisy=noisy) if nodes is None else ()
-    bounds = chosen.bounds(schedule, scheme) if isinstance(chosen, LearnedSlopes) else (slopes, slopes)
-    # The geometric mean of the slope for Gaussian data and the bound 1/alpha: sqrt(G/alpha), finite where alpha is 0.
-    alpha, sigma = schedule.levels(scheme.times)
-    total = alpha.square() * checked.data_variance + sigma.square()
-    rate = ASSUMED * (checked.data_variance / total).sqrt()
+    alpha = schedule.levels(scheme.times)[0]
     return SampleSettings(
         grid=times,
         steps=scheme,
         slopes=slopes,
         prior=(jacobian, (1 - jacobian * alpha) * checked.data_mean),
-        learning=Learning(
-            *bounds,
-            rate,
-            alpha,
-            clock if noisy else 0.5 * clock,  # of the log-SNR, twice ln(alpha/sigma)
-            isinstance(chosen, DiagonalSecant),
-            resolution(checked.network),
-        ),
+        learning=_learning(checked, scheme, chosen, slopes, clock),
         clock=clock,
         importance=importance,
         nodes=with_readings(first, importance),
@@ -224,6 +213,24 @@ def resolve(
         tol=tolerance,
         aim=aim,
         later=max(0.0, math.log2(USUAL_AIM * deviation / aim)),
+    )
+
+
+def _learning(denoiser: Denoiser, steps: Steps, chosen: Linearization, slopes: Tensor, clock: Tensor) -> Learning:
+    """What local models may learn at every step, about the linearization's own slopes."""
+    schedule, variance = denoiser.schedule, denoiser.data_variance
+    least, most = chosen.bounds(schedule, steps) if isinstance(chosen, LearnedSlopes) else (slopes, slopes)
+    alpha, sigma = schedule.levels(steps.times)
+    # The geometric mean of the slope for Gaussian data and the bound 1/alpha: sqrt(G/alpha), finite where alpha is 0.
+    mean = (variance / (alpha.square() * variance + sigma.square())).sqrt()
+    return Learning(
+        least=least,
+        most=most,
+        rate=ASSUMED * mean,
+        alpha=alpha,
+        clock=clock if steps.normals > 0 else 0.5 * clock,  # of the log-SNR, twice ln(alpha/sigma)
+        own=isinstance(chosen, DiagonalSecant),
+        resolution=resolution(denoiser.network),
     )
 
 
@@ -294,7 +301,7 @@ def _opening(nodes: NodeSet, clock: Tensor, aim: float, *, noisy: bool) -> tuple
 
 def _importance(steps: Steps, jacobian: Tensor) -> Tensor:
     """How strongly every step's residual acts on the end, for Gaussian data."""
-    return weights_on_end(steps, jacobian).abs().clamp(min=torch.finfo(torch.float64).tiny)
+    return weights_on_end(steps, jacobian).abs().clamp(min=TINY)
 
 
 def with_readings(nodes: NodeSet, importance: Tensor | None) -> NodeSet:

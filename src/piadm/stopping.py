@@ -16,14 +16,11 @@ from numpy.typing import NDArray
 from piadm.activity import NARROW
 from piadm.caution import SLOWEST, Caution, CoarseRecord
 from piadm.interpolation import LEFT
-from piadm.numerics import Flags, Table
+from piadm.numerics import TINY, Flags, Table
 from piadm.turn import Movement
 
 #: A ``Verdict`` for every sample.
 Verdicts = NDArray[np.int64]
-
-#: Replaces divisors of zero.
-TINY = float(np.finfo(np.float64).tiny)
 
 
 class Verdict(IntEnum):
@@ -65,6 +62,11 @@ class FixedIterations:
     Args:
         iterations: number of rounds K.
         estimate: what stands for an error estimate.
+
+    Attributes:
+        done: rounds so far.
+        growth: 1, as every row is evaluated in any case.
+        leaving: False, as there are no other nodes.
     """
 
     iterations: int
