@@ -53,6 +53,7 @@ def test_sample_agrees_with_the_sequential_sampler(method: str) -> None:
     "clip, message",
     [
         (lambda rows: rows[:, :1], r"clip must return .* of shape \(\d+, 4\), got torch.float32 \(\d+, 1\)"),
+        (lambda rows: rows.numpy(), "clip must return denoised estimates of shape .* got .*ndarray"),
         (lambda rows: None, "clip must return denoised estimates of shape .* got None"),
     ],
 )

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from piadm._checks import choice, described, finite_float, float_field, shown
+from piadm._checks import choice, described, finite_float, float_field
 from piadm.conditions import parts, rebuilt
 from piadm.network import Network, check_network, network_dtype, rows_per_call, unwrap
 from piadm.schedule import NoiseSchedule
@@ -169,8 +169,8 @@ class Denoiser:
         if self.clip is None:
             return estimate
         clipped = self.clip(estimate)
-        if getattr(clipped, "shape", None) != x.shape:
-            raise ValueError(f"clip must return denoised estimates of shape {tuple(x.shape)}, got {shown(clipped)}")
+        if not isinstance(clipped, Tensor) or clipped.shape != x.shape:
+            raise ValueError(f"clip must return denoised estimates of shape {tuple(x.shape)}, got {described(clipped)}")
         return clipped.to(x.dtype)
 
     @property
