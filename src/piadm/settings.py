@@ -196,13 +196,13 @@ def resolve(
     first, refinable = _first_nodes(nodes, clock, deviation, aim / deviation, noisy=noisy)
     importance = _importance(scheme, jacobian) if noisy else None
     opening = _opening(first, clock, aim / deviation, noisy=noisy) if nodes is None else ()
-    alpha = schedule.levels(scheme.times)[0]
+    learning = _learning(checked, scheme, chosen, slopes, clock)
     return SampleSettings(
         grid=times,
         steps=scheme,
         slopes=slopes,
-        prior=(jacobian, (1 - jacobian * alpha) * checked.data_mean),
-        learning=_learning(checked, scheme, chosen, slopes, clock),
+        prior=(jacobian, (1 - jacobian * learning.alpha) * checked.data_mean),
+        learning=learning,
         clock=clock,
         importance=importance,
         nodes=with_readings(first, importance),
