@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import piadm
 from piadm.condense import first_moved
-from piadm.local_model import Learning, LocalModel
+from piadm.local_model import Acting, Learning, LocalModel
 from piadm.models import GaussianDenoiser
 from piadm.turn import _places, _Rows
 
@@ -130,16 +131,18 @@ def test_a_path_that_follows_evaluations_is_the_fixed_point(
         local = model(outputs[:-1], own=own)
         for turn in range(4):
             active = (normals(NODES, BATCH, seed=5 + turn) > 0).numpy()
-            rows, places = _Rows.of(active, active.cumsum(0) - 1, residual.device), _places(active, residual.device)
+            order, places = active.cumsum(0) - 1, _places(active, residual.device)
+            rows = _Rows.of(active, order + places.shape[1] * np.arange(BATCH), residual.device)
             innovation = torch.zeros(*places.shape, size, dtype=torch.float64)
-            innovation[rows.sample, rows.place] = beyond = normals(len(rows.node), size, seed=9 + turn)
+            innovation.view(-1, size)[rows.place] = beyond = normals(len(rows.node), size, seed=9 + turn)
             states = outputs[:-1].clone()
             seen = known(rows.node) & (turn > 0)
             local.observe(rows.number, states[rows.node, rows.sample], beyond, seen)
             expected = residual.clone()
             expected[rows.node, rows.sample] += beyond
             residual.copy_(expected)
-            local.follow(response, places, innovation, outputs, residual, sweeps=40 if own else 12 if ahead else 0)
+            sweeps = 40 if own else 12 if ahead else 0
+            local.follow(Acting(response), places, innovation, outputs, residual, sweeps)
             expected += local.excess.view(NODES, BATCH, -1) * (outputs[:-1] - states)
             # Systems of five equations, of condition number about ten; sweeps gain a factor of 1/0.02 and more
             # each, and of two or so where coordinates have slopes of their own.
@@ -155,7 +158,7 @@ def test_what_the_sweeps_leave_is_in_the_residuals_only() -> None:
     local, _ = observed(torch.full((NODES * BATCH, 1), 1.5, dtype=torch.float64))
     outputs, residual = free.clone(), normals(NODES, BATCH, SIZE, seed=6)
     places = torch.arange(NODES).expand(BATCH, -1)
-    local.follow(response, places, residual.transpose(0, 1).clone(), outputs, residual, sweeps=0)
+    local.follow(Acting(response), places, residual.transpose(0, 1).clone(), outputs, residual, sweeps=0)
     assert torch.allclose(outputs.flatten(1), free.flatten(1) + response @ residual.flatten(1), rtol=0, atol=1e-12)
 
 
@@ -171,7 +174,7 @@ def test_what_the_sweeps_do_not_reach_may_be_left_alone(own: bool) -> None:
         outputs, residual = free.clone(), torch.zeros(NODES, BATCH, SIZE, dtype=torch.float64)
         residual[first:] = innovation
         places = torch.full((BATCH, 1), first)
-        local.follow(response, places, innovation.transpose(0, 1), outputs, residual, 1, onward)
+        local.follow(Acting(response), places, innovation.transpose(0, 1), outputs, residual, 1, onward)
         found.append((outputs, residual))
     assert all(torch.allclose(one, other, rtol=0, atol=1e-13) for one, other in zip(*found, strict=True))
     outputs, residual = found[0]

@@ -224,7 +224,7 @@ def test_what_is_missed_is_about_what_was_said(monkeypatch: pytest.MonkeyPatch) 
     def compared(self: Turn) -> Tensor:
         if self in watched:
             table = self.path.state.new_zeros(*self.active.shape, self.path.size)
-            table[self.rows.node, self.rows.sample] = self.innovation[self.rows.sample, self.rows.place]
+            table[self.rows.node, self.rows.sample] = self.innovation[self.rows.place]
             inside = torch.from_numpy(self.active[:-2] & self.active[1:-1] & self.active[2:])
             missed = table[1:-1] - (table[:-2] + table[2:]) / 2
             shares.append(float(missed[inside].square().mean().sqrt() / table[1:-1][inside].square().mean().sqrt()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, final
@@ -119,12 +118,12 @@ class DiscreteSchedule(NoiseSchedule):
 
     def _log_snr(self, t: Tensor) -> Tensor:
         levels = self._log_snrs.to(t.device, non_blocking=True)  # a blocking copy would wait for the device
-        cell = t.long().clamp(0, len(levels) - 2)
-        in_table = torch.lerp(levels[cell], levels[cell + 1], t - cell)
-        # Before index 0: alpha^2 = 1 - sigma(0)^2 (1+t)^2, as a sum of positive terms.
         (signal, noise), u = self._first, t.clamp(max=0.0)
-        to_data = torch.log(signal - noise * u * (2.0 + u)) - (math.log(noise) + 2.0 * torch.log1p(u))
-        return torch.where(t < 0.0, to_data, in_table)
+        inside = t - u  # 0 before index 0
+        cell = inside.long().clamp(max=len(levels) - 2)
+        in_table = torch.lerp(levels.take(cell), levels.take(cell + 1), inside - cell)
+        # Before index 0: alpha^2 = alpha(0)^2 - sigma(0)^2 u (2 + u), sigma^2 = sigma(0)^2 (1 + u)^2.
+        return in_table + torch.log1p(u * (2.0 + u) * (-noise / signal)) - 2.0 * torch.log1p(u)
 
     def _time(self, log_snr: Tensor) -> Tensor:
         levels = self._log_snrs.to(log_snr.device, non_blocking=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -57,6 +57,27 @@ class Learning:
         return replace(self, **tables)
 
 
+@dataclass(frozen=True)
+class Acting:
+    """How residuals act on states: ``P``, and forms of it that rounds need, each made once.
+
+    Attributes:
+        whole: ``P``, from node residuals to the nodes and the end, shape ``(n + 1, n)``.
+    """
+
+    whole: Tensor
+
+    @cached_property
+    def columns(self) -> Tensor:
+        """Its columns as rows, shape ``(n, n + 1)``."""
+        return self.whole.T.contiguous()
+
+    @cached_property
+    def lower(self) -> Tensor:
+        """``-L``, its lower triangle at the nodes, shape ``(n, n)``."""
+        return self.whole[:-1].tril().neg_()
+
+
 class LocalModel:
     """The residual of every row as a line through its last evaluation, with a slope per row.
 
@@ -102,8 +123,8 @@ class LocalModel:
             where it is below the network's resolution, and the innovation nothing but rounding; and the secant slope
             along the move less ``G``, not clamped, 0 where the move is too short or teaches nothing.
         """
-        dx, old, size = states - self.seen[rows], self.excess[rows], states.shape[1]
-        least, most = self.bounds[:, rows]
+        dx, old = states - self.seen.index_select(0, rows), self.excess.index_select(0, rows)
+        size, (least, most) = states.shape[1], self.bounds.index_select(1, rows)
         squares = innovation.square().mean(1)
         finite = squares < torch.inf
         innovation.masked_fill_(~finite[:, None], 0)
@@ -125,7 +146,7 @@ class LocalModel:
 
     def follow(
         self,
-        response: Tensor,
+        acting: Acting,
         places: Tensor,
         innovation: Tensor,
         outputs: Tensor,
@@ -144,11 +165,11 @@ class LocalModel:
             (I - L diag(m)) w <- P s + P (e w) - L (m w)
 
         The first solution has ``P s`` alone there.  ``x = q + P R`` holds however few the sweeps; what they leave
-        shows up in the next innovations.  Where all coordinates share a slope and outnumber the evaluated rows, the
-        systems are solved for unit vectors in the place of ``s``.
+        shows up in the next innovations.  Where coordinates outnumber the evaluated rows, the first system is solved
+        for unit vectors in the place of ``s``; where they share a slope besides, all of them are.
 
         Args:
-            response: ``P``, from node residuals to the nodes and the end, shape ``(n + 1, n)``.
+            acting: ``P``, from node residuals to the nodes and the end.
             places: the evaluated rows of every sample, shape ``(B, a)``.
             innovation: innovations ``s``, shape ``(B, a, d)``; a sample with fewer than ``a`` rows has zeros.
             outputs: ``x``, the states at the nodes and the end, shape ``(n + 1, B, d)``.
@@ -158,28 +179,31 @@ class LocalModel:
         """
         (batch, count, size), (after, since) = innovation.shape, onward
         outputs, residual = outputs[since:], residual[after:]
-        acting, within, n = response[since:, after:], response[after:-1, after:], len(residual)
-        units = not self.own and size > count
-        lower, columns = within.tril().neg_(), response[since:].T.contiguous()
+        onto, within, lower = acting.whole[since:, after:], acting.whole[after:-1, after:], acting.lower[after:, after:]
+        n, few = len(residual), size > count
+        units = few and not self.own
         excess = self.excess.view(-1, batch, self.excess.shape[1])[after:]
         held = count if units else SOLVE_COPIES * size if self.own else size
         chunk = max(1, SOLVE_ELEMENTS // (n * (n + held)))
         for first in range(0, batch, chunk):
             at = slice(first, first + chunk)
-            direct, slopes = embedding(places[at], columns).mT, excess[:, at].transpose(0, 1)  # whole columns: fast
-            if not units:
-                direct = direct @ innovation[at]
-            driven = right = direct[:, after - since : -1]
+            slopes = excess[:, at].transpose(0, 1)
             system = lower * slopes.mean(2)[:, None]
             system.diagonal(dim1=1, dim2=2).add_(1)
             solved = _solver(system, size)
-            moved = solved(right)
+            direct = embedding(places[at], acting.columns)[..., since:].mT  # whole columns: fast
+            if not few:
+                direct = direct @ innovation[at]
+            moved = solved(direct[:, after - since : -1])
+            if few and not units:
+                direct, moved = direct @ innovation[at], moved @ innovation[at]
+            driven = right = direct[:, after - since : -1]
             for _ in range(sweeps):
                 # L (m w) is the last solution less its right-hand side.
                 right = _product(within, slopes * moved).add_(driven).add_(right).sub_(moved)
                 moved = solved(right)
             bent = moved.mul_(slopes)
-            for change, table in ((bent, residual), (direct.add_(_product(acting, bent)), outputs)):
+            for change, table in ((bent, residual), (direct.add_(_product(onto, bent)), outputs)):
                 there = table[:, at].transpose(0, 1)
                 there.baddbmm_(change, innovation[at]) if units else there.add_(change)
 

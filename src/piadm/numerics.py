@@ -40,7 +40,8 @@ def host(numbers: Tensor) -> Table:
 
 def beside(table: NDArray[Kind]) -> tuple[NDArray[Kind], NDArray[Kind]]:
     """A table ``(n, ...)`` at the rows before and after every row; zero where there is none."""
-    padded = np.pad(table, ((1, 1), *[(0, 0)] * (table.ndim - 1)))
+    padded = np.zeros((len(table) + 2, *table.shape[1:]), table.dtype)  # np.pad takes ten times as long
+    padded[1:-1] = table
     return padded[:-2], padded[2:]
 
 

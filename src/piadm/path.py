@@ -21,7 +21,7 @@ from piadm.amplification import Amplification
 from piadm.clipped import ClippedWalk
 from piadm.condense import CondensedPath
 from piadm.interpolation import Interpolation
-from piadm.local_model import Learning, LocalModel
+from piadm.local_model import Acting, Learning, LocalModel
 from piadm.numerics import full_precision, host, rms
 
 #: Sweeps in which the path follows an evaluation where nodes read ahead, or coordinates have slopes of their own.  What
@@ -71,7 +71,7 @@ class ParallelPath:
         self.path, self.batch, self.size = path, len(samples), free.shape[1] // len(samples)
         self.dtype, self.device = free.dtype, free.device
         self.numbers, self.times = samples.to(self.device), path.times.to(self.device)
-        self.response = self._matrix(path.response.flatten(0, 1))
+        self.acting = Acting(self._matrix(path.response.flatten(0, 1)))
         reference = path if reference is None else reference
         # What residuals are relative to, ``g_ref``, ``G_ref`` and ``G``: one table, of which a round takes its rows.
         self.affine = self._matrix(torch.stack([reference.constants, reference.slopes, path.slopes]))
@@ -101,10 +101,11 @@ class ParallelPath:
         """The state at the end of the path, shape ``(B, s, d)``."""
         return self.state.view(-1, self.path.components, self.batch, self.size)[-1].transpose(0, 1)
 
-    @property
-    def reference_nodes(self) -> Tensor:
-        """What the network would read there on the reference's path, a view of shape ``(n, B, d)``."""
-        return self._first_component(self.free)
+    def read(self, states: Tensor, node: Tensor, number: Tensor) -> Tensor:
+        """What the network reads there at some rows, of nodes and numbers ``node B + sample``, shape ``(r, d)``."""
+        beyond = self.path.components - 1
+        stored = number + node * (beyond * self.batch) if beyond else number
+        return states.view(-1, self.size).index_select(0, stored)
 
     def _first_component(self, states: Tensor) -> Tensor:
         return states.view(-1, self.path.components, self.batch, self.size)[:-1, 0]
@@ -120,7 +121,7 @@ class ParallelPath:
             self._walk(self.walk, self.residual.new_zeros(self.path.count, self.batch, 1))
             return
         with full_precision(self.device):
-            torch.addmm(self.free, self.response, self.residual, out=self.state)
+            torch.addmm(self.free, self.acting.whole, self.residual, out=self.state)
 
     def interpolate(self, weights: Tensor, residual: Tensor) -> None:
         """The recurrence of what lies between the residuals ``(n', B d)`` at other nodes, by weights ``(n, n')``."""
@@ -142,7 +143,7 @@ class ParallelPath:
         outputs, residual = (table.view(-1, self.batch, self.size) for table in (self.state, self.residual))
         onward = self._onward(first)
         with full_precision(self.device):
-            self.local.follow(self.response, places, innovation, outputs, residual, self.sweeps, onward)
+            self.local.follow(self.acting, places, innovation, outputs, residual, self.sweeps, onward)
         self.turns += 1
         if self.turns % ANCHOR == 0 or self.shaken:
             self.solve()

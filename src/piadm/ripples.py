@@ -114,6 +114,7 @@ class RippleEffect:
 
     def __call__(self) -> Table:
         """RMS over the coordinates, shape ``(B,)``; 0 where ripples were not measured yet."""
-        sizes = np.nan_to_num(self.ripples.sizes[:, self.samples.numpy()])
+        sizes = self.ripples.sizes[:, self.samples.numpy()]
+        sizes = np.where(np.isnan(sizes), 0.0, sizes)
         found: Table = RIPPLE_SAFETY * np.sqrt((sizes * (self.form @ sizes)).sum(0))
         return found

@@ -66,7 +66,8 @@ class Sharing:
             shared = ~outlook.known & (index % FIRST != 0)
         shared = shared & chosen
         before, after = neighbours(chosen & ~shared)
-        left_out = np.pad((~chosen).cumsum(0), ((0, 1), (0, 0)))
+        left_out = np.zeros((len(chosen) + 1, chosen.shape[1]), np.int64)
+        left_out[:-1] = (~chosen).cumsum(0)
         inside = (before >= 0) & (after < len(chosen))
         whole = np.take_along_axis(left_out, before, 0) == np.take_along_axis(left_out, after, 0)
         found: Flags = shared & inside & whole

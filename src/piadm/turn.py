@@ -68,7 +68,7 @@ class _Rows:
         node: their nodes, shape ``(r,)``.
         sample: their samples, shape ``(r,)``.
         number: their numbers, ``node B + sample``, shape ``(r,)``.
-        place: their places among the rows of their sample in this round, shape ``(r,)``.
+        place: their places in the table of innovations, ``sample a + order``, shape ``(r,)``.
     """
 
     node: Tensor
@@ -77,9 +77,9 @@ class _Rows:
     place: Tensor
 
     @staticmethod
-    def of(some: Flags, order: NDArray[np.int64], device: torch.device) -> _Rows:
+    def of(some: Flags, place: NDArray[np.int64], device: torch.device) -> _Rows:
         """Those that are true in a table ``(n, B)``, with the places of all."""
-        return _Rows(*_moved(np.stack([*some.nonzero(), np.flatnonzero(some), order[some]]), device))
+        return _Rows(*_moved(np.stack([*some.nonzero(), np.flatnonzero(some), place[some]]), device))
 
     def __getitem__(self, part: slice) -> _Rows:
         return _Rows(self.node[part], self.sample[part], self.number[part], self.place[part])
@@ -106,13 +106,14 @@ class Turn:
 
     def __init__(self, path: ParallelPath, active: Flags, shared: Flags) -> None:
         self.path, self.active, self.shared, among = path, active, shared, active | shared
-        self.order = among.cumsum(0) - 1  # places of the rows among those of their sample
-        self.rows, self.places = _Rows.of(among, self.order, path.device), _places(among, path.device)
-        self.asked = _Rows.of(active, self.order, path.device) if shared.any() else self.rows
+        self.places = _places(among, path.device)
+        self.place = among.cumsum(0) - 1 + self.places.shape[1] * np.arange(path.batch)
+        self.rows = _Rows.of(among, self.place, path.device)
+        self.asked = _Rows.of(active, self.place, path.device) if shared.any() else self.rows
         self.between = Between.of(shared, active)
         self.teaches = _moved(path.outlook.teaches(shared)[among], path.device)
         # The innovations, as in ``LocalModel.follow``; and what ``LocalModel.observe`` returns of every row.
-        self.innovation = path.state.new_zeros(*self.places.shape, path.size)
+        self.innovation = path.state.new_zeros(self.places.numel(), path.size)
         self.measured = path.state.new_zeros(3, path.path.count * path.batch)
 
     @property
@@ -122,15 +123,16 @@ class Turn:
         return Request(path.numbers[rows.sample], path.times[rows.node], self._fetch, self._store)
 
     def _fetch(self, part: slice) -> Tensor:
-        return self.path.nodes[self.asked.node[part], self.asked.sample[part]]
+        return self.path.read(self.path.state, self.asked.node[part], self.asked.number[part])
 
     def _store(self, part: slice, estimate: Tensor) -> None:
         # In place: on an accelerator a part is the whole round, and six copies of it must do.
         path, rows = self.path, self.asked[part]
-        x, model = self._fetch(part), path.reference_nodes[rows.node, rows.sample]
-        constant, prior, slope = path.affine[:, rows.node, None]
+        x, model = self._fetch(part), path.read(path.free, rows.node, rows.number)
+        constant, prior, slope = path.affine.index_select(1, rows.node)[..., None]
         evaluated = estimate.sub_(constant).addcmul_(prior, model, value=-1).addcmul_(slope, model.sub_(x))
-        self.innovation[rows.sample, rows.place] = evaluated.sub_(path.residual.view(-1, path.size)[rows.number])
+        known = path.residual.view(-1, path.size).index_select(0, rows.number)
+        self.innovation.index_copy_(0, rows.place, evaluated.sub_(known))
 
     def follow(self) -> Tensor:
         """Solve for the path; returns all that the host needs to know of it, one row of numbers on the device."""
@@ -138,7 +140,9 @@ class Turn:
         before, apart = path.end.clone(), self._share()
         self._observe()
         if self.active.any():  # else nothing is new, and the path stays as it is to the last digit
-            path.follow(self.places, self.innovation, int(self.active.any(1).argmax()))
+            innovation = self.innovation.view(*self.places.shape, path.size)
+            path.follow(self.places, innovation, int(self.active.any(1).argmax()))
+            del innovation
         del self.innovation
         end = path.end[:, 0]
         squares = torch.stack([end - before[:, 0], end, end - path.centre]).square_().mean(2)
@@ -153,16 +157,15 @@ class Turn:
         """
         if not self.shared.any():
             return []
-        device, between, place = self.path.device, self.between, self.order[self.shared]
-        beside = place - between.node + between.before, place - between.node + between.after
-        rows = _moved(np.stack([between.sample, place, *beside]), device)
+        device, between, place = self.path.device, self.between, self.place[self.shared]
+        before, after = place - between.node + between.before, place - between.node + between.after
+        places = _moved(np.stack([place, before, after]), device)
         weight = torch.from_numpy(between.weight).to(device, self.path.dtype, non_blocking=True)
         apart = []
         for part in self._parts(len(place)):
-            samples, places = rows[0, part], rows[1, part]
-            left, right = self.innovation[samples, rows[2:, part]]
+            left, right = (self.innovation.index_select(0, beside) for beside in places[1:, part])
             apart.append(right.sub_(left).square().mean(1))
-            self.innovation[samples, places] = left.addcmul_(right, weight[part, None])
+            self.innovation.index_copy_(0, places[0, part], left.addcmul_(right, weight[part, None]))
         return apart
 
     def _observe(self) -> None:
@@ -170,13 +173,13 @@ class Turn:
         path, residual = self.path, self.path.residual.view(-1, self.path.size)
         for part in self._parts(len(self.rows.node)):
             rows = self.rows[part]
-            innovation = self.innovation[rows.sample, rows.place]
+            innovation = self.innovation.index_select(0, rows.place)
             if path.local is None:
                 self.measured[0, rows.number] = innovation.square().mean(1)
             else:
-                x, teaches = path.nodes[rows.node, rows.sample], self.teaches[part]
+                x, teaches = path.read(path.state, rows.node, rows.number), self.teaches[part]
                 self.measured[:, rows.number] = path.local.observe(rows.number, x, innovation, teaches)
-                self.innovation[rows.sample, rows.place] = innovation
+                self.innovation.index_copy_(0, rows.place, innovation)
             residual.index_add_(0, rows.number, innovation)
 
     def _parts(self, rows: int) -> Iterator[slice]:
