@@ -145,11 +145,10 @@ def test_a_shared_innovation_lies_between_its_neighbours(turns: list[tuple[Turn,
     piadm.sample(mixture(), (8, 16), seed=1)
     assert len(turns) > 3
     for turn, innovation, missed in turns:
-        number = (turn.active | turn.shared).cumsum(0) - 1
         for (node, sample), square in zip(np.argwhere(turn.shared), missed, strict=True):
-            place = number[node, sample]
+            place = turn.place[node, sample]
             assert turn.active[node - 1, sample] and turn.active[node + 1, sample]
-            left, middle, right = innovation[sample, place - 1 : place + 2]
+            left, middle, right = innovation[place - 1 : place + 2]
             # One rounding of float32 each for the difference, its half and the sum.
             scale = float(left.abs().max() + right.abs().max())
             assert torch.allclose(middle, (left + right) / 2, rtol=0, atol=4e-7 * scale)

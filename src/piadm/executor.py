@@ -122,6 +122,7 @@ class Executor:
         team: Team | None = None,
     ) -> None:
         self.denoiser, self.shape, self.condition = denoiser, shape, dict(condition or {})
+        self.rows_per_call = denoiser.rows_per_call
         # Searched once: nested conditions may be large.
         self.by_row = {
             name: value for name, value in self.condition.items() if with_rows(value, lambda *_: None) is not value
@@ -135,12 +136,12 @@ class Executor:
         """Ask for one round, the rows of all requests in one batch, micro-batch by micro-batch."""
         starts = [0, *accumulate(len(request.samples) for request in requests)]
         rows, first = starts[-1], 0
-        usual = rows * self.denoiser.rows_per_call
+        usual = rows * self.rows_per_call
         if rows and requests[0].samples.device.type == "cpu":
             usual = min(max(CPU_ROWS, CPU_NUMBERS // math.prod(self.shape[1:])), MOST_CPU_ROWS)
         while first < rows:
             most = usual if self.max_batch is None else self.max_batch
-            last = min(rows, first + self.team.count * max(1, most // self.denoiser.rows_per_call))
+            last = min(rows, first + self.team.count * max(1, most // self.rows_per_call))
             parts = [
                 (request, slice(max(first, begin) - begin, min(last, end) - begin))
                 for request, begin, end in zip(requests, starts, starts[1:], strict=False)
@@ -150,10 +151,10 @@ class Executor:
             times = joined([request.times[part] for request, part in parts])
             estimate = yield joined([request.fetch(part) for request, part in parts]), samples, times
             if estimate is None:
-                self.max_batch = max(1, (last - first) * self.denoiser.rows_per_call // 2)
+                self.max_batch = max(1, (last - first) * self.rows_per_call // 2)
                 continue
             if self.team.count == 1:  # with several, each records its own
-                self.peak_batch = max(self.peak_batch, (last - first) * self.denoiser.rows_per_call)
+                self.peak_batch = max(self.peak_batch, (last - first) * self.rows_per_call)
             found = torch.split(estimate, [part.stop - part.start for _, part in parts])
             for (request, part), own in zip(parts, found, strict=True):
                 request.store(part, own)
@@ -162,7 +163,7 @@ class Executor:
     def count(self, samples: Tensor) -> None:
         """Add one evaluation for every entry of ``samples`` (on the CPU)."""
         counted = torch.bincount(samples, minlength=self.shape[0])
-        self.evaluations += counted * self.denoiser.rows_per_call
+        self.evaluations += counted * self.rows_per_call
 
     def answer(self, x: Tensor, samples: Tensor, times: Tensor) -> Tensor | None:
         """Denoised estimates ``(r, d)`` of some rows by the team, or None if memory ran out.

@@ -88,10 +88,10 @@ class PathRun:
     def _record_ends(self, tally: Tally) -> None:
         """Copy the ends of all samples that have not been handed on to the tally."""
         if not self.handed.any():
-            tally.end[self.path.numbers] = self.path.end[:, 0]
+            tally.end.index_copy_(0, self.path.numbers, self.path.end[:, 0])
         else:
             kept = torch.from_numpy((~self.handed).nonzero()[0]).to(self.path.device, non_blocking=True)
-            tally.end[self.path.numbers[kept]] = self.path.end[kept, 0]
+            tally.end.index_copy_(0, self.path.numbers[kept], self.path.end[kept, 0])
 
     def _where(self, movement: Movement, sample: int) -> str:
         """Where a sample's values first stopped being finite."""

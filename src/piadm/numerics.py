@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from threading import Lock
 from typing import TypeVar, final
 
@@ -55,7 +55,10 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Matrix products in full float32: shorter numbers inside them, or an autocast around the sampler, lose digits."""
-    with _ON_CPU if device.type == "cpu" else _ELSEWHERE, torch.autocast(device.type, enabled=False):
+    old = not hasattr(torch, "get_autocast_dtype")  # and does not say whether there is an autocast
+    surrounded = old or torch.is_autocast_enabled(device.type)
+    without = torch.autocast(device.type, enabled=False) if surrounded else nullcontext()
+    with _ON_CPU if device.type == "cpu" else _ELSEWHERE, without:
         yield
 
 
