@@ -8,7 +8,7 @@ from typing import Any
 import diffusers as df
 import pytest
 import torch
-from tiny import built, flux, normals, pixels
+from tiny import built, flux, normals, pixels, z_image
 
 import piadm
 from piadm.workers.fingerprint import fingerprint
@@ -117,6 +117,8 @@ def test_from_diffusers_names_what_it_cannot_use() -> None:
     network = pixels(df.DDPMPipeline, df.DDPMScheduler()).unet
     with pytest.raises(TypeError, match="network must be a diffusers model that reads a timestep"):
         piadm.Denoiser.from_diffusers(torch.nn.Linear(1, 1), df.DDPMScheduler())
+    with pytest.raises(TypeError, match="rows as one tensor, got a ZImageTransformer2DModel, which takes lists"):
+        piadm.Denoiser.from_diffusers(z_image().transformer, df.FlowMatchEulerDiscreteScheduler())
     with pytest.raises(TypeError, match="scheduler must be a diffusers scheduler"):
         piadm.Denoiser.from_diffusers(network, "ddpm")
     with pytest.raises(TypeError, match="scheduler must be a diffusers scheduler, got <class"):

@@ -148,6 +148,15 @@ def flux(kind: type = df.FluxPipeline, channels: int = 4, **more: Any) -> Any:  
     return quiet(kind, *TEXTS, transformer=network, vae=vae(1, **SHIFTED), scheduler=scheduler)
 
 
+def z_image(kind: type = df.ZImagePipeline) -> Any:  # noqa: ANN401 - a pipeline
+    network = built(
+        df.ZImageTransformer2DModel, in_channels=4, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
+        cap_feat_dim=16, axes_dims=[8, 4, 4], axes_lens=[256, 32, 32],
+    )  # fmt: skip
+    parts = dict(transformer=network, vae=vae(1, **SHIFTED), scheduler=df.FlowMatchEulerDiscreteScheduler(shift=3.0))
+    return quiet(kind, "text_encoder", "tokenizer", **parts)
+
+
 def pixart() -> Any:  # noqa: ANN401 - a pipeline
     network = built(
         df.PixArtTransformer2DModel, sample_size=8, num_layers=1, attention_head_dim=8, num_attention_heads=3,
@@ -233,6 +242,7 @@ FLUX = dict(height=8, width=8, **prompts(), **pooled())
 CONDITIONAL = {name: value for name, value in FLUX.items() if not name.startswith("negative")}
 IMAGE = dict(image=image(16))
 INPAINT = dict(**IMAGE, mask_image=mask(16))
+Z_IMAGE = dict(height=32, width=32, guidance_scale=0.0, prompt_embeds=list(prompts()["prompt_embeds"]))
 AUDIO = prompts(1, width=4) | dict(audio_end_in_s=1.0)
 AUDIO |= {name.removeprefix("prompt_").replace("prompt_", ""): value for name, value in masks().items()}
 BARE = dict(image_encoder=None)
@@ -282,6 +292,10 @@ CASES: dict[str, Case] = {
     ),
     "Flux, inpaint": Case(
         lambda: flux(df.FluxInpaintPipeline), CONDITIONAL | dict(image=image(8), mask_image=mask(8))
+    ),
+    "Z-Image": Case(z_image, Z_IMAGE | dict(prompt_embeds=[prompts()["prompt_embeds"][0], torch.ones(9, 16)])),
+    "Z-Image, inpaint": Case(
+        lambda: z_image(df.ZImageInpaintPipeline), Z_IMAGE | dict(image=image(32), mask_image=mask(32))
     ),
     "PixArt": Case(pixart, SD | masks(2) | dict(negative_prompt=None, use_resolution_binning=False)),
     "DiT": Case(dit, dict(class_labels=[3, 5]), "np"),

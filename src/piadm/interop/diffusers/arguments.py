@@ -8,7 +8,7 @@ rehearsal: the state is known, what changes with the steps belongs to a step, an
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from piadm.interop.diffusers.probe import UnsupportedError
+from piadm.interop.diffusers.rowlists import RowList, is_time
 
 #: All that is known of single networks, by the names of their arguments.  Positions and scales, tables of two axes that
 #: all rows share even where the first happens to be as long as the batch; what has one row for all, of any axes;
@@ -87,16 +88,22 @@ class Rows:
 
 @dataclass(frozen=True)
 class StateAt:
-    """The state within an argument: ``chunks`` copies of the batch, entries ``first .. last - 1`` of ``axis``."""
+    """The state within an argument: ``chunks`` copies of the batch, entries ``first .. last - 1`` of ``axis``.
+
+    Attributes:
+        frame: an axis of one entry that the argument has beside those of the state; None: there is none.
+    """
 
     path: Path
     chunks: int
     axis: int
     first: int
     last: int
+    frame: int | None = None
 
     def of(self, leaf: Tensor) -> Tensor:
         """The state's part of the argument, a view."""
+        leaf = leaf if self.frame is None else leaf.squeeze(self.frame)
         return leaf.narrow(self.axis, self.first, self.last - self.first)
 
 
@@ -206,7 +213,10 @@ class Slot:
             if path in self.live:
                 return live[path]
             values = self.values[path]
-            return self._rows(path, rows) if path in self.tables else values[min(step, len(values) - 1)]
+            if path in self.tables:
+                return self._rows(path, rows)
+            value = values[min(step, len(values) - 1)]
+            return value[self._numbers(rows)] if isinstance(value, RowList) else value
 
         return serve
 
@@ -215,11 +225,11 @@ class Slot:
         table, chunks = self.tables[path], self.state.chunks
         total, device = chunks * self.batch, table.device
         samples, step = rows.samples.to(device), rows.calls.to(device).repeat(chunks)
-        row = (torch.arange(chunks, device=device)[:, None] * self.batch + samples).flatten()
+        row = self._numbers(rows).to(device)
         step = step if len(table) > 1 else torch.zeros_like(step)
         if path == self.state.path:
             whole = table[step, row]
-            self.state.of(whole).copy_(rows.state.repeat(chunks, *[1] * (whole.ndim - 1)))
+            self.state.of(whole).copy_(rows.state.repeat(chunks, *[1] * (rows.state.ndim - 1)))
             return whole
         if len(table) > 1 and table[0].numel() == 1:
             return table.flatten()[step]
@@ -237,6 +247,11 @@ class Slot:
             raise UnsupportedError(f"argument {path[0]!r} of {self.name} changes with the steps, for all rows at once")
         return table[0].clone()
 
+    def _numbers(self, rows: Rows) -> Tensor:
+        """The network's own rows of the same samples, those of all copies of the batch."""
+        copies = torch.arange(self.state.chunks, device=rows.samples.device)
+        return (copies[:, None] * self.batch + rows.samples).flatten()
+
     def picked(self, output: Any, samples: Tensor) -> Any:  # noqa: ANN401 - a network's output
         """Of an output for the batch, the rows of these samples, in the order of ``call``."""
         total = self.state.chunks * self.batch
@@ -250,12 +265,16 @@ class Slot:
 
 
 def _is_time(path: Path) -> bool:
-    return str(path[0]).startswith("timestep")
+    return is_time(str(path[0]))
 
 
 def _find_state(name: str, arguments: dict[Path, Any], state: Tensor) -> StateAt:
     """Where the state stands among the arguments."""
     for path, leaf in arguments.items():
+        frame = None
+        if isinstance(leaf, Tensor) and leaf.ndim == state.ndim + 1:
+            frame = next((axis for axis in range(1, leaf.ndim) if leaf.shape[axis] == 1), None)
+            leaf = leaf if frame is None else leaf.squeeze(frame)
         if not isinstance(leaf, Tensor) or leaf.ndim != state.ndim or len(leaf) % len(state):
             continue
         longer = [k for k in range(1, leaf.ndim) if leaf.shape[k] != state.shape[k]]
@@ -266,7 +285,7 @@ def _find_state(name: str, arguments: dict[Path, Any], state: Tensor) -> StateAt
         for first in range(leaf.shape[axis] - state.shape[axis] + 1):
             found = StateAt(path, chunks, axis, first, first + state.shape[axis])
             if torch.equal(found.of(leaf), wanted):
-                return found
+                return replace(found, frame=frame)
     raise UnsupportedError(
         f"{name} does not read the scheduler's state as it is: the pipeline changes it in a way that is not known"
     )

@@ -15,6 +15,7 @@ from piadm.interop.diffusers.clipping import clip_of
 from piadm.interop.diffusers.clocks import Clock, flow_clock
 from piadm.interop.diffusers.levels import PREDICTIONS
 from piadm.interop.diffusers.proxies import is_denoiser, time_argument
+from piadm.interop.diffusers.rowlists import TIME
 from piadm.network import unwrap
 from piadm.schedule import DiscreteSchedule, FlowSchedule, VESchedule
 
@@ -69,6 +70,9 @@ def denoiser(network: object, scheduler: Any, data_mean: float, data_variance: f
     pipeline_class()
     if not isinstance(network, nn.Module) or not is_denoiser(network):
         raise TypeError(f"network must be a diffusers model that reads a timestep, got {described(network)}")
+    if time_argument(network) == TIME:
+        kind = type(network).__name__
+        raise TypeError(f"network must take its rows as one tensor, got a {kind}, which takes lists: see parallelize")
     if isinstance(scheduler, type) or not hasattr(scheduler, "config") or not hasattr(scheduler, "step"):
         raise TypeError(f"scheduler must be a diffusers scheduler, got {described(scheduler)}")
     if hasattr(scheduler, "precondition_inputs"):

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from piadm.interop.diffusers.rowlists import apart, is_time, listed, stacked
+
 #: What is taken over of a scheduler.
 METHODS = ("step", "scale_model_input")
 
@@ -18,7 +20,8 @@ class NetworkProxy:
     """A network's stand-in, its class included; calls go to ``answer(stand-in, arguments by name)``."""
 
     def __init__(self, target: nn.Module, name: str, answer: Callable[[NetworkProxy, dict[str, Any]], Any]) -> None:
-        vars(self).update(_target=target, _name=name, _answer=answer, _signature=signature(target), _positional=0)
+        vars(self).update(_target=target, _name=name, _answer=answer, _signature=signature(target))
+        vars(self).update(_positional=0, _listed=[])  # of the latest call
 
     # Pipelines ask with isinstance.
     __class__ = property(lambda self: type(self._target))
@@ -33,11 +36,14 @@ class NetworkProxy:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - the network's own
         """Hand over the arguments."""
-        vars(self)["_positional"] = len(args)
-        return self._answer(self, self._signature.bind(*args, **kwargs).arguments)
+        arguments = self._signature.bind(*args, **kwargs).arguments
+        vars(self).update(_positional=len(args), _listed=listed(arguments))
+        answer = self._answer(self, arguments | {name: stacked(arguments[name]) for name in self._listed})
+        return apart(answer) if self._listed else answer
 
     def run(self, arguments: dict[str, Any]) -> Any:  # noqa: ANN401 - the network's own
         """Call the network itself, by position and by name as the pipeline does: hooks and decorators look there."""
+        arguments = arguments | {name: apart(arguments[name]) for name in self._listed}
         count, args, kwargs = self._positional, [], {}
         for name, parameter in self._signature.parameters.items():
             if name not in arguments:
@@ -50,7 +56,8 @@ class NetworkProxy:
                 args.append(arguments[name])
             else:
                 kwargs[name] = arguments[name]
-        return self._target(*args, **kwargs)
+        output = self._target(*args, **kwargs)
+        return stacked(output) if self._listed else output
 
 
 def take_over(scheduler: Any, step: Callable[..., Any], scaled: Callable[[Tensor], Tensor]) -> None:  # noqa: ANN401
@@ -87,4 +94,4 @@ def is_denoiser(component: object) -> bool:
 
 def time_argument(network: nn.Module) -> str | None:
     """What a network calls its time; None: it reads none."""
-    return next((name for name in signature(network).parameters if name.startswith("timestep")), None)
+    return next(filter(is_time, signature(network).parameters), None)
