@@ -1,7 +1,7 @@
 """How near ``piadm.sample`` comes to Newton's method, which knows how the network responds to its input.
 
     python benchmarks/newton.py [--networks fashion digits mixture] [--methods ode sde] [--steps 100] [--num 8]
-                                [--most 16] [--tol 1e-2] [--threads 2] [--json newton.json]
+                                [--most 12] [--tol 1e-2] [--threads 2] [--json newton.json]
 
 The engine guesses the Jacobians of the network from what it has seen.  Newton's method on the recurrence
 
@@ -9,8 +9,8 @@ The engine guesses the Jacobians of the network from what it has seen.  Newton's
 
 about the path ``y`` of the round before takes them exactly, at every step, for nothing: a walk along the path that
 calls the network two times more at every step, one step after the other, which is not counted.  It is no sampler; it
-says how many rounds any method needs that calls the network on one path per round and takes it to be linear.  It starts
-from the path that the engine starts from: the draft's, or that of Gaussian data.
+says what better guesses could gain.  It starts from the path that the engine starts from: the draft's, or that of
+Gaussian data.  The responses ``J v`` are central differences.
 
 Rounds: after which a sample is within ``--tol`` of the sequential one for good, and after which the engine stops.  The
 median and the most of ``--num`` samples; every step is a node, so that there is nothing else to find out.
@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["ode", "sde"], choices=["ode", "sde"])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--num", type=int, default=8)
-    parser.add_argument("--most", type=int, default=16, help="rounds of Newton's method (default %(default)s)")
+    parser.add_argument("--most", type=int, default=12, help="rounds of Newton's method (default %(default)s)")
     parser.add_argument("--tol", type=float, default=1e-2)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
