@@ -97,6 +97,7 @@ class LocalModel:
     Attributes:
         seen: states of the last evaluations, or of the starting guess, shape ``(n B, d)``.
         excess: ``e``, shape ``(n B, d)``, or ``(n B, 1)`` for one of all coordinates.
+        mean: its mean over the coordinates, shape ``(n B, 1)``.
     """
 
     def __init__(self, learning: Learning, slopes: Tensor, states: Tensor) -> None:
@@ -107,6 +108,7 @@ class LocalModel:
         self.bounds = bounds.to(states).repeat_interleave(batch, 1)[..., None]
         self.seen = states.flatten(0, 1).clone()
         self.excess = self.seen.new_zeros(len(self.seen), size if self.own else 1)
+        self.mean = self.excess.mean(1, keepdim=True) if self.own else self.excess
 
     def observe(self, rows: Tensor, states: Tensor, innovation: Tensor, teaches: Tensor) -> Tensor:
         """Learn from an evaluation of some rows.
@@ -142,6 +144,8 @@ class LocalModel:
         else:
             along = (old + change) * far
         self.excess[rows], self.seen[rows] = slope, states
+        if self.own:
+            self.mean[rows] = slope.mean(1, keepdim=True)
         return torch.stack([squares, stride[:, 0], along[:, 0]])
 
     def follow(
@@ -182,13 +186,13 @@ class LocalModel:
         onto, within, lower = acting.whole[since:, after:], acting.whole[after:-1, after:], acting.lower[after:, after:]
         n, few = len(residual), size > count
         units = few and not self.own
-        excess = self.excess.view(-1, batch, self.excess.shape[1])[after:]
+        excess, mean = (table.view(-1, batch, table.shape[1])[after:] for table in (self.excess, self.mean))
         held = count if units else SOLVE_COPIES * size if self.own else size
         chunk = max(1, SOLVE_ELEMENTS // (n * (n + held)))
         for first in range(0, batch, chunk):
             at = slice(first, first + chunk)
-            slopes = excess[:, at].transpose(0, 1)
-            system = lower * slopes.mean(2)[:, None]
+            slopes, common = excess[:, at].transpose(0, 1), mean[:, at].transpose(0, 1)
+            system = lower * common.mT
             system.diagonal(dim1=1, dim2=2).add_(1)
             solved = _solver(system, size)
             direct = embedding(places[at], acting.columns)[..., since:].mT  # whole columns: fast
@@ -217,7 +221,8 @@ class LocalModel:
 
     def forget(self, lost: Tensor, states: Tensor) -> None:
         """Keep the slopes as a guess at states ``(n, B, d)``, zero for the samples ``lost (B,)``."""
-        self.excess.view(-1, len(lost), self.excess.shape[1])[:, lost] = 0
+        for table in (self.excess, self.mean):
+            table.view(-1, len(lost), table.shape[1])[:, lost] = 0
         self.seen = states.flatten(0, 1).clone()
 
     def inherit(
@@ -236,6 +241,7 @@ class LocalModel:
         slopes = coarse.excess.view(len(nodes), -1, coarse.excess.shape[1])[:, columns]
         torch.mm(weights, slopes.flatten(1), out=self.excess.view(n, -1))
         self.excess.clamp_(*self.bounds)
+        self.mean.copy_(self.excess.mean(1, keepdim=True))
         seen = self.seen.view(states.shape).copy_(states)
         seen[nodes] = coarse.seen.view(len(nodes), -1, states.shape[2])[:, columns]
 

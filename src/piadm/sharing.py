@@ -69,7 +69,8 @@ class Sharing:
         left_out = np.zeros((len(chosen) + 1, chosen.shape[1]), np.int64)
         left_out[:-1] = (~chosen).cumsum(0)
         inside = (before >= 0) & (after < len(chosen))
-        whole = np.take_along_axis(left_out, before, 0) == np.take_along_axis(left_out, after, 0)
+        column = np.arange(chosen.shape[1])
+        whole = left_out[before, column] == left_out[after, column]
         found: Flags = shared & inside & whole
         return found
 

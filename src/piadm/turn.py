@@ -215,11 +215,10 @@ class Turn:
         path.shaken = bool((surprise > OUTLANDISH * reference).any())
         # Where the reference is far off, by a wrong mean, states are small differences of large numbers.
         rounding = ROUNDINGS * torch.finfo(path.dtype).eps * np.maximum(length, reference)
-        sizes, apart = np.split(np.sqrt(left).reshape(-1, path.batch), [-1])
+        left = np.sqrt(left).reshape(-1, path.batch)
         exact = np.zeros_like(moved), np.ones_like(moved)
-        error, remains = exact if path.interpolation is None else path.interpolation.error(sizes, apart[0])
-        first = self.active.argmax(0)[None]
-        failed: Flags = ~np.isfinite(moved) | np.take_along_axis(lost, first, 0)[0]
+        error, remains = exact if path.interpolation is None else path.interpolation.error(left[:-1], left[-1])
+        failed: Flags = ~np.isfinite(moved) | lost[self.active.argmax(0), np.arange(path.batch)]
         amplification, doubt = path.amplification.recent.max(0), path.outlook.doubt
         surprise = np.where(np.isfinite(surprise), surprise, 0.0)
         return Movement(surprise, doubt, moved, error, remains, rounding, amplification, size, lost, failed)
