@@ -119,7 +119,8 @@ class Outlook:
         expected: shape ``(n, B)`` float64 on the CPU; inf for rows that were never evaluated.
         rate: shape ``(n, B)`` likewise.
         drifted: ``rate * drift``, likewise.
-        doubt: what shared innovations may have missed since the row was last evaluated, likewise.
+        doubt: what shared innovations may have missed since the row was last evaluated, or what rounding left of a
+            large one, likewise.
         known: which rows have been evaluated, shape ``(n, B)`` bool.
         taught: which rows' last innovations have taught their local models, likewise.
     """
@@ -148,7 +149,7 @@ class Outlook:
             shared: which took the innovation of their neighbours, likewise.
             surprise: RMS of their innovations, likewise; a row where it is not finite counts as never evaluated.
             stride: how far they had drifted, likewise.
-            missed: what sharing may have missed, RMS, 0 in other rows, likewise.
+            missed: what sharing or rounding may have missed, RMS, 0 in other rows, likewise.
         """
         finite = np.isfinite(surprise)
         again = (active | shared) & self.teaches(shared) & finite & (stride > 0)
@@ -156,7 +157,7 @@ class Outlook:
         self.rate = np.where(again, rate, self.rate)
         self.taught = np.where(active | shared, again, self.taught)
         self.known = np.where(active, finite, self.known)
-        self.doubt = np.where(active, 0.0, np.hypot(self.doubt, missed))
+        self.doubt = np.hypot(np.where(active, 0.0, self.doubt), missed)
 
     @np.errstate(all="ignore")
     def look(self, drift: Table) -> None:

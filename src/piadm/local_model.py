@@ -110,26 +110,30 @@ class LocalModel:
         self.excess = self.seen.new_zeros(len(self.seen), size if self.own else 1)
         self.mean = self.excess.mean(1, keepdim=True) if self.own else self.excess
 
-    def observe(self, rows: Tensor, states: Tensor, innovation: Tensor, teaches: Tensor) -> Tensor:
+    def observe(
+        self, rows: Tensor, states: Tensor, innovation: Tensor, teaches: Tensor, limit: Tensor | float = torch.inf
+    ) -> Tensor:
         """Learn from an evaluation of some rows.
 
         Args:
             rows: their numbers, shape ``(r,)``.
             states: where they were evaluated, shape ``(r, d)``.
-            innovation: innovations ``s``, shape ``(r, d)``.  One that is not finite is set to zero, and nothing is
-                learnt from it: the state may still be far from where the iteration ends.
+            innovation: innovations ``s``, shape ``(r, d)``.  One that is lost is set to zero, and nothing is learnt
+                from it: the state may still be far from where the iteration ends.
             teaches: which innovations are due to a move from a known state and teach a slope, shape ``(r,)`` bool.
+            limit: an innovation is lost if its mean square is not below this, shape ``(r,)`` or one for all.
 
         Returns:
-            Shape ``(3, r)``: the mean square of ``s``, not finite where ``s`` was not; the stride ``|x - x_seen|``, 0
+            Shape ``(3, r)``: the mean square of ``s``, inf where it is lost; the stride ``|x - x_seen|``, 0
             where it is below the network's resolution, and the innovation nothing but rounding; and the secant slope
             along the move less ``G``, not clamped, 0 where the move is too short or teaches nothing.
         """
         dx, old = states - self.seen.index_select(0, rows), self.excess.index_select(0, rows)
         size, (least, most) = states.shape[1], self.bounds.index_select(1, rows)
         squares = innovation.square().mean(1)
-        finite = squares < torch.inf
-        innovation.nan_to_num_(0.0, 0.0, 0.0).mul_(finite[:, None])  # whole rows; twice as fast as a mask
+        kept = squares < limit
+        squares = torch.where(kept, squares, torch.inf)
+        innovation.nan_to_num_(0.0, 0.0, 0.0).mul_(kept[:, None])  # whole rows; twice as fast as a mask
         moved = torch.linalg.vector_norm(dx, dim=1, keepdim=True)
         relative = moved / torch.linalg.vector_norm(states, dim=1, keepdim=True)
         far = (relative > max(LEAST_STRIDE, self.resolution)) & teaches[:, None]

@@ -16,8 +16,11 @@ from piadm.numerics import Flags, Table, full_precision
 from piadm.path import ParallelPath
 from piadm.sharing import Between
 
-#: Surprises beyond this many times the size of the data are those of states that only the iteration visits.  Changes
-#: like these, added and taken back, leave a rounding of a thousandth of the data: the states are computed anew.
+#: Surprises beyond this many times the size of the data are those of states that only the iteration visits.  They count
+#: as lost, like those that are not finite: where a network grows without bound off its data, states that follow from
+#: them would overflow.  Not so the first row of a sample: all before it have settled, and the sequential sampler comes
+#: there, too.  Changes like these, added and taken back, leave a rounding of a thousandth of the data: the states are
+#: computed anew, and the row is in doubt.
 OUTLANDISH = 1e4
 
 #: Relative roundings of the end that two ways of computing it may be apart: up to 5 were seen on a trained network.
@@ -34,7 +37,7 @@ class Movement:
     Attributes:
         surprise: RMS difference of every row's residual from what its local model had said, shape ``(n, B)``;
             0 where neither evaluated nor shared, or lost.
-        doubt: what shared innovations may have missed of every row's residual (``Outlook``), likewise.
+        doubt: what shared or large innovations may have missed of every row's residual (``Outlook``), likewise.
         end: RMS change of the end of the path, shape ``(B,)``.
         interpolation: estimated RMS error at the end of the path that interpolation between the nodes leaves,
             shape ``(B,)``.
@@ -43,7 +46,7 @@ class Movement:
         amplification: factor by which errors of the iteration and of the interpolation may grow on their way to the
             end, beyond what their influence says, shape ``(B,)``.
         size: RMS distance of the end from the mean that ``data_mean`` gives, shape ``(B,)``.
-        lost: which rows the network answered with a value that is not finite, shape ``(n, B)``.
+        lost: which rows the network answered with a value that is not finite, or outlandish, shape ``(n, B)``.
         failed: samples whose end is not finite, or whose first row of the round was lost: all rows before it had
             settled, so that the sequential sampler would evaluate it there, too; shape ``(B,)``.
     """
@@ -171,6 +174,7 @@ class Turn:
     def _observe(self) -> None:
         """Add the innovations to the residuals, and learn from them; those that are not finite are set to zero."""
         path, residual = self.path, self.path.residual.view(-1, self.path.size)
+        limits = torch.where(path.reference_size > 0, (OUTLANDISH * path.reference_size).square(), torch.inf)
         for part in self._parts(len(self.rows.node)):
             rows = self.rows[part]
             innovation = self.innovation.index_select(0, rows.place)
@@ -178,7 +182,8 @@ class Turn:
                 self.measured[0, rows.number] = innovation.square().mean(1)
             else:
                 x, teaches = path.read(path.state, rows.node, rows.number), self.teaches[part]
-                self.measured[:, rows.number] = path.local.observe(rows.number, x, innovation, teaches)
+                limit = limits[rows.sample].masked_fill_(rows.place % self.places.shape[1] == 0, torch.inf)
+                self.measured[:, rows.number] = path.local.observe(rows.number, x, innovation, teaches, limit)
                 self.innovation.index_copy_(0, rows.place, innovation)
             residual.index_add_(0, rows.number, innovation)
 
@@ -207,14 +212,16 @@ class Turn:
         lost: Flags = self.active & ~np.isfinite(surprise)
         missed = np.zeros_like(surprise)
         missed[self.shared] = self.between.missed(np.sqrt(gaps), path.outlook.drifted)
+        *squares, reference = of_end.reshape(4, path.batch)
+        moved, length, size = np.sqrt(squares)
+        outlandish, unit = surprise > OUTLANDISH * reference, ROUNDINGS * torch.finfo(path.dtype).eps
+        path.shaken = bool(outlandish.any())
+        missed[outlandish & ~lost] = unit * surprise[outlandish & ~lost]
         path.outlook.learn(self.active, self.shared, surprise, stride, missed)
         path.amplification.learn(excess)
         path.outlook.look(np.sqrt(distance))
-        *squares, reference = of_end.reshape(4, path.batch)
-        moved, length, size = np.sqrt(squares)
-        path.shaken = bool((surprise > OUTLANDISH * reference).any())
         # Where the reference is far off, by a wrong mean, states are small differences of large numbers.
-        rounding = ROUNDINGS * torch.finfo(path.dtype).eps * np.maximum(length, reference)
+        rounding = unit * np.maximum(length, reference)
         left = np.sqrt(left).reshape(-1, path.batch)
         exact = np.zeros_like(moved), np.ones_like(moved)
         error, remains = exact if path.interpolation is None else path.interpolation.error(left[:-1], left[-1])
