@@ -89,6 +89,11 @@ def test_a_network_that_grows_without_bound_off_its_data_is_no_obstacle(name: st
     assert float((found.sample - truth.sample).square().mean(1).sqrt().max()) <= 1e-2
 
 
+def test_rows_beyond_a_lost_one_wait() -> None:
+    stats = piadm.sample(walls(1e2), (4, 16), method="ode", steps=400).stats
+    assert stats.evaluations <= 50 * stats.rounds  # 23 rows a round were seen; without waiting 104
+
+
 def test_where_the_sequential_sampler_comes_there_it_fails_and_is_no_sample() -> None:
     def network(x: Tensor, t: Tensor) -> Tensor:
         return torch.where((t[:, None] < 0.3) & (x[:, :1] > 0), torch.nan, exact(x, t))

@@ -18,6 +18,11 @@ from piadm.stopping import StoppingRule, Verdict
 from piadm.tally import Tally
 from piadm.turn import Movement, Turn
 
+#: Rows after a sample's first lost one that the next round may evaluate: the states there follow from no answer.  Where
+#: a network grows without bound off its data, the samples of 1000 steps took 6 to 17 times fewer evaluations with it
+#: than without, and as many rounds; with 4 or 64 up to twice or three times as many evaluations.
+AHEAD = 16
+
 
 class PathRun:
     """One path while it is iterated: its active rows, its stopping rule and the verdict on each of its samples.
@@ -36,6 +41,7 @@ class PathRun:
         handed: which of them have been handed on to another path, shape ``(B,)``.
         rounds: number of rounds so far.
         spent: whether the last round found no row to evaluate.
+        lost: which rows it lost, shape ``(n, B)``.
     """
 
     def __init__(
@@ -53,6 +59,7 @@ class PathRun:
         self.verdict = np.where(failed, Verdict.NONFINITE, Verdict.GO_ON)
         self.handed = np.zeros_like(failed)
         self.spent = False
+        self.lost: Flags = np.zeros((path.path.count, path.batch), np.bool_)
 
     @property
     def going(self) -> Flags:
@@ -68,6 +75,9 @@ class PathRun:
         outlook = self.path.outlook
         matter = outlook.expected * self.path.amplification.factor * self.rule.growth
         chosen: Flags = self.rows.choose(matter, self.rounds) & self.going
+        if self.path.local is not None and self.lost.any():  # not where a number of rounds is asked for
+            first = np.where(self.lost.any(0), self.lost.argmax(0), len(chosen))
+            chosen &= np.arange(len(chosen))[:, None] <= first + AHEAD
         shared: Flags = np.zeros_like(chosen)
         if self.sharing is not None and not last:
             shared = self.sharing.choose(chosen, outlook, self.rounds) & np.logical_not(self.rule.leaving)
@@ -78,7 +88,7 @@ class PathRun:
         going = self.going
         error, judged = self.rule.judge(movement, self.path.outlook.expected)
         self.verdict = np.where(going, judged, self.verdict)
-        self.rounds += 1
+        self.rounds, self.lost = self.rounds + 1, movement.lost
         self.spent = not active.any()  # nothing left to evaluate: the rule has judged all there is
         tally.error.numpy()[self.samples[going]] = error[going]
         self._record_ends(tally)
