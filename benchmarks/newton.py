@@ -103,20 +103,20 @@ def within(errors: Tensor, tol: float) -> Tensor:
     return torch.where(last == len(errors), torch.inf, last + 1)
 
 
-def compared(name: str, method: str, options: argparse.Namespace) -> Row:
+def compared(name: str, method: str, given: argparse.Namespace) -> Row:
     """Newton's method and the engine on one network."""
-    course = Course(name, method, options.steps, options.num)
+    course = Course(name, method, given.steps, given.num)
     path, exact = course.start, []
-    for _ in range(options.most):
+    for _ in range(given.most):
         path, sample = course.newton(path)
         exact.append(course.errors(sample))
     seen: list[Tensor] = []
     stats = piadm.sample(
-        course.denoiser, course.initial.shape, **course.given, tol=options.tol, nodes="all",
+        course.denoiser, course.initial.shape, **course.given, tol=given.tol, nodes="all",
         callback=lambda info: seen.append(course.errors(info.sample)),
     ).stats  # fmt: skip
-    newton, engine = within(torch.stack(exact), options.tol), within(torch.stack(seen), options.tol)
-    row: Row = {"network": name, "method": method, "steps": options.steps}
+    newton, engine = within(torch.stack(exact), given.tol), within(torch.stack(seen), given.tol)
+    row: Row = {"network": name, "method": method, "steps": given.steps}
     for title, rounds in (("Newton", newton), ("engine", engine), ("engine stops", stats.rounds_per_sample.double())):
         row |= {title: float(rounds.quantile(0.5, interpolation="higher")), f"{title}, most": float(rounds.max())}
     return row

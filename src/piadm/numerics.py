@@ -45,9 +45,13 @@ def beside(table: NDArray[Kind]) -> tuple[NDArray[Kind], NDArray[Kind]]:
     return padded[:-2], padded[2:]
 
 
+#: Whether PyTorch says of a device's autocast that there is one, and in what it computes.
+_TOLD = hasattr(torch, "get_autocast_dtype")
+
+
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What an autocast around the caller computes in on a device; None: there is none, or PyTorch is older than 2.4."""
-    if not hasattr(torch, "get_autocast_dtype") or not torch.is_autocast_enabled(device.type):
+    if not _TOLD or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
 
@@ -55,8 +59,7 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Matrix products in full float32: shorter numbers inside them, or an autocast around the sampler, lose digits."""
-    old = not hasattr(torch, "get_autocast_dtype")  # and does not say whether there is an autocast
-    surrounded = old or torch.is_autocast_enabled(device.type)
+    surrounded = not _TOLD or torch.is_autocast_enabled(device.type)
     without = torch.autocast(device.type, enabled=False) if surrounded else nullcontext()
     with _ON_CPU if device.type == "cpu" else _ELSEWHERE, without:
         yield

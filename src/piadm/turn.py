@@ -143,9 +143,8 @@ class Turn:
         before, apart = path.end.clone(), self._share()
         self._observe()
         if self.active.any():  # else nothing is new, and the path stays as it is to the last digit
-            innovation = self.innovation.view(*self.places.shape, path.size)
-            path.follow(self.places, innovation, int(self.active.any(1).argmax()))
-            del innovation
+            table = (*self.places.shape, path.size)
+            path.follow(self.places, self.innovation.view(table), int(self.active.any(1).argmax()))
         del self.innovation
         end = path.end[:, 0]
         squares = torch.stack([end - before[:, 0], end, end - path.centre]).square_().mean(2)
@@ -172,9 +171,8 @@ class Turn:
         return apart
 
     def _observe(self) -> None:
-        """Add the innovations to the residuals, and learn from them; those that are not finite are set to zero."""
+        """Add the innovations to the residuals, and learn from them; those that are lost are set to zero."""
         path, residual = self.path, self.path.residual.view(-1, self.path.size)
-        limits = torch.where(path.reference_size > 0, (OUTLANDISH * path.reference_size).square(), torch.inf)
         for part in self._parts(len(self.rows.node)):
             rows = self.rows[part]
             innovation = self.innovation.index_select(0, rows.place)
@@ -182,7 +180,8 @@ class Turn:
                 self.measured[0, rows.number] = innovation.square().mean(1)
             else:
                 x, teaches = path.read(path.state, rows.node, rows.number), self.teaches[part]
-                limit = limits[rows.sample].masked_fill_(rows.place % self.places.shape[1] == 0, torch.inf)
+                size, later = path.reference_size[rows.sample], rows.place % self.places.shape[1] > 0
+                limit = torch.where(later & (size > 0), (OUTLANDISH * size).square(), torch.inf)
                 self.measured[:, rows.number] = path.local.observe(rows.number, x, innovation, teaches, limit)
                 self.innovation.index_copy_(0, rows.place, innovation)
             residual.index_add_(0, rows.number, innovation)
@@ -215,8 +214,8 @@ class Turn:
         *squares, reference = of_end.reshape(4, path.batch)
         moved, length, size = np.sqrt(squares)
         outlandish, unit = surprise > OUTLANDISH * reference, ROUNDINGS * torch.finfo(path.dtype).eps
-        path.shaken = bool(outlandish.any())
-        missed[outlandish & ~lost] = unit * surprise[outlandish & ~lost]
+        path.shaken, large = bool(outlandish.any()), outlandish & ~lost
+        missed[large] = unit * surprise[large]
         path.outlook.learn(self.active, self.shared, surprise, stride, missed)
         path.amplification.learn(excess)
         path.outlook.look(np.sqrt(distance))
