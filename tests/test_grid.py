@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from piadm.grid import Blocks, TimeGrid
@@ -102,6 +102,9 @@ def test_paper_blocks_tile_the_horizon_in_equal_parts(horizon: float, stop: floa
 
 
 @given(horizon=horizons, stop=stops, length=lengths, step=steps_)
+@example(horizon=2.0, stop=0.1, length=2.0, step=0.9999999999533115)  # starts 5e-11 above the turn at 1 + step
+@example(horizon=3.0, stop=1.0 + 0.5 - 1e-11, length=20.0, step=0.5)  # ends 1e-11 below it
+@example(horizon=3.0 + 1e-11, stop=1.5 - 1e-11, length=20.0, step=0.5)  # and starts 1e-11 more than steps above
 def test_paper_steps_are_as_long_as_their_bound_allows(horizon: float, stop: float, length: float, step: float) -> None:
     *early, last = Blocks.paper(horizon, stop, length, step).times
     for block in early:

@@ -280,7 +280,7 @@ def _shrinking(start: float, end: float, step: float) -> Tensor:
 def _shrinking_steps(start: float, end: float, step: float) -> tuple[int, int]:
     """How many of these steps are uniform, and how many geometric; rounding alone makes no step."""
     # Above 1 + step the uniform step is the shorter one, below it the geometric one: t' = t / (1 + step).
-    uniform = max(0, math.ceil((start - max(end, 1.0 + step)) / step - _ROUNDING))
+    uniform = max(0, min(math.ceil((start - 1.0 - step) / step), math.ceil((start - end) / step - _ROUNDING)))
     turn = start - step * uniform
     return uniform, max(0, math.ceil(math.log(turn / end) / math.log1p(step) - _ROUNDING)) if turn > end else 0
 
