@@ -1,6 +1,7 @@
 # make demo   the main job: sixteen garments, sequentially and in parallel, in one picture
 # make test   ruff, mypy and every test
 # make lint   ruff and mypy alone
+# make oldest every test with the oldest releases that pyproject.toml allows; downloads gigabytes
 # make bench  every benchmark; prints its figures
 # make docs   the pages and a reference of all public names, as docs/_build/index.html
 # make clean  remove the environment and everything generated
@@ -11,8 +12,9 @@
 PYTHON ?= python3
 PIP_FLAGS ?=
 VENV := .venv
+CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt $(PIP_FLAGS)
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint $(CONSTRAINTS) $(PIP_FLAGS)
 
 # Stamps: touched when a step is complete, so a second run installs nothing.
 CREATED := $(VENV)/.created
@@ -22,19 +24,24 @@ BENCH_READY := $(VENV)/.bench-ready
 DOCS_READY := $(VENV)/.docs-ready
 
 .DEFAULT_GOAL := help
-.PHONY: demo test lint bench docs clean help
+.PHONY: demo test tests lint oldest bench docs clean help
 
 demo: $(DEMO_READY)
 	$(BIN)/piadm sample --out demo.png
 	@echo "The picture is $(CURDIR)/demo.png"
 
+test: lint tests
+
 # A process for every core, up to eight, and one thread each: most tests call small networks, which threads slow down.
-test: lint
+tests: $(TEST_READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 lint: $(TEST_READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+oldest:
+	$(MAKE) tests VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
 bench: $(BENCH_READY)
 	@set -e; for script in benchmarks/[!_]*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
@@ -43,7 +50,7 @@ docs: $(DOCS_READY)
 	$(BIN)/python -m sphinx --builder html --fail-on-warning docs docs/_build
 
 clean:
-	rm -rf $(VENV) build dist docs/_build .hypothesis .mypy_cache .pytest_cache .ruff_cache demo.png piadm-sample.png
+	rm -rf $(VENV) .venv-oldest build dist docs/_build .hypothesis .mypy_cache .pytest_cache .ruff_cache demo.png piadm-sample.png
 	find src tests benchmarks examples training -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 help:
@@ -58,18 +65,18 @@ $(CREATED):
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(DEMO_READY): pyproject.toml constraints.txt | $(CREATED)
+$(DEMO_READY): pyproject.toml $(CONSTRAINTS) | $(CREATED)
 	$(PIP) --editable '.[cli,plots,diffusers]'
 	@touch $@
 
-$(TEST_READY): pyproject.toml constraints.txt | $(CREATED)
+$(TEST_READY): pyproject.toml $(CONSTRAINTS) | $(CREATED)
 	$(PIP) --editable '.[test]'
 	@touch $@ $(DEMO_READY)
 
-$(BENCH_READY): pyproject.toml constraints.txt | $(CREATED)
+$(BENCH_READY): pyproject.toml $(CONSTRAINTS) | $(CREATED)
 	$(PIP) --editable '.[bench]'
 	@touch $@ $(TEST_READY) $(DEMO_READY)
 
-$(DOCS_READY): pyproject.toml constraints.txt | $(CREATED)
+$(DOCS_READY): pyproject.toml $(CONSTRAINTS) | $(CREATED)
 	$(PIP) --editable '.[docs]'
 	@touch $@

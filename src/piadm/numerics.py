@@ -45,21 +45,15 @@ def beside(table: NDArray[Kind]) -> tuple[NDArray[Kind], NDArray[Kind]]:
     return padded[:-2], padded[2:]
 
 
-#: Whether PyTorch says of a device's autocast that there is one, and in what it computes.
-_TOLD = hasattr(torch, "get_autocast_dtype")
-
-
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What an autocast around the caller computes in on a device; None: there is none, or PyTorch is older than 2.4."""
-    if not _TOLD or not torch.is_autocast_enabled(device.type):
-        return None
-    return torch.get_autocast_dtype(device.type)
+    """What an autocast around the caller computes in on a device; None: there is none."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Matrix products in full float32: shorter numbers inside them, or an autocast around the sampler, lose digits."""
-    surrounded = not _TOLD or torch.is_autocast_enabled(device.type)
+    surrounded = torch.is_autocast_enabled(device.type)
     without = torch.autocast(device.type, enabled=False) if surrounded else nullcontext()
     with _ON_CPU if device.type == "cpu" else _ELSEWHERE, without:
         yield

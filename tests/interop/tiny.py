@@ -148,13 +148,13 @@ def flux(kind: type = df.FluxPipeline, channels: int = 4, **more: Any) -> Any:  
     return quiet(kind, *TEXTS, transformer=network, vae=vae(1, **SHIFTED), scheduler=scheduler)
 
 
-def z_image(kind: type = df.ZImagePipeline) -> Any:  # noqa: ANN401 - a pipeline
+def z_image(kind: str = "ZImagePipeline") -> Any:  # noqa: ANN401 - a pipeline
     network = built(
         df.ZImageTransformer2DModel, in_channels=4, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
         cap_feat_dim=16, axes_dims=[8, 4, 4], axes_lens=[256, 32, 32],
     )  # fmt: skip
     parts = dict(transformer=network, vae=vae(1, **SHIFTED), scheduler=df.FlowMatchEulerDiscreteScheduler(shift=3.0))
-    return quiet(kind, "text_encoder", "tokenizer", **parts)
+    return quiet(getattr(df, kind), "text_encoder", "tokenizer", **parts)
 
 
 def pixart() -> Any:  # noqa: ANN401 - a pipeline
@@ -295,7 +295,7 @@ CASES: dict[str, Case] = {
     ),
     "Z-Image": Case(z_image, Z_IMAGE | dict(prompt_embeds=[prompts()["prompt_embeds"][0], torch.ones(9, 16)])),
     "Z-Image, inpaint": Case(
-        lambda: z_image(df.ZImageInpaintPipeline), Z_IMAGE | dict(image=image(32), mask_image=mask(32))
+        lambda: z_image("ZImageInpaintPipeline"), Z_IMAGE | dict(image=image(32), mask_image=mask(32))
     ),
     "PixArt": Case(pixart, SD | masks(2) | dict(negative_prompt=None, use_resolution_binning=False)),
     "DiT": Case(dit, dict(class_labels=[3, 5]), "np"),

@@ -46,13 +46,16 @@ def bar(title: str, *, shown: bool = True) -> Iterator[Callable[[float, str], No
         A function ``update(fraction, note)``: how much is done, in [0, 1], and a few words.
     """
     screen = console(stderr=True)
+    if not (shown and screen.is_terminal):  # rich before 14.3 ends a bar that it does not show with an empty line
+        yield lambda fraction, note: None
+        return
     columns = (
         TextColumn(f"{title:<20}"),
         BarColumn(),
         TextColumn("{task.fields[note]}"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=screen, transient=True, disable=not (shown and screen.is_terminal)) as progress:
+    with Progress(*columns, console=screen, transient=True) as progress:
         task = progress.add_task(title, total=1.0, note="")
         yield lambda fraction, note: progress.update(task, completed=fraction, note=note)
 
