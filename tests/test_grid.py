@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from piadm.grid import Blocks, TimeGrid
@@ -29,6 +29,7 @@ ROUNDING = 1e-9  # a quotient this little above an integer counts as that intege
 
 horizons, stops = st.floats(0.5, 15.0), st.floats(-4.0, -0.5).map(lambda x: 10.0**x)
 lengths, steps_ = st.floats(0.2, 20.0), st.floats(-2.0, 0.5).map(lambda x: 10.0**x)
+patient = settings(deadline=None)  # a machine may be busy
 
 
 @pytest.mark.parametrize("times", [[3, 1, 0], (3.0, 1.0, 0.0), np.float32([3, 1, 0]), torch.tensor([3, 1, 0])])
@@ -65,6 +66,7 @@ def test_log_snr_grid_of_a_table_stays_within_the_trained_times() -> None:
     assert bool((times[:-1] >= 0.0).all()) and times[-1] == -1.0
 
 
+@patient
 @given(position=st.floats(1e-8, 1.0 - 1e-8))
 def test_log_snr_grid_decreases_whichever_end_is_infinite(position: float) -> None:
     for start, end in ((1.0, position), (position, 0.0)):
@@ -86,6 +88,7 @@ def test_default_grid_follows_the_custom_of_the_schedule() -> None:
         assert torch.equal(TimeGrid.default(schedule, 20).times, TimeGrid.uniform(schedule, 20).times)
 
 
+@patient
 @given(horizon=horizons, stop=stops, length=lengths, step=steps_)
 def test_paper_blocks_tile_the_horizon_in_equal_parts(horizon: float, stop: float, length: float, step: float) -> None:
     blocks = Blocks.paper(horizon, stop, length, step)
@@ -101,6 +104,7 @@ def test_paper_blocks_tile_the_horizon_in_equal_parts(horizon: float, stop: floa
     assert blocks.steps == sum(blocks.sizes) == blocks.grid(OUSchedule()).steps
 
 
+@patient
 @given(horizon=horizons, stop=stops, length=lengths, step=steps_)
 @example(horizon=2.0, stop=0.1, length=2.0, step=0.9999999999533115)  # starts 5e-11 above the turn at 1 + step
 @example(horizon=3.0, stop=1.0 + 0.5 - 1e-11, length=20.0, step=0.5)  # ends 1e-11 below it

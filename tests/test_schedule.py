@@ -12,7 +12,7 @@ import mpmath as mp
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from piadm.schedule import (
@@ -24,6 +24,8 @@ from piadm.schedule import (
     VESchedule,
     VPSchedule,
 )
+
+patient = settings(deadline=None)  # a machine may be busy
 
 TOLERANCE = 1e-12  # the accuracy the library promises
 NEAR_DATA = [1e-12, 1e-9, 1e-6, 1e-3, 0.02]
@@ -144,6 +146,7 @@ def test_inverse_has_twelve_digits_over_the_whole_range(exact: Exact) -> None:
 
 
 @each
+@patient
 @given(position=st.floats(-12.0, 0.0))
 def test_time_inverts_log_snr(exact: Exact, position: float) -> None:
     low, high = exact.schedule.t_range
@@ -203,6 +206,7 @@ def test_shape_is_kept_and_the_result_is_float64(schedule: NoiseSchedule, method
     assert function(torch.zeros(0)).shape == (0,)
 
 
+@patient
 @given(t=st.one_of(st.floats(-1.0, 999.0), st.integers(0, 999).map(float)))
 def test_table_is_exact_at_indices_and_linear_in_log_snr_between(t: float) -> None:
     def level(i: int) -> Any:  # noqa: ANN401
@@ -251,6 +255,7 @@ def test_settings_are_frozen_values() -> None:
         VPSchedule().beta_min = 1.0  # type: ignore[misc]
 
 
+@patient
 @given(t=st.floats().filter(lambda t: not 0.0 <= t <= 1.0))
 def test_every_time_outside_the_range_is_refused(t: float) -> None:
     for schedule in (VPSchedule(), CosineSchedule(), FlowSchedule()):

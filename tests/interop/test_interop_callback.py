@@ -107,15 +107,14 @@ def test_it_may_interrupt_either_pipeline_and_hears_no_more(which: str) -> None:
 
 def test_a_loop_that_counts_from_another_number_does_so_in_rounds_too() -> None:
     class Events:
-        rounds = 2
+        left = [2, 2]
 
         def begin(self, timesteps: torch.Tensor) -> None: ...
 
         def turn_to_rounds(self) -> None: ...
 
-        def going(self) -> bool:
-            self.rounds -= 1
-            return self.rounds >= 0
+        def repeated(self) -> int | None:
+            return self.left.pop() if self.left else None
 
         def finish(self) -> None: ...
 

@@ -14,7 +14,7 @@ from typing import Any
 import diffusers as df
 import pytest
 import torch
-from tiny import CASES, SCALED, SD, SQUARE, XL, normals, pixels, stable_diffusion
+from tiny import CASES, SCALED, SD, SQUARE, normals, pixels, stable_diffusion
 from torch import Tensor, nn
 
 import piadm
@@ -237,10 +237,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "a learned variance": (
         lambda: pixels(df.DDPMPipeline, df.DDPMScheduler(variance_type="learned_range"), out_channels=6),
         dict(num_inference_steps=12), "DDPMScheduler.*what works",
-    ),
-    "guidance at some steps": (
-        CASES["SD3"].build, dict(SQUARE, **XL, num_inference_steps=12, skip_guidance_layers=[0]),
-        "guidance changes|other networks",
     ),
     "a step from a scaled state": (
         lambda: replaced(CASES["DiT"].build(), df.EulerDiscreteScheduler()),

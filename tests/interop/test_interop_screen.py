@@ -221,22 +221,3 @@ def test_what_the_pipeline_itself_fails_in_is_its_own_error(wrong: Any, kind: ty
     with pytest.raises(kind) as found:
         fast(**call | wrong)
     assert type(found.value) is kind and str(found.value) == str(own.value)
-
-
-class Ends(df.StableDiffusionPipeline):
-    """A pipeline whose guidance ends early, and saves the network's second call from then on."""
-
-    @torch.no_grad()
-    def __call__(self, latents: Tensor, prompt_embeds: Tensor) -> Tensor:
-        self.scheduler.set_timesteps(6)
-        for i, t in enumerate(self.scheduler.timesteps):
-            output = self.unet(latents, t, prompt_embeds).sample
-            if i < 3:
-                output = 2 * output - self.unet(latents, t, -prompt_embeds).sample
-            latents = self.scheduler.step(output, t, latents).prev_sample
-        return latents
-
-
-def test_guidance_that_ends_early_is_no_other_network() -> None:
-    with pytest.raises(UnsupportedError, match="calls its networks more often, as for guidance, at some steps than"):
-        parallelize(stable_diffusion(Ends))(CALL["latents"], CALL["prompt_embeds"])

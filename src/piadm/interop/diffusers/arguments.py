@@ -82,7 +82,7 @@ class Rows:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, at: Tensor) -> Rows:
+    def __getitem__(self, at: Tensor | slice) -> Rows:
         return Rows(self.state[at], self.samples[at], self.calls[at])
 
 

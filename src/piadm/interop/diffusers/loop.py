@@ -18,15 +18,15 @@ class LoopEvents(Protocol):
     def turn_to_rounds(self) -> None:
         """The pass over all timesteps is done; rounds follow."""
 
-    def going(self) -> bool:
-        """Whether there is to be another round."""
+    def repeated(self) -> int | None:
+        """The step that is to be made once more; None: none is."""
 
     def finish(self) -> None:
         """The loop ends."""
 
 
 class Loop:
-    """The pipeline's loop over timesteps: once through all of them, then round after round at the last one."""
+    """The pipeline's loop over timesteps: once through all of them, then round after round at one or a few of them."""
 
     def __init__(self, run: LoopEvents, timesteps: Tensor) -> None:
         self.run, self.timesteps = run, timesteps
@@ -38,12 +38,11 @@ class Loop:
         return (t for _, t in self.numbered())
 
     def numbered(self, start: int = 0) -> Iterator[tuple[int, Tensor]]:
-        """Steps and their numbers from ``start`` on; rounds repeat the last step, whose code is that of the end."""
+        """Steps and their numbers from ``start`` on."""
         run = self.run
         run.begin(self.timesteps)
         yield from builtins.enumerate(self.timesteps, start)
         run.turn_to_rounds()
-        last = len(self.timesteps) - 1
-        while run.going():
-            yield start + last, self.timesteps[last]
+        while (step := run.repeated()) is not None:
+            yield start + step, self.timesteps[step]
         run.finish()

@@ -15,10 +15,11 @@ from tqdm.auto import tqdm
 from piadm._checks import described
 from piadm.interop.diffusers._version import pipeline_class
 from piadm.interop.diffusers.loop import Loop
+from piadm.interop.diffusers.options import Options
 from piadm.interop.diffusers.probe import UnsupportedError, rebound
 from piadm.interop.diffusers.proxies import NetworkProxy, is_denoiser, take_over
 from piadm.interop.diffusers.rehearsal import Rehearsal, replaced
-from piadm.interop.diffusers.rounds import Options, Rounds
+from piadm.interop.diffusers.rounds import Rounds
 from piadm.interop.diffusers.screen import check_network, check_scheduler
 from piadm.interop.diffusers.sequential import own_error
 from piadm.interop.diffusers.standins import StandIns
@@ -142,7 +143,7 @@ class Run:
             )
         if self.rounds is None:
             return self.rehearsal.network(proxy, arguments)
-        return self.rounds.network(name, proxy.run, arguments, self.rehearsal.spares[name])
+        return self.rounds.network(name, proxy.run, arguments)
 
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **more: Any) -> Any:  # noqa: ANN401
         """The scheduler's step."""
@@ -177,15 +178,14 @@ class Run:
         self.rehearsing = False
         progress = not getattr(self.pipe, "_progress_bar_config", {}).get("disable", False)
         score = self.rehearsal.score()
-        evaluated = self.rehearsal.evaluated.get(score.slots[-1].name, 0) // self.rehearsal.batch
-        self.rounds = Rounds(score, self.parallel.options, evaluated, progress)
+        self.rounds = Rounds(score, self.parallel.options, self.rehearsal.evaluated, progress)
 
-    def going(self) -> bool:
-        """Whether the engine asks for more rows; asks it to stop where the pipeline was interrupted."""
+    def repeated(self) -> int | None:
+        """The step that the next pass repeats, None: none; the engine stops where the pipeline was interrupted."""
         assert self.rounds is not None
         if getattr(self.stage, "_interrupt", False):
             self.rounds.stop()
-        return self.rounds.going
+        return self.rounds.repeated()
 
     def finish(self) -> None:
         """The engine is done."""

@@ -16,23 +16,19 @@ import torch
 from torch import Tensor
 
 from piadm.integrators import Steps
-from piadm.interop.diffusers.arguments import Slot, copied, leaves, same, with_tensors
+from piadm.interop.diffusers.arguments import copied, leaves, same, with_tensors
 from piadm.interop.diffusers.draws import Draws
 from piadm.interop.diffusers.fixed import Fixed
 from piadm.interop.diffusers.levels import CallLevels, Estimate, estimate, levels, steps
+from piadm.interop.diffusers.phases import MOST, Calls, Phase
 from piadm.interop.diffusers.probe import UnsupportedError, probe, stepper
 from piadm.interop.diffusers.proxies import NetworkProxy, given_back
-from piadm.interop.diffusers.standins import StandIns, denoises, kind, unknown
+from piadm.interop.diffusers.standins import StandIns, denoises, kind, unknown, varied
 from piadm.interop.diffusers.watch import Held, Settings
 
 #: States of the rehearsal lie between this and twice this, in steps that every floating-point type holds: what a
 #: pipeline puts in their place is far smaller.
 LARGE, STEPS = 8192.0, 128
-
-#: Relative difference of guided outputs that rounding may leave.  At every step the same code reads the same numbers in
-#: the same shapes: all pipelines of the tests make the same of them to the bit, in float32, bfloat16 and float16.  What
-#: adds up a million numbers in another order each time is off by some 1e-6 in float32.
-ROUNDING = 1e-5
 
 #: Standard deviations by which values that the pipeline sets may go along with the random state that they replace.
 CHANCE = 8
@@ -50,8 +46,7 @@ class Score:
         levels: noise levels of every call.
         estimate: model output to denoised estimate.
         scales: factor on the state before a network reads it, shape ``(J,)``.
-        slots: the network calls of one step, in order.
-        output: what the pipeline makes of their stand-ins, one row or several per sample.
+        phases: the ways in which the body of the loop runs.
         fixed: coordinates that are not the scheduler's; None: all are.
     """
 
@@ -62,8 +57,7 @@ class Score:
     levels: CallLevels
     estimate: Estimate
     scales: Tensor
-    slots: list[Slot]
-    output: Tensor
+    phases: list[Phase]
     fixed: Fixed | None
 
 
@@ -71,12 +65,6 @@ def replaced(result: Any, state: Tensor) -> Any:  # noqa: ANN401 - a scheduler's
     """A scheduler's output, tuple or object, with copies of another state; what else it holds is not known, and NaN."""
     old = result[0]
     return with_tensors(result, lambda leaf: state.clone() if same(leaf, old) else torch.full_like(leaf, torch.nan))
-
-
-def alike(output: Tensor, wanted: Tensor, rounding: float = ROUNDING) -> bool:
-    """Whether model outputs are the same up to rounding."""
-    near = rounding * float(wanted.abs().max())
-    return output.shape == wanted.shape and torch.allclose(output, wanted, rtol=rounding, atol=near)
 
 
 class Rehearsal:
@@ -89,9 +77,9 @@ class Rehearsal:
         given: the arguments of the pipeline's call.
 
     Attributes:
-        evaluated: rows of each network that were evaluated, to learn the shape of its output.
+        evaluated: step, network and rows of calls that were evaluated, to learn the shape of the output.
         spares: the latest stand-in of each network.
-        settings: of the networks at the first step, by the place of the call in the step.
+        settings: of the networks, by the place of the call in the step, and name.
         result: what the scheduler's latest step returned.
     """
 
@@ -100,21 +88,21 @@ class Rehearsal:
         self.scheduler, self.timesteps, self.outputs = scheduler, timesteps, outputs
         self.unused = given_back(scheduler)
         self.generator = torch.Generator().manual_seed(0x5EED)
-        self.calls: list[tuple[str, dict[str, Any]]] = []
-        self.before: list[tuple[str, dict[str, Any]]] = []
-        self.slots: list[Slot] = []
+        self.calls: Calls = []
+        self.shown: list[Any] = []  # what stood in for the outputs of these calls
+        self.phases: list[Phase] = []
         self.noise: list[Tensor | None] = []
         self.fixed: Fixed | None = None
         self.leaning, self.power = 0.0, 0.0  # of the values that are set towards the state that they replace
         self.scaled: Tensor | None = None
-        self.evaluated: dict[str, int] = {}
+        self.evaluated: list[tuple[int, str, int]] = []
         self.spares: dict[str, Any] = {}
-        self.settings: dict[int, Settings] = {}
+        self.settings: dict[tuple[int, str], Settings] = {}
         self._read({})  # what is not supported is refused before any network runs
 
     def network(self, proxy: NetworkProxy, arguments: dict[str, Any]) -> Any:  # noqa: ANN401 - the network's own
         """An output of the right shape; the network itself runs only where that is not known yet."""
-        name, target, place = proxy._name, proxy._target, len(self.calls)
+        name, target, place = proxy._name, proxy._target, (len(self.calls), proxy._name)
         self.calls.append((name, copied(arguments)))
         if place not in self.settings:
             self.settings[place] = Settings(name, target)
@@ -126,12 +114,13 @@ class Rehearsal:
             output = proxy.run(arguments)
             spare = self.outputs.keep(target, key, output)
             rows = next(len(leaf) for leaf in leaves(output).values() if isinstance(leaf, Tensor))
-            self.evaluated[name] = self.evaluated.get(name, 0) + rows
+            self.evaluated.append((len(self.noise), name, rows))
             # What the network has set itself while it ran says nothing.
             others = {at: settings for at, settings in self.settings.items() if settings.network is not target}
             self.settings = {**others, place: Settings(name, target)}
         self.spares[name] = spare
-        return copied(spare)
+        self.shown.append(varied(spare, place[0]))
+        return copied(self.shown[-1])
 
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **more: Any) -> Any:  # noqa: ANN401
         """The scheduler's own step, for the noise that it draws; returns a state that will be recognised."""
@@ -139,10 +128,10 @@ class Rehearsal:
         names = list(inspect.signature(self.scheduler.step).parameters)[3 : 3 + len(args)]
         options = dict(zip(names, args, strict=True)) | more
         if number == 0:
-            self._begin(model_output, sample, options)
+            self._begin(sample, options)
         else:
-            self._compare(model_output, sample, options, number)
-        self._learn(number)
+            self._compare(sample, options, number)
+        self._learn(model_output, number)
         self._step(model_output, timestep, sample, options)
         steps = torch.randint(STEPS, sample.shape, generator=self.generator, device="cpu")
         signs = torch.randint(2, sample.shape, generator=self.generator, device="cpu") * 2 - 1
@@ -171,10 +160,9 @@ class Rehearsal:
         self.levels = levels(self.unused, self.timesteps, self.probed.scales)
         self.estimate = estimate(self.unused, self.timesteps, self.levels, self.probed, options)
 
-    def _begin(self, output: Tensor, sample: Tensor, options: dict[str, Any]) -> None:
+    def _begin(self, sample: Tensor, options: dict[str, Any]) -> None:
         """The first step: keep the initial state."""
-        self.output, self.options = output.clone(), copied(options)
-        self._tell_apart()
+        self.options = copied(options)
         self.first = self.state = sample.clone()
         self.sources = torch.arange(len(sample), device="cpu")
         if options.keys() - {"generator", "return_dict"}:
@@ -184,27 +172,25 @@ class Rehearsal:
                 "the pipeline steps from the scaled state; it needs a scheduler that does not scale, such as DDIM"
             )
 
-    def _tell_apart(self) -> None:
-        """Only the network that is called last says something of the state: what others say is for it, and NaN."""
+    def _tell_apart(self) -> set[str]:
+        """Only the network that is called last says something of the state: what others say is for it, and NaN.
+
+        Returns:
+            The others, of those that were not known as such.
+        """
         names = [name for name, _ in self.calls]
         feeders = {name for name in names if name != names[-1] and denoises(self.spares[name])}
-        if feeders and len(self.timesteps) == 1:
-            raise UnsupportedError(f"what {', '.join(sorted(feeders))} is for does not show in one step; ask for two")
         self.spares.update({name: unknown(self.spares[name]) for name in feeders})
         self.outputs.blot_out(feeders)
+        return feeders
 
-    def _compare(self, output: Tensor, sample: Tensor, options: dict[str, Any], number: int) -> None:
-        """A later step: it may differ from the first one only in ways in which rows can differ."""
+    def _compare(self, sample: Tensor, options: dict[str, Any], number: int) -> None:
+        """A later step: its state may differ from the first one's only in ways in which rows can differ."""
         if self.held.overwritten:
             raise UnsupportedError("the pipeline writes into a state or model output that its scheduler has kept")
         if others := sorted(key for key in options | self.options if not self._as_before(key, options)):
             raise UnsupportedError(
                 f"the pipeline gives the scheduler other arguments at some steps than at others: {', '.join(others)}"
-            )
-        if not alike(output, self.output):
-            raise UnsupportedError(
-                "guidance changes with the steps or reads the state: the same network outputs were combined to "
-                f"different model outputs at steps 0 and {number}"
             )
         if number == 1:
             self.sources = _sources(sample, self.marker)
@@ -245,22 +231,36 @@ class Rehearsal:
         if large or self.leaning**2 > CHANCE**2 * self.power:  # the states are random: the sum has variance ``power``
             raise UnsupportedError("the pipeline changes the state between steps by more than setting parts of it")
 
-    def _learn(self, number: int) -> None:
+    def _learn(self, output: Tensor, number: int) -> None:
         """Take in the network calls of a step; only from the second on are all rows of the state known to differ."""
-        calls, self.calls = self.calls, []
-        if number == 0 and len(self.timesteps) > 1:
-            self.before = calls
-            return
-        if not self.slots:
-            known = {name: denoises(self.spares[name]) for name, _ in calls}
-            self.slots = [Slot(name, given, self.state, denoises=known[name]) for name, given in calls]
-        for step in (self.before, calls) if self.before else (calls,):
-            if (names := [name for name, _ in step]) != (others := [slot.name for slot in self.slots]):
-                what = "other networks" if {*names} != {*others} else "its networks more often, as for guidance,"
-                raise UnsupportedError(f"the pipeline calls {what} at some steps than at others")
-            for slot, (_, given) in zip(self.slots, step, strict=True):
-                slot.learn(given)
-        self.before = []
+        phase = self._phase(output, number)
+        phase.add(number, self.calls)
+        self.calls, self.shown = [], []
+        if number > 0 or len(self.timesteps) == 1:
+            phase.learn(self.state, self._denoises)
+
+    def _phase(self, output: Tensor, number: int) -> Phase:
+        """The phase of a step, known or new.
+
+        Args:
+            output: what the pipeline has made of its networks' stand-ins.
+            number: of the step.
+        """
+        names = [name for name, _ in self.calls]
+        for phase in self.phases:
+            if phase.fits(names, output):
+                return phase
+        if len(self.phases) == MOST:
+            raise UnsupportedError(
+                "guidance changes with the steps or reads the state, or other networks are called: the same network "
+                f"outputs were combined in more than {MOST} ways, up to step {number}"
+            )
+        self.phases.append(Phase(names, self.shown, output.clone(), self._tell_apart()))
+        return self.phases[-1]
+
+    def _denoises(self, name: str) -> bool:
+        """Whether a network's output is the model output."""
+        return denoises(self.spares[name])
 
     @property
     def batch(self) -> int:
@@ -273,8 +273,11 @@ class Rehearsal:
         Raises:
             UnsupportedError: if the loop did not make one step per timestep, with a network.
         """
-        if len(self.noise) != len(self.timesteps) or not self.slots:
+        if len(self.noise) != len(self.timesteps) or not all(phase.names for phase in self.phases):
             raise UnsupportedError("the pipeline does not call a network and the scheduler once per timestep")
+        for phase in self.phases:
+            phase.learn(self.first[: self.batch], self._denoises)
+            phase.check()
         recurrence, noise = steps(self.probed, self.estimate), None
         if recurrence.normals:
             drawn = next(normals for normals in self.noise if normals is not None)
@@ -282,8 +285,8 @@ class Rehearsal:
             noise = torch.stack(kept)[:, : self.batch]
         scales = torch.ones_like(self.probed.scales) if self.scaled is None else self.probed.scales
         return Score(
-            self.first[: self.batch], self.sources, noise, recurrence, self.levels, self.estimate, scales, self.slots,
-            self.output, self.fixed,
+            self.first[: self.batch], self.sources, noise, recurrence, self.levels, self.estimate, scales, self.phases,
+            self.fixed,
         )  # fmt: skip
 
 

@@ -2,81 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from piadm._checks import optional_int
 from piadm.denoiser import Denoiser
 from piadm.engine import rounds
 from piadm.executor import error_text, name_rows, out_of_memory
 from piadm.grid import TimeGrid
-from piadm.integrators import Integrator
 from piadm.interop.diffusers.arguments import Rows, copied, leaves
+from piadm.interop.diffusers.options import Options, PipelineNetwork
+from piadm.interop.diffusers.phases import ROUNDING, Phase, alike
 from piadm.interop.diffusers.probe import UnsupportedError
-from piadm.interop.diffusers.rehearsal import ROUNDING, Score, alike
-from piadm.linearization import Linearization
+from piadm.interop.diffusers.rehearsal import Score
 from piadm.problem import make_problem
-from piadm.schedule import VPSchedule
-from piadm.settings import TURNS_PER_NODE, SampleSettings, clipped, resolve
+from piadm.settings import TURNS_PER_NODE, clipped
 from piadm.solution import NetworkError, RoundInfo, Solution
 from piadm.tally import Interrupted, Tally
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a parallel pipeline samples; the arguments of ``parallelize``."""
-
-    tol: float = 1e-2
-    max_batch: int | None = None
-    nodes: str | int | None = None
-    window: int | str | None = None
-    linearization: str | Linearization | None = None
-    max_rounds: int | None = None
-    data_mean: float = 0.0
-    data_variance: float = 1.0
-    raise_on_failure: bool = False
-
-    def __post_init__(self) -> None:
-        optional_int("max_batch", self.max_batch)
-        optional_int("max_rounds", self.max_rounds)
-        # A schedule that allows everything: what the pipeline's own one does not shows when it is known.
-        anything = Denoiser(PipelineNetwork(1), VPSchedule(), "sample", self.data_mean, self.data_variance)
-        self.engine(anything, "ode", None)
-
-    def engine(self, denoiser: Denoiser, method: str | Integrator, grid: TimeGrid | None) -> SampleSettings:
-        """The engine's settings for a denoiser; checks what it is given."""
-        return resolve(
-            denoiser, method=method, grid=grid, steps=1000, tol=self.tol, nodes=self.nodes, window=self.window,
-            guess=self.linearization,
-        )  # fmt: skip
-
 
 #: A network of the pipeline, called with its arguments by name.
 Network = Callable[[dict[str, Any]], Any]
 
 
-class PipelineNetwork:
-    """What the engine knows of networks that the pipeline calls.
+@dataclass(frozen=True)
+class Part:
+    """The rows of a request that belong to one phase of the loop.
 
     Attributes:
-        rows_per_call: network rows per row of the engine: several under guidance.
-        kind: a tensor of the dtype that they return, where the states are; None: not known yet.
+        phase: the phase.
+        at: which rows of the request they are.
+        rows: the rows, their steps numbered among those of the phase.
     """
 
-    def __init__(self, rows_per_call: int, kind: Tensor | None = None) -> None:
-        self.rows_per_call, self.kind = rows_per_call, kind
-
-    def parameters(self) -> Iterator[Tensor]:
-        """What tells dtype and device."""
-        return iter(() if self.kind is None else (self.kind,))
-
-    def __call__(self, *args: object, **kwargs: object) -> Tensor:
-        """Never: the pipeline's loop answers in its place."""
-        raise AssertionError("the pipeline calls its networks itself")
+    phase: Phase
+    at: Tensor | slice
+    rows: Rows
 
 
 class Rounds:
@@ -85,20 +48,21 @@ class Rounds:
     Args:
         score: the rehearsal.
         options: how to sample.
-        evaluated: network rows that the rehearsal has evaluated, per sample; 0: none.
+        evaluated: network calls that the rehearsal has evaluated: step, network and rows.
         progress: show a progress bar.
     """
 
-    def __init__(self, score: Score, options: Options, evaluated: int, progress: bool) -> None:
+    def __init__(self, score: Score, options: Options, evaluated: Sequence[tuple[int, str, int]], progress: bool) -> None:
         self.score, self.options = score, options
         self.scales, self.estimate, self.sources = score.scales, score.estimate, score.sources
         count = score.levels.count
-        chunks = sum(slot.state.chunks for slot in score.slots if slot.denoises)
-        network = PipelineNetwork(chunks, score.initial.new_empty(0, dtype=score.output.dtype))
+        most = max(phase.rows_per_call for phase in score.phases)
+        network = PipelineNetwork(most, score.initial.new_empty(0, dtype=score.phases[-1].output.dtype))
         denoiser = Denoiser(network, score.levels, "sample", options.data_mean, options.data_variance)
         what = denoiser, _Known(score.steps), TimeGrid(range(count, -1, -1))
         engine = options.engine(*what)
-        if options.nodes is None and engine.nodes.count < count and any(slot.jumps for slot in score.slots):
+        jumps = len(score.phases) > 1 or score.phases[0].jumps
+        if options.nodes is None and engine.nodes.count < count and jumps:
             # Between nodes a condition that holds for a few steps would not be seen.
             engine = replace(options, nodes="all").engine(*what)
         if (excess := self.estimate.excess(score.steps)) is not None:
@@ -109,17 +73,23 @@ class Rounds:
         )  # fmt: skip
         self.info: RoundInfo | None = None
         self.tally = Tally(problem, None, self._heard, progress)
-        if evaluated:
-            self.tally.rounds = 1
-            problem.executor.evaluations += evaluated
+        denoising = {phase.names[-1] for phase in score.phases}
+        first = [(step, rows) for step, name, rows in evaluated if name in denoising]
+        self.tally.rounds = len({step for step, _ in first})
+        problem.executor.evaluations += sum(rows for _, rows in first) // len(score.initial)
         limit = options.max_rounds or TURNS_PER_NODE * count + self.tally.rounds
         self.asking = rounds(engine, problem, self.tally, limit, False)
         self.going = True
-        # A pass with one row more than the batch has, backwards: code that tells samples apart shows before any network
-        # runs, also where the engine would happen to ask for rows in the order of the batch.
+        # The phase of every step, and its number among the steps of that phase.
+        self.phase, self.own = _numbered(score.phases, count)
+        # The phase that the body is in, the place of the next network call in it, and the step that it makes.
+        self.current, self.place, self.latest = score.phases[int(self.phase[-1])], 0, count - 1
+        # A pass of every phase with one row more than the batch has, backwards: code that tells samples apart shows
+        # before any network runs, also where the engine would happen to ask for rows in the order of the batch.
         batch = len(score.initial)
         self.rounding = ROUNDING  # means over each row, of more rows, may be rounded the other way: by the last digit
-        self.trial: Tensor | None = torch.arange(batch - 1, -2, -1, device="cpu") % batch
+        self.trial = torch.arange(batch - 1, -2, -1, device="cpu") % batch
+        self.trials = list(score.phases)
         self._resume(lambda: next(self.asking))
 
     def _heard(self, info: RoundInfo) -> None:
@@ -127,7 +97,9 @@ class Rounds:
 
     def _resume(self, go_on: Callable[[], tuple[Tensor, Tensor, Tensor]]) -> None:
         """Let the engine go on to its next request, or to its end."""
-        self.place, self.starved = 0, False
+        self.starved = False
+        self.parts: list[Part] = []
+        self.found: list[Tensor] = []
         try:
             states, samples, times = go_on()
         except StopIteration:
@@ -141,36 +113,66 @@ class Rounds:
         self.scales, self.estimate = self.scales.to(self.state), self.estimate.to(self.state)
         scales = self.scales[calls].reshape(-1, *[1] * (self.state.ndim - 1))
         self.rows = Rows(self.state * scales, samples, calls)
+        self.parts = self._parts(self.rows)
+        self.order = [part.at for part in self.parts]
+
+    def _parts(self, rows: Rows) -> list[Part]:
+        """The rows of every phase that has any."""
+        phases = self.score.phases
+        if len(phases) == 1:  # nothing is asked of the device, which may be at work yet
+            return [Part(phases[0], slice(None), rows)]
+        which, calls = self.phase.to(rows.calls.device)[rows.calls], self.own.to(rows.calls.device)[rows.calls]
+        own = replace(rows, calls=calls)
+        places = [(which == number).nonzero().squeeze(1) for number in range(len(phases))]
+        return [Part(phase, at, own[at]) for phase, at in zip(phases, places, strict=True) if len(at)]
+
+    def repeated(self) -> int | None:
+        """The step that the next pass of the loop's body repeats; None: there is to be none.
+
+        The last pass is at the last step, whose code is that of the end.
+        """
+        last = len(self.phase) - 1
+        if self.going:
+            self.current = self.trials[0] if self.trials else self.parts[0].phase
+            self.latest = self.current.repeated
+        elif self.latest == last:
+            return None
+        else:
+            self.current, self.latest = self.score.phases[int(self.phase[last])], last
+        self.place = 0
+        return self.latest
 
     def stop(self) -> None:
         """End early, with what there is."""
         if self.going:
             self._resume(lambda: self.asking.throw(Interrupted()))
 
-    def network(self, name: str, run: Network, arguments: dict[str, Any], spare: Any) -> Any:  # noqa: ANN401
-        """A network's output for the rows that the engine has asked for; ``spare`` where there is nothing to do.
+    def network(self, name: str, run: Network, arguments: dict[str, Any]) -> Any:  # noqa: ANN401 - the network's own
+        """A network's output for the rows that the engine has asked for; a stand-in where there is nothing to do.
 
         Raises:
             NetworkError: if the network fails, naming the samples and steps of the rows it was given.
         """
+        number = self.place % len(self.current.slots)
+        slot, spare = self.current.slots[number], self.current.spares[number]
+        self.place += 1
         if self.starved or not self.going:
             return copied(spare)
-        slot = self.score.slots[self.place % len(self.score.slots)]
-        self.place += 1
         if slot.name != name:
             raise UnsupportedError(f"the pipeline calls {name} where it called {slot.name} before")
-        if self.trial is not None:
+        if self.trials:
             self.rounding = max(self.rounding, _unit(spare))
             return slot.picked(spare, self.trial)
         try:
-            return slot.call(run, arguments, self.rows)
+            return slot.call(run, arguments, self.parts[0].rows)
         except UnsupportedError:
             raise
         except KeyboardInterrupt:
             self._resume(lambda: self.asking.throw(KeyboardInterrupt()))
         except Exception as error:
             if not out_of_memory(error) or len(self.rows) == 1:
-                what = name_rows(self.rows.samples, self.rows.calls).replace("time", "step")
+                rows = self.rows[self.parts[0].at]
+                what = name_rows(rows.samples, rows.calls).replace("time", "step")
                 raise NetworkError(f"{name} failed on {what}: {error_text(error)}") from error
             self.starved = True
         if self.starved and torch.cuda.is_available():
@@ -180,28 +182,37 @@ class Rounds:
     def step(self, output: Tensor) -> bool:
         """Hand the engine the guided model output; whether that ended a round."""
         before = self.tally.rounds
-        if self.trial is not None:
-            self._check(output, len(self.trial))
-            if not alike(output, self._answer()[:, self.trial].flatten(0, 1), self.rounding):
+        if self.trials and self.going:
+            phase = self.trials.pop(0)
+            self._check(output, phase, len(self.trial))
+            if not alike(output, self._answer(phase)[:, self.trial].flatten(0, 1), self.rounding):
                 raise UnsupportedError("the pipeline treats the samples of a batch differently, or mixes them")
-            self.trial, self.place = None, 0
         elif self.starved:
             self._resume(lambda: self.asking.send(None))
         elif self.going:
-            self._check(output, len(self.rows))
-            found = self.estimate(output[: len(self.rows)], self.state, self.rows.calls)
-            if self.score.fixed is not None:  # what the network says there is not listened to
-                found.masked_fill_(self.score.fixed.mask[self.rows.samples], 0.0)
-            self._resume(lambda: self.asking.send(found.flatten(1)))
+            self._take(output)
         return self.tally.rounds > before
 
-    def _answer(self) -> Tensor:
-        """The model output of the rehearsal, shape ``(copies, L, *shape)``."""
-        return self.score.output.reshape(-1, *self.score.initial.shape)
+    def _take(self, output: Tensor) -> None:
+        """Take in the guided model output of a phase; with the last one the engine has what it has asked for."""
+        part = self.parts.pop(0)
+        rows = self.rows[part.at]
+        self._check(output, part.phase, len(rows))
+        found = self.estimate(output[: len(rows)], self.state[part.at], rows.calls)
+        if self.score.fixed is not None:  # what the network says there is not listened to
+            found.masked_fill_(self.score.fixed.mask[rows.samples], 0.0)
+        self.found.append(found.flatten(1))
+        if not self.parts:
+            answer = joined(self.found, self.order)
+            self._resume(lambda: self.asking.send(answer))
 
-    def _check(self, output: Tensor, count: int) -> None:
+    def _answer(self, phase: Phase) -> Tensor:
+        """The model output of a phase of the rehearsal, shape ``(copies, L, *shape)``."""
+        return phase.output.reshape(-1, *self.score.initial.shape)
+
+    def _check(self, output: Tensor, phase: Phase, count: int) -> None:
         """Whether a model output is that of ``count`` rows."""
-        wanted = (len(self._answer()) * count, *self.state.shape[1:])
+        wanted = (len(self._answer(phase)) * count, *self.state.shape[1:])
         if output.shape != wanted:
             raise UnsupportedError(
                 f"the pipeline makes model outputs of shape {tuple(output.shape)} of {count} rows of shape "
@@ -221,6 +232,21 @@ class Rounds:
     def close(self) -> None:
         """Give up: the progress bar goes."""
         self.asking.close()
+
+
+def joined(found: Sequence[Tensor], order: Sequence[Tensor | slice]) -> Tensor:
+    """What was found for some rows, and others, in the order of all."""
+    if len(found) == 1:
+        return found[0]
+    return torch.cat([*found])[torch.cat([at for at in order if isinstance(at, Tensor)]).argsort()]
+
+
+def _numbered(phases: Sequence[Phase], count: int) -> tuple[Tensor, Tensor]:
+    """The phase of every step, and its number among the steps of that phase, both ``(J,)``."""
+    phase, own = torch.zeros(2, count, dtype=torch.int64, device="cpu")
+    for number, one in enumerate(phases):
+        phase[one.steps], own[one.steps] = number, torch.arange(len(one.steps), device="cpu")
+    return phase, own
 
 
 def _unit(output: Any) -> float:  # noqa: ANN401 - a network's output

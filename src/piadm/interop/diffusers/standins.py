@@ -61,6 +61,11 @@ def stand_in(output: Any) -> Any:  # noqa: ANN401 - a network's output
     return with_tensors(output, lambda leaf: noise)
 
 
+def varied(output: Any, place: int) -> Any:  # noqa: ANN401 - a network's output
+    """A copy of a stand-in for a call at some place in the step: guidance between two equal ones would not show."""
+    return with_tensors(output, lambda leaf: leaf.flatten().roll(place).view(leaf.shape) if place else leaf.clone())
+
+
 def unknown(output: Any) -> Any:  # noqa: ANN401 - a network's output
     """NaN for every tensor, in no memory: it marks what another network is given."""
     return with_tensors(output, lambda leaf: leaf.new_full((), torch.nan).expand(leaf.shape))

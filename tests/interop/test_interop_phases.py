@@ -1,0 +1,144 @@
+"""Loops whose body does other things at some steps: two networks that take turns, guidance that comes and goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import diffusers as df
+import pytest
+import torch
+from tiny import SD, SQUARE, TEXTS, XL, built, masks, normals, prompts, quiet, stable_diffusion, stable_diffusion_3
+from torch import Tensor
+
+from piadm.interop.diffusers import parallelize
+from piadm.interop.diffusers.probe import UnsupportedError
+
+STEPS = 10
+RUN = dict(num_inference_steps=STEPS, output_type="latent")
+EULER = df.FlowMatchEulerDiscreteScheduler
+
+
+def wan(**config: Any) -> Any:  # noqa: ANN401 - a pipeline
+    settings = dict(
+        attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=8, ffn_dim=16, rope_max_seq_len=16,
+        num_layers=1, num_attention_heads=2,
+    )  # fmt: skip
+    first, second = (built(df.WanTransformer3DModel, **settings) for _ in range(2))
+    for parameter in second.parameters():
+        parameter.data.mul_(1.2)
+    parts = dict(transformer=first, transformer_2=second, scheduler=EULER(shift=3.0))
+    return quiet(df.WanPipeline, "vae", *TEXTS[:2], **parts, boundary_ratio=0.7, **config)
+
+
+def lumina() -> Any:  # noqa: ANN401 - a pipeline
+    network = built(
+        df.Lumina2Transformer2DModel, sample_size=8, in_channels=4, hidden_size=24, num_refiner_layers=1,
+        num_kv_heads=1, multiple_of=8, axes_dim_rope=(4, 4, 4), axes_lens=(16, 16, 16), cap_feat_dim=16, num_layers=1,
+        num_attention_heads=2,
+    )  # fmt: skip
+    return quiet(df.Lumina2Pipeline, "vae", *TEXTS[:2], transformer=network, scheduler=EULER(shift=3.0))
+
+
+VIDEO = dict(SQUARE, **prompts(), num_frames=5)
+CASES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "Wan, two transformers": (wan, VIDEO),
+    "Wan, two transformers and scales": (wan, VIDEO | dict(guidance_scale=4.0, guidance_scale_2=2.0)),
+    "SD3, skipped layers": (stable_diffusion_3, dict(SQUARE, **XL, skip_guidance_layers=[0])),
+    "Lumina 2, guidance that ends": (lumina, dict(SQUARE, **prompts(), **masks(2), cfg_trunc_ratio=0.5)),
+}
+
+
+def latents(pipe: Any, call: dict[str, Any]) -> Tensor:  # noqa: ANN401 - a pipeline
+    found: Tensor = pipe(**call, **RUN, generator=torch.Generator().manual_seed(5), return_dict=False)[0]
+    return found.float()
+
+
+def apart(got: Tensor, want: Tensor) -> float:
+    return float((got - want).square().mean().sqrt() / want.square().mean().sqrt())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_such_a_pipeline_is_its_sequential_self(name: str) -> None:
+    build, call = CASES[name]
+    pipe = build()
+    fast, want = parallelize(pipe, tol=1e-5), latents(pipe, call)
+    for _ in range(2):  # the shapes of outputs are known the second time
+        # The tolerance, and what rounding leaves of states of size one in ten steps.
+        assert apart(latents(fast, call), want) <= 3e-5
+        assert fast.last_solution.converged
+        assert fast.last_solution.stats.nodes == STEPS  # between the phases there is nothing to interpolate
+    assert fast.last_solution.stats.rounds <= STEPS
+
+
+def test_each_network_is_given_the_rows_of_its_own_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, seen = wan(), {"transformer": [], "transformer_2": []}
+    for name, rows in seen.items():
+        getattr(pipe, name).register_forward_pre_hook(
+            lambda network, args, kwargs, rows=rows: rows.append(kwargs["timestep"]), with_kwargs=True
+        )
+    latents(pipe, VIDEO)
+    own = {name: set(torch.cat(rows).tolist()) for name, rows in seen.items()}
+    fast = parallelize(pipe, tol=1e-5)
+    latents(fast, VIDEO)  # one call of each network for its shapes, every round one call of each and two for guidance
+    for rows in seen.values():
+        rows.clear()
+    latents(fast, VIDEO)
+    assert {name: set(torch.cat(rows).tolist()) for name, rows in seen.items()} == own
+    assert all(len(rows) <= 2 * fast.last_solution.stats.rounds for rows in seen.values())
+    assert sum(len(row) for rows in seen.values() for row in rows) == 2 * fast.last_solution.stats.evaluations
+
+
+class Guided(df.StableDiffusionPipeline):
+    """A pipeline with guidance of its own scale at every step; 0: none, and no second call."""
+
+    scales: tuple[float, ...] = ()
+    inserts = reads = False
+
+    @torch.no_grad()
+    def __call__(self, latents: Tensor, prompt_embeds: Tensor) -> Tensor:
+        self.scheduler.set_timesteps(len(self.scales))
+        known = torch.zeros_like(latents[..., :2])
+        for i, t in enumerate(self.scheduler.timesteps):
+            output = self.unet(latents, t, prompt_embeds).sample
+            if self.scales[i]:
+                other = self.unet(latents, t, -prompt_embeds).sample
+                output = output + self.scales[i] * (output - other)
+            if self.reads:
+                output = output * latents.std()
+            latents = self.scheduler.step(output, t, latents).prev_sample
+            if self.inserts:
+                latents[..., :2] = known + i
+        return latents
+
+
+GIVEN = dict(latents=normals(7, 2, 4, 8, 8), prompt_embeds=SD["prompt_embeds"])
+
+
+def guided(**settings: Any) -> Any:  # noqa: ANN401 - a pipeline
+    pipe = stable_diffusion(type("Guided", (Guided,), {**settings, "__call__": Guided.__call__}))
+    pipe.scheduler = df.DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    return pipe
+
+
+@pytest.mark.parametrize("inserts", [False, True])
+@pytest.mark.parametrize(
+    "scales", [(2, 2, 2, 2, 0, 0, 0, 0), (0, 0, 2, 2, 2, 0, 0, 0), (2, 0, 0, 0, 0, 0, 0, 1), (0, 1, 2, 3, 0, 1, 2, 3)]
+)
+def test_guidance_may_come_and_go(scales: tuple[float, ...], inserts: bool) -> None:
+    pipe = guided(scales=scales, inserts=inserts)
+    got, want = parallelize(pipe, tol=1e-5)(**GIVEN), pipe(**GIVEN)
+    assert apart(got, want) <= 3e-5
+    if inserts:  # the code after the last step has the last word
+        assert torch.equal(got[..., :2], want[..., :2]) and bool((got[..., :2] == len(scales) - 1).all())
+
+
+def test_guidance_of_more_scales_than_there_are_passes_for_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="guidance changes with the steps .* in more than 4 ways, up to step 4"):
+        parallelize(guided(scales=(1, 2, 3, 4, 5)))(**GIVEN)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 5])
+def test_guidance_that_reads_the_state_is_refused_for_few_steps_too(steps: int) -> None:
+    with pytest.raises(UnsupportedError, match="reads the state|treats the samples|does not work with rows"):
+        parallelize(guided(scales=(1,) * steps, reads=True))(**GIVEN)
