@@ -52,7 +52,9 @@ class Rounds:
         progress: show a progress bar.
     """
 
-    def __init__(self, score: Score, options: Options, evaluated: Sequence[tuple[int, str, int]], progress: bool) -> None:
+    def __init__(
+        self, score: Score, options: Options, evaluated: Sequence[tuple[int, str, int]], progress: bool
+    ) -> None:
         self.score, self.options = score, options
         self.scales, self.estimate, self.sources = score.scales, score.estimate, score.sources
         count = score.levels.count
