@@ -20,6 +20,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "interop"))
 
+from test_interop_phases import PHASED  # noqa: E402
 from test_interop_pipelines import SCHEDULERS, apart, output  # noqa: E402
 from tiny import CASES, Case  # noqa: E402
 
@@ -74,8 +75,9 @@ def main() -> None:
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    flows = {name: case for name, case in CASES.items() if hasattr(case.build().scheduler, "scale_noise")}
-    others = {name: case for name, case in CASES.items() if name not in flows}
+    cases = CASES | PHASED
+    flows = {name: case for name, case in cases.items() if hasattr(case.build().scheduler, "scale_noise")}
+    others = {name: case for name, case in cases.items() if name not in flows}
     lines = [*table(DIFFUSION, others, given.steps), "", *table(FLOW, flows, given.steps)]
     text = given.out.read_text(encoding="utf-8")
     before, after = text.split(MARKS[0])[0], text.split(MARKS[1])[1]

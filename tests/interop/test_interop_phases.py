@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import diffusers as df
 import pytest
 import torch
-from tiny import SD, SQUARE, TEXTS, XL, built, masks, normals, prompts, quiet, stable_diffusion, stable_diffusion_3
+from tiny import SD, SQUARE, TEXTS, XL, Case, built, masks, normals, prompts, quiet, stable_diffusion
+from tiny import stable_diffusion_3 as sd3
 from torch import Tensor
 
 from piadm.interop.diffusers import parallelize
@@ -41,11 +41,11 @@ def lumina() -> Any:  # noqa: ANN401 - a pipeline
 
 
 VIDEO = dict(SQUARE, **prompts(), num_frames=5)
-CASES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
-    "Wan, two transformers": (wan, VIDEO),
-    "Wan, two transformers and scales": (wan, VIDEO | dict(guidance_scale=4.0, guidance_scale_2=2.0)),
-    "SD3, skipped layers": (stable_diffusion_3, dict(SQUARE, **XL, skip_guidance_layers=[0])),
-    "Lumina 2, guidance that ends": (lumina, dict(SQUARE, **prompts(), **masks(2), cfg_trunc_ratio=0.5)),
+PHASED = {
+    "Wan, two transformers": Case(wan, VIDEO),
+    "Wan, two transformers and scales": Case(wan, VIDEO | dict(guidance_scale=4.0, guidance_scale_2=2.0)),
+    "SD3, skipped layers": Case(sd3, dict(SQUARE, **XL, skip_guidance_layers=[0])),
+    "Lumina 2, guidance that ends": Case(lumina, dict(SQUARE, **prompts(), **masks(2), cfg_trunc_ratio=0.5)),
 }
 
 
@@ -58,10 +58,9 @@ def apart(got: Tensor, want: Tensor) -> float:
     return float((got - want).square().mean().sqrt() / want.square().mean().sqrt())
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", PHASED)
 def test_such_a_pipeline_is_its_sequential_self(name: str) -> None:
-    build, call = CASES[name]
-    pipe = build()
+    pipe, call = PHASED[name].build(), PHASED[name].call
     fast, want = parallelize(pipe, tol=1e-5), latents(pipe, call)
     for _ in range(2):  # the shapes of outputs are known the second time
         # The tolerance, and what rounding leaves of states of size one in ten steps.
@@ -119,6 +118,15 @@ def guided(**settings: Any) -> Any:  # noqa: ANN401 - a pipeline
     pipe = stable_diffusion(type("Guided", (Guided,), {**settings, "__call__": Guided.__call__}))
     pipe.scheduler = df.DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     return pipe
+
+
+def test_every_network_row_is_counted_once() -> None:
+    pipe, seen = guided(scales=(0, 0, 2, 2, 2, 0, 0, 0)), []
+    pipe.unet.register_forward_pre_hook(lambda network, args: seen.append(len(args[0])))
+    fast = parallelize(pipe, tol=1e-5)
+    fast(**GIVEN)
+    assert 2 * fast.last_solution.stats.evaluations == sum(seen)
+    assert fast.last_solution.stats.evaluations_per_sample.sum() == sum(seen)
 
 
 @pytest.mark.parametrize("inserts", [False, True])

@@ -101,7 +101,7 @@ class Rounds:
         """Let the engine go on to its next request, or to its end."""
         self.starved = False
         self.parts: list[Part] = []
-        self.found: list[Tensor] = []
+        self.done: list[tuple[Part, Tensor]] = []
         try:
             states, samples, times = go_on()
         except StopIteration:
@@ -116,7 +116,6 @@ class Rounds:
         scales = self.scales[calls].reshape(-1, *[1] * (self.state.ndim - 1))
         self.rows = Rows(self.state * scales, samples, calls)
         self.parts = self._parts(self.rows)
-        self.order = [part.at for part in self.parts]
 
     def _parts(self, rows: Rows) -> list[Part]:
         """The rows of every phase that has any."""
@@ -203,10 +202,28 @@ class Rounds:
         found = self.estimate(output[: len(rows)], self.state[part.at], rows.calls)
         if self.score.fixed is not None:  # what the network says there is not listened to
             found.masked_fill_(self.score.fixed.mask[rows.samples], 0.0)
-        self.found.append(found.flatten(1))
+        self.done.append((part, found.flatten(1)))
         if not self.parts:
-            answer = joined(self.found, self.order)
+            self._count()
+            answer = self._together()
             self._resume(lambda: self.asking.send(answer))
+
+    def _together(self) -> Tensor:
+        """What was found for the rows of all phases, in the order of the request."""
+        if len(self.done) == 1:
+            return self.done[0][1]
+        answer = self.done[0][1].new_empty(len(self.rows), self.done[0][1].shape[1])
+        for part, found in self.done:
+            answer[part.at] = found
+        return answer
+
+    def _count(self) -> None:
+        """Take back what the executor counts too much: it knows the phase only that has the most network rows."""
+        executor = self.tally.problem.executor
+        for part, _ in self.done:
+            if saved := executor.rows_per_call - part.phase.rows_per_call:
+                samples = part.rows.samples.cpu()
+                executor.evaluations -= saved * torch.bincount(samples, minlength=len(executor.evaluations))
 
     def _answer(self, phase: Phase) -> Tensor:
         """The model output of a phase of the rehearsal, shape ``(copies, L, *shape)``."""
@@ -234,13 +251,6 @@ class Rounds:
     def close(self) -> None:
         """Give up: the progress bar goes."""
         self.asking.close()
-
-
-def joined(found: Sequence[Tensor], order: Sequence[Tensor | slice]) -> Tensor:
-    """What was found for some rows, and others, in the order of all."""
-    if len(found) == 1:
-        return found[0]
-    return torch.cat([*found])[torch.cat([at for at in order if isinstance(at, Tensor)]).argsort()]
 
 
 def _numbered(phases: Sequence[Phase], count: int) -> tuple[Tensor, Tensor]:
