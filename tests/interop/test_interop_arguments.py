@@ -69,10 +69,22 @@ def test_lists_reach_a_network_and_come_back_as_lists() -> None:
         assert torch.equal(one, (given["x"][sample] + 1) * captions[sample].mean())
 
 
-def test_guidance_that_counts_its_samples_is_refused() -> None:
+@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize("more", [{}, dict(cfg_truncation=0.5)])
+def test_guidance_that_counts_its_samples_is_given_several_rows_in_one(more: dict[str, Any], batch: int) -> None:
+    texts = dict(prompt_embeds=[normals(3, 5, 16)] * batch, negative_prompt_embeds=[torch.zeros(3, 16)] * batch)
+    call = CASES["Z-Image"].call | FEW | texts | dict(guidance_scale=3.0, **more)
+    pipe = CASES["Z-Image"].build()
+    fast = parallelize(pipe, tol=1e-5)
+    got, want = images(fast, **call), images(pipe, **call)
+    assert fast.last_solution.converged
+    assert float((got - want).square().mean().sqrt()) <= 2e-5  # the tolerance, and rounding of states of size one
+
+
+def test_guidance_that_measures_whole_samples_is_refused_in_lists() -> None:
     guided = CASES["Z-Image"].call | FEW | dict(guidance_scale=3.0, negative_prompt_embeds=[torch.zeros(3, 16)] * 2)
-    with pytest.raises(UnsupportedError, match=r"outputs of shape \(2, 4, 16, 16\) of 3 rows"):
-        images(parallelize(CASES["Z-Image"].build(), nodes="all"), **guided)
+    with pytest.raises(UnsupportedError, match="treats the samples of a batch differently"):
+        images(parallelize(CASES["Z-Image"].build(), nodes="all"), **guided, cfg_normalization=True)
 
 
 @pytest.mark.parametrize("name", ["Flux", "SD3, ControlNet of one block"])

@@ -294,6 +294,7 @@ CASES: dict[str, Case] = {
         lambda: flux(df.FluxInpaintPipeline), CONDITIONAL | dict(image=image(8), mask_image=mask(8))
     ),
     "Z-Image": Case(z_image, Z_IMAGE | dict(prompt_embeds=[prompts()["prompt_embeds"][0], torch.ones(9, 16)])),
+    "Z-Image, guidance": Case(z_image, Z_IMAGE | dict(guidance_scale=3, negative_prompt_embeds=[torch.ones(3, 16)] * 2)),
     "Z-Image, inpaint": Case(
         lambda: z_image("ZImageInpaintPipeline"), Z_IMAGE | dict(image=image(32), mask_image=mask(32))
     ),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from piadm.interop.diffusers.probe import UnsupportedError
-from piadm.interop.diffusers.rowlists import RowList, is_time
+from piadm.interop.diffusers.rowlists import RowList, Stacked, is_time, packed
 
 #: All that is known of single networks, by the names of their arguments.  Positions and scales, tables of two axes that
 #: all rows share even where the first happens to be as long as the batch; what has one row for all, of any axes;
@@ -123,6 +123,7 @@ class Slot:
     def __init__(self, name: str, arguments: dict[str, Any], state: Tensor, *, denoises: bool) -> None:
         self.name, self.pattern, self.batch, self.denoises = name, arguments, len(state), denoises
         self.state = _find_state(name, leaves(arguments), state)
+        self.listed = isinstance(arguments[self.state.path[0]], Stacked)
         self.count = 0
         self.values: dict[Path, list[Any]] = {}  # one entry where all steps have the same
         self.live: set[Path] = set()
@@ -251,6 +252,10 @@ class Slot:
         """The network's own rows of the same samples, those of all copies of the batch."""
         copies = torch.arange(self.state.chunks, device=rows.samples.device)
         return (copies[:, None] * self.batch + rows.samples).flatten()
+
+    def handed(self, output: Any) -> Any:  # noqa: ANN401 - a network's output
+        """An output for the rows of a round, as the pipeline is given it."""
+        return packed(output, self.state.chunks, self.batch) if self.listed else output
 
     def picked(self, output: Any, samples: Tensor) -> Any:  # noqa: ANN401 - a network's output
         """Of an output for the batch, the rows of these samples, in the order of ``call``."""

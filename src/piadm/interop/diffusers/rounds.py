@@ -18,6 +18,7 @@ from piadm.interop.diffusers.options import Options, PipelineNetwork
 from piadm.interop.diffusers.phases import ROUNDING, Phase, alike
 from piadm.interop.diffusers.probe import UnsupportedError
 from piadm.interop.diffusers.rehearsal import Score
+from piadm.interop.diffusers.rowlists import unpacked
 from piadm.problem import make_problem
 from piadm.settings import TURNS_PER_NODE, clipped
 from piadm.solution import NetworkError, RoundInfo, Solution
@@ -163,9 +164,9 @@ class Rounds:
             raise UnsupportedError(f"the pipeline calls {name} where it called {slot.name} before")
         if self.trials:
             self.rounding = max(self.rounding, _unit(spare))
-            return slot.picked(spare, self.trial)
+            return slot.handed(slot.picked(spare, self.trial))
         try:
-            return slot.call(run, arguments, self.parts[0].rows)
+            return slot.handed(slot.call(run, arguments, self.parts[0].rows))
         except UnsupportedError:
             raise
         except KeyboardInterrupt:
@@ -185,7 +186,7 @@ class Rounds:
         before = self.tally.rounds
         if self.trials and self.going:
             phase = self.trials.pop(0)
-            self._check(output, phase, len(self.trial))
+            output = self._rows(output, phase, len(self.trial))
             if not alike(output, self._answer(phase)[:, self.trial].flatten(0, 1), self.rounding):
                 raise UnsupportedError("the pipeline treats the samples of a batch differently, or mixes them")
         elif self.starved:
@@ -198,7 +199,7 @@ class Rounds:
         """Take in the guided model output of a phase; with the last one the engine has what it has asked for."""
         part = self.parts.pop(0)
         rows = self.rows[part.at]
-        self._check(output, part.phase, len(rows))
+        output = self._rows(output, part.phase, len(rows))
         found = self.estimate(output[: len(rows)], self.state[part.at], rows.calls)
         if self.score.fixed is not None:  # what the network says there is not listened to
             found.masked_fill_(self.score.fixed.mask[rows.samples], 0.0)
@@ -229,14 +230,17 @@ class Rounds:
         """The model output of a phase of the rehearsal, shape ``(copies, L, *shape)``."""
         return phase.output.reshape(-1, *self.score.initial.shape)
 
-    def _check(self, output: Tensor, phase: Phase, count: int) -> None:
-        """Whether a model output is that of ``count`` rows."""
-        wanted = (len(self._answer(phase)) * count, *self.state.shape[1:])
-        if output.shape != wanted:
+    def _rows(self, output: Tensor, phase: Phase, count: int) -> Tensor:
+        """The model output of ``count`` rows, checked."""
+        shape, copies = self.state.shape[1:], len(self._answer(phase))
+        if phase.slots[-1].listed and output.shape[-2] % shape[-2] == 0:
+            output = unpacked(output, shape[-2], copies, count)
+        if output.shape != (copies * count, *shape):
             raise UnsupportedError(
                 f"the pipeline makes model outputs of shape {tuple(output.shape)} of {count} rows of shape "
-                f"{tuple(self.state.shape[1:])}"
+                f"{tuple(shape)}"
             )
+        return output
 
     def end(self) -> Tensor:
         """The current final state of all the scheduler's rows, shape ``(N, *shape)``."""

@@ -66,6 +66,33 @@ def apart(value: Any) -> Any:  # noqa: ANN401 - an argument or an output
     return list(value.items) if isinstance(value, RowList) else _within(value, apart)
 
 
+def packed(output: Any, chunks: int, batch: int) -> Any:  # noqa: ANN401 - a network's output
+    """Rows of an output as ``batch`` of every chunk, several in one, side by side along the last axis but one.
+
+    Pipelines walk such lists with the number of their samples in mind, not that of a round's rows.
+
+    Args:
+        output: tensors in ``Stacked`` lists, with ``chunks`` times as many rows as a round has.
+        chunks: number of copies of the round's rows.
+        batch: number of samples.
+    """
+    if not isinstance(output, Stacked):
+        return _within(output, lambda part: packed(part, chunks, batch))
+    own = output[0].shape[1:]
+    rows = output[0].reshape(chunks, -1, *own)
+    several = -(-rows.shape[1] // batch)
+    rest = rows[:, -1:].expand(-1, several * batch - rows.shape[1], *own)
+    rows = torch.cat([rows, rest], 1).reshape(chunks * batch, several, *own)
+    return Stacked([rows.movedim(1, -3).flatten(-3, -2)])
+
+
+def unpacked(output: Tensor, height: int, copies: int, count: int) -> Tensor:
+    """What a pipeline has made of ``packed`` outputs, with ``copies`` of ``count`` rows of this height."""
+    several = output.shape[-2] // height
+    rows = output.reshape(*output.shape[:-2], several, height, output.shape[-1]).movedim(-3, 1)
+    return rows.reshape(copies, -1, *rows.shape[2:])[:, :count].flatten(0, 1)
+
+
 def _is_list(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(item, Tensor) for item in value)
 
