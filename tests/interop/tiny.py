@@ -242,7 +242,7 @@ FLUX = dict(height=8, width=8, **prompts(), **pooled())
 CONDITIONAL = {name: value for name, value in FLUX.items() if not name.startswith("negative")}
 IMAGE = dict(image=image(16))
 INPAINT = dict(**IMAGE, mask_image=mask(16))
-Z_IMAGE = dict(height=32, width=32, guidance_scale=0.0, prompt_embeds=list(prompts()["prompt_embeds"]))
+Z_IMAGE = dict(height=32, width=32, guidance_scale=0, prompt_embeds=list(prompts()["prompt_embeds"]))
 AUDIO = prompts(1, width=4) | dict(audio_end_in_s=1.0)
 AUDIO |= {name.removeprefix("prompt_").replace("prompt_", ""): value for name, value in masks().items()}
 BARE = dict(image_encoder=None)
@@ -294,7 +294,7 @@ CASES: dict[str, Case] = {
         lambda: flux(df.FluxInpaintPipeline), CONDITIONAL | dict(image=image(8), mask_image=mask(8))
     ),
     "Z-Image": Case(z_image, Z_IMAGE | dict(prompt_embeds=[prompts()["prompt_embeds"][0], torch.ones(9, 16)])),
-    "Z-Image, guidance": Case(z_image, Z_IMAGE | dict(guidance_scale=3, negative_prompt_embeds=[torch.ones(3, 16)] * 2)),
+    "Z-Image, guided": Case(z_image, Z_IMAGE | dict(guidance_scale=3, negative_prompt_embeds=[normals(4, 3, 16)] * 2)),
     "Z-Image, inpaint": Case(
         lambda: z_image("ZImageInpaintPipeline"), Z_IMAGE | dict(image=image(32), mask_image=mask(32))
     ),
