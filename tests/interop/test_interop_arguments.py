@@ -11,7 +11,7 @@ from tiny import CASES, normals, prompts, stable_diffusion
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from piadm.interop.diffusers import UnsupportedError, parallelize
+from piadm.interop.diffusers import parallelize
 from piadm.interop.diffusers.arguments import Rows, Slot
 from piadm.interop.diffusers.clipping import Clipping
 from piadm.interop.diffusers.fixed import Fixed
@@ -44,47 +44,6 @@ def test_the_scale_of_an_adapter_is_that_of_the_call(name: str) -> None:
     want = images(pipe, **scaled)
     assert apart(want, images(pipe, **call)) > 100 * CLOSE
     assert apart(images(parallelize(pipe, tol=CLOSE, nodes="all"), **scaled), want) <= CLOSE
-
-
-def test_lists_reach_a_network_and_come_back_as_lists() -> None:
-    captions = [normals(seed, length, 16) for seed, length in enumerate((2, 3, 5))]
-    given = dict(x=[normals(seed, 4, 1, 8, 8) for seed in range(3)], t=torch.ones(3), cap_feats=captions)
-    seen: list[dict[str, Any]] = []
-
-    class Lists(nn.Module):
-        def forward(self, x: list[Tensor], t: Tensor, cap_feats: list[Tensor]) -> tuple[list[Tensor]]:
-            seen.append(dict(x=x, t=t, cap_feats=cap_feats))
-            return ([one * two.mean() for one, two in zip(x, cap_feats, strict=True)],)
-
-    def answer(proxy: NetworkProxy, arguments: dict[str, Any]) -> Any:  # noqa: ANN401 - a network's output
-        slot = Slot("network", arguments, torch.stack(given["x"]).squeeze(2), denoises=True)
-        slot.learn(arguments)
-        samples = torch.tensor([2, 0, 2, 1])
-        state = slot.state.of(arguments["x"][0])[samples] + 1
-        return slot.call(proxy.run, arguments, Rows(state, samples, torch.zeros(4, dtype=torch.int64)))
-
-    (found,) = NetworkProxy(Lists(), "network", answer)(**given)
-    assert [list(one.shape) for one in seen[0]["cap_feats"]] == [[5, 16], [2, 16], [5, 16], [3, 16]]
-    for one, sample in zip(found, (2, 0, 2, 1), strict=True):
-        assert torch.equal(one, (given["x"][sample] + 1) * captions[sample].mean())
-
-
-@pytest.mark.parametrize("batch", [1, 2, 3])
-@pytest.mark.parametrize("more", [{}, dict(cfg_truncation=0.5)])
-def test_guidance_that_counts_its_samples_is_given_several_rows_in_one(more: dict[str, Any], batch: int) -> None:
-    texts = dict(prompt_embeds=[normals(3, 5, 16)] * batch, negative_prompt_embeds=[torch.zeros(3, 16)] * batch)
-    call = CASES["Z-Image"].call | FEW | texts | dict(guidance_scale=3.0, **more)
-    pipe = CASES["Z-Image"].build()
-    fast = parallelize(pipe, tol=1e-5)
-    got, want = images(fast, **call), images(pipe, **call)
-    assert fast.last_solution.converged
-    assert float((got - want).square().mean().sqrt()) <= 2e-5  # the tolerance, and rounding of states of size one
-
-
-def test_guidance_that_measures_whole_samples_is_refused_in_lists() -> None:
-    guided = CASES["Z-Image"].call | FEW | dict(guidance_scale=3.0, negative_prompt_embeds=[torch.zeros(3, 16)] * 2)
-    with pytest.raises(UnsupportedError, match="treats the samples of a batch differently"):
-        images(parallelize(CASES["Z-Image"].build(), nodes="all"), **guided, cfg_normalization=True)
 
 
 @pytest.mark.parametrize("name", ["Flux", "SD3, ControlNet of one block"])
