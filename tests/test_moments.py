@@ -26,6 +26,17 @@ def test_moments_of_gaussian_data_are_near(schedule: piadm.NoiseSchedule, mean: 
     assert found.data_mean == pytest.approx(mean, abs=0.1 * variance**0.5 + 0.25 * abs(mean))
 
 
+def test_a_network_that_says_nothing_of_noise_alone_is_asked_a_little_later() -> None:
+    cosine = piadm.CosineSchedule()  # alpha is 0 at its first time
+
+    def epsilon(x: Tensor, t: Tensor) -> Tensor:  # of data of variance 0.25 about 0.5
+        alpha, sigma = (level(t.double()).to(x).view(-1, 1) for level in (cosine.alpha, cosine.sigma))
+        return sigma * (x - 0.5 * alpha) / (0.25 * alpha**2 + sigma**2)
+
+    found = piadm.measure_moments(piadm.Denoiser(epsilon, cosine, "epsilon"), (2, 64))
+    assert found.data_variance == pytest.approx(0.25, rel=0.2) and found.data_mean == pytest.approx(0.5, abs=0.1)
+
+
 def test_moments_of_tiny_data_are_near_where_the_noise_is_tiny_too() -> None:
     known = GaussianDenoiser(piadm.VESchedule(2e-7, 8e-3), 0.0, 1e-8)  # metres; the noise is eighty times as wide
     found = piadm.measure_moments(replace(known, data_variance=1.0), (4, 3, 8))

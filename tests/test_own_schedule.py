@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -80,3 +81,52 @@ def test_velocity_needs_levels_that_torch_can_differentiate() -> None:
     schedule = altered(_sigma=lambda t: Own()._sigma(t.detach()))
     with pytest.raises(ValueError, match="schedule must compute alpha and sigma by torch"):
         piadm.sample(piadm.Denoiser(never, schedule, "velocity"), (2, 3), steps=50)
+
+
+class Learnt(Own):
+    """The same with a rate that can be trained."""
+
+    def __init__(self) -> None:
+        self.rate = torch.nn.Parameter(torch.tensor(Own.rate, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("sampler", [piadm.sample, piadm.sample_sequential])
+@pytest.mark.parametrize("method", ["sde", "ode"])
+def test_its_levels_may_be_parameters(sampler: Callable[..., piadm.Solution], method: str) -> None:
+    def score(x: Tensor, t: Tensor) -> Tensor:
+        return -x / (1 + Own().sigma(t.double()).square().float())[:, None]
+
+    learnt, plain = (
+        sampler(piadm.Denoiser(score, schedule, "score"), (2, 8), method=method, steps=100)
+        for schedule in (Learnt(), Own())
+    )
+    assert torch.equal(learnt.sample, plain.sample) and not learnt.sample.requires_grad
+
+
+def _table(value: object, name: str = "a") -> object:
+    """An integrator whose steps have a wrong table."""
+
+    class Method:
+        def steps(self, schedule: piadm.NoiseSchedule, grid: piadm.TimeGrid) -> piadm.AffineSteps:
+            tables = {each: torch.ones(grid.steps, 1, 1, dtype=torch.float64) for each in ("a", "b", "c")}
+            return piadm.AffineSteps(**{"times": grid.times[:-1], **tables, name: value})
+
+    return Method()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("a", np.ones((50, 1, 1)), "a = .*ndarray"),
+        ("b", [[1.0]] * 50, "b = .*list"),
+        ("c", torch.ones(()), "c = "),
+        ("times", torch.ones(()), "times = "),
+        ("a", torch.ones(50, 1, 1, dtype=torch.complex64), "a = .*complex64"),
+    ],
+)
+@pytest.mark.parametrize("sampler", [piadm.sample, piadm.sample_sequential])
+def test_a_wrong_table_of_an_integrator_is_named(
+    sampler: Callable[..., piadm.Solution], name: str, value: object, said: str
+) -> None:
+    with pytest.raises(TypeError, match=r"method.steps\(.*\) must return tensors of real numbers, got " + said):
+        sampler(piadm.Denoiser(never, piadm.VPSchedule(), "sample"), (2, 3), method=_table(value, name), steps=50)

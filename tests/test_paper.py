@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import piadm
-from piadm.models import MixtureDenoiser
+from piadm.models import GaussianDenoiser, MixtureDenoiser
 
 BATCH, DIM = 3, 6
 # Rounding of a few hundred float64 operations on values of order one; what was reached is about 3e-15.
@@ -194,3 +194,13 @@ def test_drawn_noise_is_laid_out_as_the_callers(denoiser: piadm.Denoiser) -> Non
     drawn = piadm.piadm_ode(denoiser, (BATCH, DIM), seed=5, **run)
     given = piadm.piadm_ode(denoiser, (BATCH, DIM), noise=torch.cat(draws), **run)
     assert torch.equal(drawn.sample, given.sample)
+
+
+@pytest.mark.parametrize("stopped", [2, 3, 24])
+def test_states_of_an_interrupted_run_are_those_of_the_blocks_that_were_finished(stopped: int) -> None:
+    blocks, denoiser = piadm.Blocks.paper(3.0, 0.1, 1.0, 0.2), GaussianDenoiser(piadm.OUSchedule())
+    run = dict(blocks=blocks, iterations=2, return_states=True)
+    whole = piadm.piadm_sde(denoiser, (2, 8), **run).states
+    part = piadm.piadm_sde(denoiser, (2, 8), **run, callback=lambda info: info.round == stopped)
+    steps = sum(blocks.sizes[: stopped // 2])
+    assert part.states.shape[0] == steps + 1 and torch.equal(part.states, whole[: steps + 1])

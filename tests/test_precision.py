@@ -127,3 +127,17 @@ def test_what_raise_on_failure_raises_goes_from_process_to_process() -> None:
         piadm.sample(rounded(torch.float32), (2, 64), max_rounds=1, raise_on_failure=True)
     again = pickle.loads(pickle.dumps(caught.value))
     assert str(again) == str(caught.value) and again.solution.status == caught.value.solution.status
+
+
+@pytest.mark.parametrize("small", ["float8_e4m3fn", "float8_e5m2"])
+def test_weights_kept_in_one_byte_say_nothing_of_what_is_computed_in(small: str) -> None:
+    class Kept(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1).to(getattr(torch, small)), requires_grad=False)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return 0.5 * x * self.weight.to(x.dtype)
+
+    found = piadm.sample(piadm.Denoiser(Kept(), piadm.VPSchedule(), "sample"), (2, 4), steps=20)
+    assert found.converged and found.sample.dtype == torch.float32

@@ -163,11 +163,11 @@ def choice(name: str, value: _T, accepted: Collection[_T]) -> _T:
         TypeError: If ``value`` has none of the types of the accepted values.
         ValueError: If it has such a type but is not among them.
     """
-    listed = ", ".join(map(repr, accepted))
+    names = ", ".join(map(repr, accepted))
     if not isinstance(value, tuple({type(item) for item in accepted})):
-        raise TypeError(f"{name} must be one of {listed}, got {described(value)}")
+        raise TypeError(f"{name} must be one of {names}, got {described(value)}")
     if value not in accepted:
-        raise ValueError(f"{name} must be one of {listed}, got {shown(value)}")
+        raise ValueError(f"{name} must be one of {names}, got {shown(value)}")
     return value
 
 

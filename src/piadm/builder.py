@@ -94,7 +94,8 @@ class Builder:
         """The path of some samples, at the reference model's own solution."""
         learning = self.settings.learning.at(nodes.indices) if learns else None
         path, centre = self.condensed(nodes, reference), self.ending[0] * self.problem.denoiser.data_mean
-        return ParallelPath(path, free, samples, reference, interpolation, learning, centre, self._walk(nodes, samples))
+        deviation, walk = self.ending[1] * math.sqrt(self.problem.denoiser.data_variance), self._walk(nodes, samples)
+        return ParallelPath(path, free, samples, reference, interpolation, learning, centre, deviation, walk)
 
     def _walk(self, nodes: NodeSet, samples: Tensor) -> ClippedWalk | None:
         """Follows the steps of some samples if they clip."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from ._checks import decreasing_vector, finite_float, instance, positive_int, shown
 from .schedule import DiscreteSchedule, NoiseSchedule, OUSchedule, VESchedule
 
-_LOG_SNR_LIMIT = 13.0  # stands in for an infinite log-SNR: there sigma (or alpha) is about 1.5e-3
+LOG_SNR_LIMIT = 13.0  # stands in for an infinite log-SNR: there sigma (or alpha) is about 1.5e-3
 _ROUNDING = 1e-9  # what rounding may add to a quotient before it counts as one more block or step
 _MAX_STEPS, _MAX_BLOCKS = 10**8, 10**5  # beyond these an argument is a slip, and would only eat memory
 
@@ -293,8 +293,8 @@ def covering(quotient: float) -> int:
 def _finite_levels(schedule: NoiseSchedule, start: float, end: float) -> tuple[float, float]:
     """Log-SNR at both ends, a finite stand-in where it is infinite."""
     first, last = schedule.log_snr(start).item(), schedule.log_snr(end).item()
-    highest = schedule.log_snr(0.0).item() if isinstance(schedule, DiscreteSchedule) else _LOG_SNR_LIMIT
-    first = first if math.isfinite(first) else min(-_LOG_SNR_LIMIT, last - 1.0)
+    highest = schedule.log_snr(0.0).item() if isinstance(schedule, DiscreteSchedule) else LOG_SNR_LIMIT
+    first = first if math.isfinite(first) else min(-LOG_SNR_LIMIT, last - 1.0)
     return first, last if math.isfinite(last) else max(highest, first + 1.0)
 
 

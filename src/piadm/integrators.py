@@ -239,6 +239,11 @@ def steps_of(method: str | Integrator, schedule: NoiseSchedule, grid: TimeGrid) 
     steps = integrator(method).steps(schedule, grid)
     if not isinstance(steps, (AffineSteps, MultistepSteps)):
         raise TypeError(f"method.steps(schedule, grid) must return a piadm.AffineSteps, got {described(steps)}")
+    for name in ("times", "a", "b", "c"):
+        numbers = getattr(steps, name)
+        if not isinstance(numbers, Tensor) or numbers.is_complex() or not numbers.ndim:
+            what = f"{name} = {described(numbers)}"
+            raise TypeError(f"method.steps(schedule, grid) must return tensors of real numbers, got {what}")
     if (count := steps.count) == 0:
         raise ValueError("method.steps(schedule, grid) must return at least one step, got none")
     one, state = ((1,), (count, 1)) if isinstance(steps, AffineSteps) else ((), (count, count))

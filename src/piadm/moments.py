@@ -12,7 +12,7 @@ import torch
 from piadm._checks import listed
 from piadm.conditions import with_rows
 from piadm.denoiser import Denoiser
-from piadm.grid import TimeGrid
+from piadm.grid import LOG_SNR_LIMIT, TimeGrid
 from piadm.network import network_device
 from piadm.noise import Stream, normals, seed_keys
 from piadm.problem import check_condition, check_denoiser, check_shape
@@ -59,6 +59,8 @@ def measure_moments(
     device = network_device(denoiser.network) or torch.device("cpu")
     given = check_condition(condition, shape[0], device)
     count, grid = max(FEWEST, math.ceil(NUMBERS / math.prod(size))), TimeGrid.log_snr(denoiser.schedule, STEPS)
+    if not torch.stack(denoiser.coefficients(grid.times[:1])).isfinite().all():  # of noise alone it says nothing
+        grid = TimeGrid.log_snr(denoiser.schedule, STEPS, start=float(denoiser.schedule.time(-LOG_SNR_LIMIT)))
     # Noise alone: how large the data are beside it is not yet known.
     drawn = normals(seed_keys(SEED, count), Stream.INITIAL, [0], math.prod(size))
     start = drawn[0] * float(denoiser.schedule.sigma(grid.times[0]))

@@ -87,8 +87,12 @@ def tensors(network: object) -> Iterator[Tensor]:
 
 
 def network_dtype(network: object, default: torch.dtype) -> torch.dtype:
-    """Dtype of the network's first floating-point tensor; ``default`` where it has none."""
-    return next((one.dtype for one in tensors(network) if one.is_floating_point()), default)
+    """Dtype of the network's first floating-point tensor; ``default`` where it has none.
+
+    Types of one byte store weights; nothing is computed in them.
+    """
+    wide = (one.dtype for one in tensors(network) if one.is_floating_point() and one.dtype.itemsize > 1)
+    return next(wide, default)
 
 
 def network_device(network: object) -> torch.device | None:

@@ -209,14 +209,14 @@ def _run(
     tally.error.fill_(torch.nan)
     with tally.running():
         for n, size in enumerate(blocks.sizes):
-            part = steps.part(first, first + size)
+            part, due = steps.part(first, first + size), tally.rounds + iterations
             path = _picard(problem, tally, part, x, _shifted(problem.noise.path, first), iterations)
-            if tally.interrupted:
+            if tally.rounds < due:
                 break
             x = path.end.clone()
             if return_states:
                 kept += [path.nodes[1:].clone(), x[None, :, 0]]
-            if corrector is not None:
+            if corrector is not None and not tally.interrupted:
                 x = _correct(problem, tally, corrector, n, problem.grid.times[first + size].item(), x)
             first += size
     tally.finish()

@@ -50,9 +50,12 @@ class ParallelPath:
         learning: what the local model may learn at the nodes; None: residuals are constants and there is no
             outlook, as a fixed number of rounds needs none.
         centre: mean of the end according to ``data_mean``, about which its size is measured.
+        deviation: its standard deviation according to ``data_variance``.
         walk: follows evaluations where steps clip; None: they do not.
 
     Attributes:
+        usual: how large samples are as far as is known, shape ``(B,)``: by what was told, by the reference's end, and
+            by the smallest answer of the first round.
         shaken: whether the last round's changes were so large that their rounding must not stay in the states.
     """
 
@@ -65,6 +68,7 @@ class ParallelPath:
         interpolation: Interpolation | None = None,
         learning: Learning | None = None,
         centre: float = 0.0,
+        deviation: float = 0.0,
         walk: ClippedWalk | None = None,
     ) -> None:
         self.samples, self.interpolation, self.centre, self.walk = samples, interpolation, centre, walk
@@ -78,6 +82,8 @@ class ParallelPath:
         self.left = None if interpolation is None else self._matrix(interpolation.rows)
         self.turns, self.free, self.shaken = 0, free, False
         self.reference_size = rms(free.view(-1, path.components, self.batch, self.size)[-1, 0])
+        self.deviation = deviation
+        self.usual = self.reference_size.clamp(min=deviation)
         self.state = self.free.clone()
         self.residual = torch.zeros(path.count, self.batch * self.size, dtype=self.dtype, device=self.device)
         self.local = None if learning is None else LocalModel(learning, path.slopes, self.nodes)
@@ -183,6 +189,7 @@ class ParallelPath:
         innovation.mul_(self.local.excess.view(n, self.batch, -1)[places])
         residual.index_add_(0, places, innovation)
         self.follow(places.expand(self.batch, -1), innovation.transpose(0, 1))
+        self.usual = torch.maximum(self.usual, coarse.usual[keep])
         kept = keep.cpu().numpy() if isinstance(keep, Tensor) else keep
         self.outlook.inherit(old.numpy(), coarse.outlook, kept)
         self.amplification.inherit(old.numpy(), coarse.amplification, kept)
@@ -192,7 +199,8 @@ class ParallelPath:
         """Keep states, residuals and slopes as a guess: no row counts as evaluated, and the absurd is forgotten."""
         assert self.local is not None
         state, free = (table.view(-1, self.batch, self.size) for table in (self.state, self.free))
-        lost = ~(state.abs().amax((0, 2)) <= ABSURD * free.abs().amax((0, 2)))  # or not finite
+        largest = free.abs().amax((0, 2)).clamp(min=self.deviation)
+        lost = ~(state.abs().amax((0, 2)) <= ABSURD * largest)  # or not finite
         state[:, lost] = free[:, lost]
         self.residual.view(-1, self.batch, self.size)[:, lost] = 0
         self.local.forget(lost, self.nodes)

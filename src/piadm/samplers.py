@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from piadm._checks import positive_int
@@ -22,6 +23,7 @@ from piadm.workers.base import Workers, on_workers
 
 
 @on_workers
+@torch.no_grad()
 def sample(
     denoiser: Denoiser,
     shape: tuple[int, ...],

@@ -108,7 +108,7 @@ def sample_sequential(
             tally.round(samples, samples, estimate)
     tally.peak_states = batch
     tally.finish()
-    if not tally.interrupted:
+    if tally.rounds == coefficients.count:
         tally.error.zero_()
     for sample, step in enumerate(failed_at.tolist()):
         if step < tally.rounds:

@@ -186,6 +186,7 @@ def resolve(
     schedule, deviation = checked.schedule, math.sqrt(checked.data_variance)
     tolerance = finite_float("tol", tol, low=0.0)
     aim = min(tolerance, LOOSEST * deviation)
+    relative = max(aim / deviation, TINY)
     times = grid_of(grid, schedule, steps)
     scheme = steps_of(method, schedule, times)
     chosen = linearization(guess, checked)
@@ -193,9 +194,9 @@ def resolve(
     jacobian = Gaussian(checked.data_variance).slopes(schedule, scheme)
     clock = schedule.log_snr(scheme.times)
     noisy = scheme.normals > 0
-    first, refinable = _first_nodes(nodes, clock, deviation, aim / deviation, noisy=noisy)
+    first, refinable = _first_nodes(nodes, clock, deviation, relative, noisy=noisy)
     importance = _importance(scheme, jacobian) if noisy else None
-    opening = _opening(first, clock, aim / deviation, noisy=noisy) if nodes is None else ()
+    opening = _opening(first, clock, relative, noisy=noisy) if nodes is None else ()
     learning = _learning(checked, scheme, chosen, slopes, clock)
     return SampleSettings(
         grid=times,
@@ -212,7 +213,7 @@ def resolve(
         window=_window(window, scheme.count),
         tol=tolerance,
         aim=aim,
-        later=max(0.0, math.log2(USUAL_AIM * deviation / aim)),
+        later=max(0.0, math.log2(USUAL_AIM / relative)),
     )
 
 

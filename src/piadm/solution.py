@@ -45,8 +45,8 @@ class Stats:
         evaluations_per_sample: network rows of each sample, shape ``(B,)`` int64.
         peak_batch: most rows handed to the network in one call, after micro-batching.
         peak_states: most states, samples x nodes, on the paths of one round.
-        nodes: nodes of the finest node set that ``sample`` used; None for the other samplers, which call the network
-            at every step.
+        nodes: nodes of the finest node set that ``sample`` came to, the first one if it ended before; None for the
+            other samplers, which call the network at every step.
         window: most rows per sample and round on that node set; None likewise.
         wall_time: seconds from the call to the return, everything included; of a diffusers pipeline, to the end of its
             denoising loop.

@@ -12,15 +12,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from piadm.executor import Request
-from piadm.numerics import Flags, Table, full_precision
+from piadm.numerics import Flags, Table, full_precision, rms
 from piadm.path import ParallelPath
 from piadm.sharing import Between
 
-#: Surprises beyond this many times the size of the data are those of states that only the iteration visits.  They count
-#: as lost, like those that are not finite: where a network grows without bound off its data, states that follow from
-#: them would overflow.  Not so the first row of a sample: all before it have settled, and the sequential sampler comes
-#: there, too.  Changes like these, added and taken back, leave a rounding of a thousandth of the data: the states are
-#: computed anew, and the row is in doubt.
+#: Surprises beyond this many times the usual size of a sample are those of states that only the iteration visits.  They
+#: count as lost, like those that are not finite: where a network grows without bound off its data, states that follow
+#: from them would overflow.  Not so the first row of a sample: all before it have settled, and the sequential sampler
+#: comes there, too.  Changes like these, added and taken back, leave a rounding of a thousandth of the data: the states
+#: are computed anew, and the row is in doubt.
 OUTLANDISH = 1e4
 
 #: Relative roundings of the end that two ways of computing it may be apart: up to 5 were seen on a trained network.
@@ -149,7 +149,7 @@ class Turn:
         end = path.end[:, 0]
         squares = torch.stack([end - before[:, 0], end, end - path.centre]).square_().mean(2)
         drift = self.measured[1] if path.local is None else path.local.drift(path.rows)
-        return torch.cat([*self.measured, drift, *apart, *squares, path.reference_size, *self._left(end)])
+        return torch.cat([*self.measured, drift, *apart, *squares, path.reference_size, path.usual, *self._left(end)])
 
     def _share(self) -> list[Tensor]:
         """Give every shared row an innovation between those of its neighbours.
@@ -173,6 +173,8 @@ class Turn:
     def _observe(self) -> None:
         """Add the innovations to the residuals, and learn from them; those that are lost are set to zero."""
         path, residual = self.path, self.path.residual.view(-1, self.path.size)
+        if path.local is not None and not path.outlook.known.any():
+            self._gauge()
         for part in self._parts(len(self.rows.node)):
             rows = self.rows[part]
             innovation = self.innovation.index_select(0, rows.place)
@@ -180,11 +182,21 @@ class Turn:
                 self.measured[0, rows.number] = innovation.square().mean(1)
             else:
                 x, teaches = path.read(path.state, rows.node, rows.number), self.teaches[part]
-                size, later = path.reference_size[rows.sample], rows.place % self.places.shape[1] > 0
-                limit = torch.where(later & (size > 0), (OUTLANDISH * size).square(), torch.inf)
+                usual, later = path.usual[rows.sample], rows.place % self.places.shape[1] > 0
+                limit = torch.where(later, (OUTLANDISH * usual).square(), torch.inf)
                 self.measured[:, rows.number] = path.local.observe(rows.number, x, innovation, teaches, limit)
                 self.innovation.index_copy_(0, rows.place, innovation)
             residual.index_add_(0, rows.number, innovation)
+
+    def _gauge(self) -> None:
+        """Take the smallest answer of every sample's first round for its size, if that is larger than what was told."""
+        path = self.path
+        sizes = path.state.new_full((path.path.count * path.batch,), torch.inf)
+        for part in self._parts(len(self.rows.node)):
+            rows = self.rows[part]
+            sizes[rows.number] = rms(self.innovation.index_select(0, rows.place)).nan_to_num(torch.inf)
+        least = sizes.view(-1, path.batch).amin(0)
+        path.usual = torch.maximum(path.usual, torch.where(least.isfinite(), least, 0.0))
 
     def _parts(self, rows: int) -> Iterator[slice]:
         size = max(1, OBSERVED_ELEMENTS // self.path.size)
@@ -204,16 +216,16 @@ class Turn:
     def finish(self, numbers: Table) -> Movement:
         """Update the outlook by the numbers of ``follow``, copied to the host, and return what the round changed."""
         path = self.path
-        parts = 4 * self.active.size, self.shared.sum(), 4 * path.batch
+        parts = 4 * self.active.size, self.shared.sum(), 5 * path.batch
         of_rows, gaps, of_end, left = np.split(numbers, np.cumsum(parts))
         surprise, stride, excess, distance = of_rows.reshape(4, path.path.count, path.batch)
         surprise, stride, excess = np.sqrt(surprise), stride / path.size**0.5, np.where(self.active, excess, 0.0)
         lost: Flags = self.active & ~np.isfinite(surprise)
         missed = np.zeros_like(surprise)
         missed[self.shared] = self.between.missed(np.sqrt(gaps), path.outlook.drifted)
-        *squares, reference = of_end.reshape(4, path.batch)
+        *squares, reference, usual = of_end.reshape(5, path.batch)
         moved, length, size = np.sqrt(squares)
-        outlandish, unit = surprise > OUTLANDISH * reference, ROUNDINGS * torch.finfo(path.dtype).eps
+        outlandish, unit = surprise > OUTLANDISH * usual, ROUNDINGS * torch.finfo(path.dtype).eps
         path.shaken, large = bool(outlandish.any()), outlandish & ~lost
         missed[large] = unit * surprise[large]
         path.outlook.learn(self.active, self.shared, surprise, stride, missed)
