@@ -17,6 +17,7 @@ from test_bad_input import BLOCKS, DENOISER, VP, WORKING, one_line, run, zeros
 from torch import Tensor
 
 import piadm
+from piadm.models import GaussianDenoiser
 
 STEPS, SHAPE = 4, (2, 3)
 FEW = {"denoiser": WORKING, "steps": STEPS, "nodes": None}
@@ -241,3 +242,9 @@ def test_the_warning_of_many_failures_names_the_first_and_counts_the_rest(
     assert str(told[0].message) == "; ".join([*found.failures[:3], "and 197 more"])
     with pytest.raises(ValueError, match="; and 125 more$"), pytest.warns(RuntimeWarning, match="; and 125 more$"):
         piadm.measure_moments(broken, (1, 2))
+
+
+def test_the_smallest_tolerance_there_is_ends_too() -> None:
+    run = dict(steps=20, max_rounds=25)
+    found = [piadm.sample(GaussianDenoiser(VP), SHAPE, tol=tol, **run).sample for tol in (1e-300, 5e-324)]
+    assert torch.equal(*found)
