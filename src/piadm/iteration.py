@@ -17,6 +17,7 @@ from piadm.sharing import Sharing
 from piadm.stopping import StoppingRule, Verdict
 from piadm.tally import Tally
 from piadm.turn import Movement, Turn
+from piadm.witness import Witness
 
 #: Rows after a sample's first lost one that the next round may evaluate: the states there follow from no answer.  Where
 #: a network grows without bound off its data, the samples of 1000 steps took 6 to 17 times fewer evaluations with it
@@ -34,6 +35,7 @@ class PathRun:
         failed: which of the samples had failed before, shape ``(B,)``.
         probe: rows of its first round beside those of the path; None: there are none.
         sharing: chooses which of the rows take the innovation of their neighbours; None: no row does.
+        witness: asks slow samples about a row of theirs; None: nobody does.
 
     Attributes:
         samples: number of each sample in the whole batch, shape ``(B,)``.
@@ -52,8 +54,10 @@ class PathRun:
         failed: Flags,
         probe: RippleProbe | None = None,
         sharing: Sharing | None = None,
+        witness: Witness | None = None,
     ) -> None:
         self.path, self.rows, self.rule, self.probe, self.sharing = path, rows, rule, probe, sharing
+        self.witness = witness
         self.rounds = 0
         self.samples = path.samples.numpy()
         self.verdict = np.where(failed, Verdict.NONFINITE, Verdict.GO_ON)
@@ -82,6 +86,13 @@ class PathRun:
         if self.sharing is not None and not last:
             shared = self.sharing.choose(chosen, outlook, self.rounds) & np.logical_not(self.rule.leaving)
         return Turn(self.path, chosen & ~shared, shared)
+
+    def question(self) -> Witness | None:
+        """The witness, if it has a question in this round."""
+        if self.witness is None or not self.witness.due(self.rounds):
+            return None
+        self.witness.choose(torch.from_numpy(self.going))
+        return self.witness
 
     def judge(self, tally: Tally, active: Flags, movement: Movement) -> None:
         """Judge a round, and hand errors, ends and failures to the tally."""
@@ -122,17 +133,21 @@ def one_round(tally: Tally, runs: Sequence[PathRun], limit: int) -> Asking[None]
     began = time.perf_counter()
     turns = [run.turn(last=tally.rounds + 1 >= limit) for run in runs]
     tally.peak_states = max(tally.peak_states, sum(turn.active.size for turn in turns))
-    probes = [run.probe for run in runs if run.probe is not None]
-    asked: list[Turn | RippleProbe] = [*turns, *probes]
+    probes: list[RippleProbe | Witness] = [run.probe for run in runs if run.probe is not None]
+    probes += [witness for run in runs if (witness := run.question()) is not None]
+    asked: list[Turn | RippleProbe | Witness] = [*turns, *probes]
+    # A witness is asked among other rows the second time.
+    asked.sort(key=lambda one: not (isinstance(one, Witness) and one.again))
     yield from tally.problem.executor.ask([one.request for one in asked])
-    tables = _to_host(asked)
+    tables = dict(zip(map(id, asked), _to_host(asked), strict=True))
     seconds = time.perf_counter() - began
-    for probe, numbers in zip(probes, tables[len(turns) :], strict=True):
-        probe.finish(numbers)
+    for probe in probes:
+        probe.finish(tables[id(probe)])
     samples, rows = [], [probe.samples.numpy() for probe in probes]
-    for run, turn, numbers in zip(runs, turns, tables[: len(turns)], strict=True):
-        run.judge(tally, turn.active, turn.finish(numbers))
+    for run, turn in zip(runs, turns, strict=True):
+        run.judge(tally, turn.active, turn.finish(tables[id(turn)]))
         run.probe = None
+        tally.apart = max(tally.apart, 0.0 if run.witness is None else run.witness.apart)
         samples.append(run.samples[turn.active.any(0)])
         rows.append(np.broadcast_to(run.samples, turn.active.shape)[turn.active])
     evaluated = torch.from_numpy(np.concatenate(rows))
@@ -144,7 +159,7 @@ def one_round(tally: Tally, runs: Sequence[PathRun], limit: int) -> Asking[None]
     tally.round(torch.from_numpy(np.concatenate(samples)), evaluated)
 
 
-def _to_host(asked: Sequence[Turn | RippleProbe]) -> list[Table]:
+def _to_host(asked: Sequence[Turn | RippleProbe | Witness]) -> list[Table]:
     """Solve for all paths and copy their numbers to the host, in the round's only synchronisation."""
     found = [one.follow() for one in asked]
     return np.split(host(torch.cat(found)), np.cumsum([len(numbers) for numbers in found[:-1]]))

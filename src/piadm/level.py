@@ -14,6 +14,7 @@ from piadm.numerics import Flags
 from piadm.path import ParallelPath
 from piadm.ripple_probe import RippleProbe
 from piadm.stopping import CarriedResidual, Verdict
+from piadm.witness import Witness
 
 #: Ripples from step to step may leave this share of a sample's aim on the node set that it goes on to: squares add, so
 #: that 0.87 of it are there for all other errors.
@@ -53,7 +54,8 @@ class Level:
         ripples, probe = builder.ripples, None
         if ripples is not None and ripples.wanted(nodes, path.samples):
             probe = RippleProbe(ripples, path, nodes)
-        self.run = PathRun(path, self.rows, rule, failed, probe, builder.sharing(path, rule))
+        witness = Witness(path, builder.problem.denoiser.network)
+        self.run = PathRun(path, self.rows, rule, failed, probe, builder.sharing(path, rule), witness)
 
     @property
     def going(self) -> bool:

@@ -37,6 +37,7 @@ class Tally:
         draft: the tally of the draft's own path; None: there was none.
         residuals: error estimates after each round, each ``(B,)`` float64.
         failures: a line per sample that was given up.
+        apart: by how much, relatively, the network has answered one row differently among others; 0: it has not.
         end: current final state of the whole batch, shape ``(B, d)``.
         error: error estimate of every sample, shape ``(B,)`` float64 on the CPU; inf: nothing is known yet.
         status: of every sample; INTERRUPTED until it is closed.
@@ -56,6 +57,7 @@ class Tally:
     draft: Tally | None = field(default=None, init=False)
     residuals: list[Tensor] = field(default_factory=list, init=False)
     failures: list[str] = field(default_factory=list, init=False)
+    apart: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
         batch, self.end = self.problem.batch, self.problem.start.clone()
@@ -185,4 +187,12 @@ class Tally:
         solution = Solution(sample, tuple(self.status), self.error, stats, states, tuple(self.failures))
         if self.failures:
             warnings.warn(listed(self.failures), RuntimeWarning, stacklevel=caller_level())
+        if self.apart:
+            warnings.warn(
+                f"the network answered one row differently among other rows, by {self.apart:.2g} of its answer: its "
+                "output depends on chance, on other rows or on a time that is not the row's own, so that errors mean "
+                "nothing; it must treat every row alone, and alike every time",
+                RuntimeWarning,
+                stacklevel=caller_level(),
+            )
         return demand(solution) if raise_on_failure else solution
