@@ -191,7 +191,7 @@ def test_a_window_changes_the_cost_but_not_the_answer(method: str, window: int) 
     if window < 16:  # fewer rows per round: more rounds, fewer evaluations
         assert found.stats.rounds > wide.stats.rounds
         assert found.stats.evaluations < wide.stats.evaluations
-        assert found.stats.evaluations <= window * found.stats.rounds
+        assert found.stats.evaluations <= window * found.stats.rounds + 2  # rows that a witness asks for
 
 
 @pytest.mark.parametrize("dtype, limit", [(torch.float64, DOUBLE), (torch.float32, SINGLE)], ids=["double", "single"])
