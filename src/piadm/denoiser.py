@@ -43,13 +43,15 @@ class Denoiser:
     velocity   ``dx/dt = alpha' x_0 + sigma' eps``    ``(sigma' x - sigma F)/(alpha sigma' - alpha' sigma)``
     ========== ====================================== ======================================
 
+    A flow ``v`` with its data at time 1, as that of torchcfm, is ``F = -v(x, 1 - t)`` on a ``FlowSchedule``.
+
     Args:
         network: callable ``network(x, t, **condition)`` with ``x`` of shape ``(R, *shape)`` and one schedule
-            time per row, ``t`` of shape ``(R,)`` (float32, or float64 for a float64 network).  It returns a
-            tensor of the shape of ``x``, a tuple that starts with one, or an object with one as ``.sample``.  Each row
-            of the output must depend on its own row of the arguments alone: a network that draws random numbers or
-            mixes rows has no well-defined sample to converge to, and is warned of where samples take many rounds.  It
-            is called under ``torch.no_grad``; guidance that needs gradients can turn them on with
+            time per row, ``t`` of shape ``(R,)`` (float32, of half-precision networks, too; float64 of float64 ones).
+            It returns a tensor of the shape of ``x``, a tuple that starts with one, or an object with one as
+            ``.sample``.  Each row of the output must depend on its own row of the arguments alone: a network that
+            draws random numbers or mixes rows has no well-defined sample to converge to, and is warned of where samples
+            take many rounds.  It is called under ``torch.no_grad``; guidance that needs gradients can turn them on with
             ``torch.enable_grad``.  Where the sampler is called under ``torch.inference_mode``, it has to leave that by
             ``torch.inference_mode(False)`` and clone its arguments.
         schedule: the noise schedule of the network, which is called with the schedule's times.

@@ -38,13 +38,13 @@ def unwrap(output: Any) -> Tensor:  # noqa: ANN401 - anything a network may retu
     """
     if isinstance(output, (tuple, list)) and output:
         output = output[0]
-    output = output if isinstance(output, Tensor) else getattr(output, "sample", output)
-    if not isinstance(output, Tensor):
+    found = output if isinstance(output, Tensor) else getattr(output, "sample", None)
+    if not isinstance(found, Tensor):
         raise TypeError(
-            "network must return a tensor, a tuple that starts with one, or an object with .sample, "
+            "network must return a tensor, a tuple that starts with one, or an object with one as .sample, "
             f"got {type(output).__name__}"
         )
-    return output
+    return found
 
 
 def wrapped(network: object) -> object:
