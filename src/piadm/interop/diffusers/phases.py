@@ -6,13 +6,15 @@ round then passes the body once for each of them, at one of its steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from piadm.interop.diffusers.arguments import Slot
+from piadm.interop.diffusers.arguments import Rows, Slot, leaves
 from piadm.interop.diffusers.probe import UnsupportedError
 
 #: Most phases of a loop: each is a pass of its body in every round.  Guidance of another scale at every step would have
@@ -31,14 +33,23 @@ Calls = list[tuple[str, dict[str, Any]]]
 def alike(output: Tensor, wanted: Tensor, rounding: float = ROUNDING) -> bool:
     """Whether model outputs are the same up to rounding."""
     near = rounding * float(wanted.abs().max())
+    if near != near:  # NaN is alike nothing
+        return False
     return output.shape == wanted.shape and torch.allclose(output, wanted, rtol=rounding, atol=near)
+
+
+def forms(calls: Calls) -> list[Any]:
+    """Which networks are called, with which arguments, of which shapes: one table holds those of a phase's steps."""
+    return [
+        (name, {path: getattr(leaf, "shape", None) for path, leaf in leaves(given).items()}) for name, given in calls
+    ]
 
 
 class Phase:
     """A phase of a loop.
 
     Args:
-        names: the networks that its steps call, in order; the last call's output is the model output.
+        calls: the networks that its steps call, in order; the last call's output is the model output.
         spares: their stand-ins, in order.
         output: what the pipeline makes of these, one row or several per sample.
         feeders: networks that are called for the first time, and for another one: what for, the next step shows.
@@ -48,15 +59,16 @@ class Phase:
         slots: the network calls of one step, in order.
     """
 
-    def __init__(self, names: list[str], spares: list[Any], output: Tensor, feeders: set[str]) -> None:
-        self.names, self.spares, self.output, self.feeders = names, spares, output, feeders
+    def __init__(self, calls: Calls, spares: list[Any], output: Tensor, feeders: set[str]) -> None:
+        self.names, self.forms = [name for name, _ in calls], forms(calls)
+        self.spares, self.output, self.feeders = spares, output, feeders
         self.steps: list[int] = []
         self.slots: list[Slot] = []
         self._waiting: list[Calls] = []
 
-    def fits(self, names: list[str], output: Tensor) -> bool:
-        """Whether a step with these calls, and what the pipeline has made of their stand-ins, is one of its own."""
-        return names == self.names and alike(output, self.output)
+    def fits(self, calls: list[Any], output: Tensor) -> bool:
+        """Whether a step with calls of these forms, of whose stand-ins the pipeline made this, is one of its own."""
+        return calls == self.forms and alike(output, self.output)
 
     def add(self, number: int, calls: Calls) -> None:
         """A step of its own, whose calls wait to be learnt from."""
@@ -87,12 +99,18 @@ class Phase:
         """
         if self.feeders and len(self.steps) == 1:
             what = ", ".join(sorted(self.feeders))
-            raise UnsupportedError(f"what {what} is for does not show in one step; ask for two")
+            raise UnsupportedError(f"what {what} is for does not show in one step; ask for more, or call it again")
 
     @property
     def repeated(self) -> int:
         """The step that rounds repeat."""
         return self.steps[-1]
+
+    @property
+    def longest(self) -> int:
+        """The most steps of its own in a row."""
+        starts = [at for at, step in enumerate(self.steps) if step - 1 not in self.steps] + [len(self.steps)]
+        return max(after - before for before, after in pairwise(starts))
 
     @property
     def rows_per_call(self) -> int:
@@ -103,3 +121,26 @@ class Phase:
     def jumps(self) -> bool:
         """Whether an argument changes between its steps that is not the time."""
         return any(slot.jumps for slot in self.slots)
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows of a request that belong to one phase of the loop.
+
+    Attributes:
+        phase: the phase.
+        at: which rows of the request they are.
+        rows: the rows, their steps numbered among those of the phase.
+    """
+
+    phase: Phase
+    at: Tensor | slice
+    rows: Rows
+
+
+def numbered(phases: Sequence[Phase], count: int) -> tuple[Tensor, Tensor]:
+    """The phase of every step, and its number among the steps of that phase, both ``(J,)``."""
+    phase, own = torch.zeros(2, count, dtype=torch.int64, device="cpu")
+    for number, one in enumerate(phases):
+        phase[one.steps], own[one.steps] = number, torch.arange(len(one.steps), device="cpu")
+    return phase, own

@@ -20,9 +20,10 @@ from piadm.interop.diffusers.arguments import copied, leaves, same, with_tensors
 from piadm.interop.diffusers.draws import Draws
 from piadm.interop.diffusers.fixed import Fixed
 from piadm.interop.diffusers.levels import CallLevels, Estimate, estimate, levels, steps
-from piadm.interop.diffusers.phases import MOST, Calls, Phase
+from piadm.interop.diffusers.phases import MOST, Calls, Phase, forms
 from piadm.interop.diffusers.probe import UnsupportedError, probe, stepper
 from piadm.interop.diffusers.proxies import NetworkProxy, given_back
+from piadm.interop.diffusers.screen import check_arguments
 from piadm.interop.diffusers.standins import StandIns, denoises, kind, unknown, varied
 from piadm.interop.diffusers.watch import Held, Settings
 
@@ -103,6 +104,7 @@ class Rehearsal:
     def network(self, proxy: NetworkProxy, arguments: dict[str, Any]) -> Any:  # noqa: ANN401 - the network's own
         """An output of the right shape; the network itself runs only where that is not known yet."""
         name, target, place = proxy._name, proxy._target, (len(self.calls), proxy._name)
+        check_arguments(name, arguments)
         self.calls.append((name, copied(arguments)))
         if place not in self.settings:
             self.settings[place] = Settings(name, target)
@@ -246,16 +248,18 @@ class Rehearsal:
             output: what the pipeline has made of its networks' stand-ins.
             number: of the step.
         """
-        names = [name for name, _ in self.calls]
+        made, names = forms(self.calls), sorted({name for name, _ in self.calls})
+        if len(names) > 1 and bool(output.isnan().any()):
+            raise UnsupportedError(f"the pipeline combines what {' and '.join(names)} return, which is not supported")
         for phase in self.phases:
-            if phase.fits(names, output):
+            if phase.fits(made, output):
                 return phase
         if len(self.phases) == MOST:
             raise UnsupportedError(
                 "guidance changes with the steps or reads the state, or other networks are called: the same network "
                 f"outputs were combined in more than {MOST} ways, up to step {number}"
             )
-        self.phases.append(Phase(names, self.shown, output.clone(), self._tell_apart()))
+        self.phases.append(Phase(self.calls, self.shown, output.clone(), self._tell_apart()))
         return self.phases[-1]
 
     def _denoises(self, name: str) -> bool:

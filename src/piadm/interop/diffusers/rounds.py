@@ -13,9 +13,9 @@ from piadm.denoiser import Denoiser
 from piadm.engine import rounds
 from piadm.executor import error_text, name_rows, out_of_memory
 from piadm.grid import TimeGrid
-from piadm.interop.diffusers.arguments import Rows, copied, leaves
+from piadm.interop.diffusers.arguments import Rows, copied, leaves, with_tensors
 from piadm.interop.diffusers.options import Options, PipelineNetwork
-from piadm.interop.diffusers.phases import ROUNDING, Phase, alike
+from piadm.interop.diffusers.phases import ROUNDING, Part, Phase, alike, numbered
 from piadm.interop.diffusers.probe import UnsupportedError
 from piadm.interop.diffusers.rehearsal import Score
 from piadm.interop.diffusers.rowlists import unpacked
@@ -26,21 +26,6 @@ from piadm.tally import Interrupted, Tally
 
 #: A network of the pipeline, called with its arguments by name.
 Network = Callable[[dict[str, Any]], Any]
-
-
-@dataclass(frozen=True)
-class Part:
-    """The rows of a request that belong to one phase of the loop.
-
-    Attributes:
-        phase: the phase.
-        at: which rows of the request they are.
-        rows: the rows, their steps numbered among those of the phase.
-    """
-
-    phase: Phase
-    at: Tensor | slice
-    rows: Rows
 
 
 class Rounds:
@@ -84,15 +69,27 @@ class Rounds:
         self.asking = rounds(engine, problem, self.tally, limit, False)
         self.going = True
         # The phase of every step, and its number among the steps of that phase.
-        self.phase, self.own = _numbered(score.phases, count)
+        self.phase, self.own = numbered(score.phases, count)
         # The phase that the body is in, the place of the next network call in it, and the step that it makes.
-        self.current, self.place, self.latest = score.phases[int(self.phase[-1])], 0, count - 1
+        self.current, self.place, self.latest = score.phases[int(self.phase[-1])], 0, -1
         # A pass of every phase with one row more than the batch has, backwards: code that tells samples apart shows
         # before any network runs, also where the engine would happen to ask for rows in the order of the batch.
         batch = len(score.initial)
         self.rounding = ROUNDING  # means over each row, of more rows, may be rounded the other way: by the last digit
         self.trial = torch.arange(batch - 1, -2, -1, device="cpu") % batch
-        self.trials = list(score.phases)
+        # Before each, a pass whose networks answer otherwise, and whose state is NaN afterwards: what a pass keeps for
+        # a later one, or reads of the state, shows as well.  Several phases are passed once more than they last: code
+        # that counts its passes, not the steps, goes on.
+        self.trials = [(phase, True) for phase in score.phases]
+        for phase in score.phases:
+            times = 1 + phase.longest if len(score.phases) > 1 else 1
+            self.trials += [(phase, False)] * times + [(phase, True)]
+        self.trials.pop()
+        self.blank = True
+        # Samples of the rows of a pass in which a network has failed; and whether a round has ended at another step
+        # than the last one, whose code its end has yet to see.
+        self.left: Tensor | None = None
+        self.owing = False
         self._resume(lambda: next(self.asking))
 
     def _heard(self, info: RoundInfo) -> None:
@@ -133,9 +130,11 @@ class Rounds:
 
         The last pass is at the last step, whose code is that of the end.
         """
-        last = len(self.phase) - 1
-        if self.going:
-            self.current = self.trials[0] if self.trials else self.parts[0].phase
+        last, self.left = len(self.phase) - 1, None
+        if self.owing:
+            self.current, self.latest = self.score.phases[int(self.phase[last])], last
+        elif self.going:
+            self.current = self.trials[0][0] if self.trials else self.parts[0].phase
             self.latest = self.current.repeated
         elif self.latest == last:
             return None
@@ -158,42 +157,55 @@ class Rounds:
         number = self.place % len(self.current.slots)
         slot, spare = self.current.slots[number], self.current.spares[number]
         self.place += 1
-        if self.starved or not self.going:
-            return copied(spare)
+        if self.starved or not self.going or self.owing:
+            return copied(spare) if self.left is None else slot.handed(slot.picked(spare, self.left))
         if slot.name != name:
             raise UnsupportedError(f"the pipeline calls {name} where it called {slot.name} before")
         if self.trials:
             self.rounding = max(self.rounding, _unit(spare))
-            return slot.handed(slot.picked(spare, self.trial))
+            found = slot.picked(spare, self.trial)
+            return slot.handed(with_tensors(found, _otherwise) if self.trials[0][1] else found)
+        rows = self.parts[0].rows
         try:
-            return slot.handed(slot.call(run, arguments, self.parts[0].rows))
+            return slot.handed(slot.call(run, arguments, rows))
         except UnsupportedError:
             raise
         except KeyboardInterrupt:
+            self.left = rows.samples
             self._resume(lambda: self.asking.throw(KeyboardInterrupt()))
         except Exception as error:
             if not out_of_memory(error) or len(self.rows) == 1:
-                rows = self.rows[self.parts[0].at]
+                rows = self.rows[self.parts[0].at]  # their steps counted among all
                 what = name_rows(rows.samples, rows.calls).replace("time", "step")
                 raise NetworkError(f"{name} failed on {what}: {error_text(error)}") from error
-            self.starved = True
+            self.starved, self.left = True, rows.samples
         if self.starved and torch.cuda.is_available():
             torch.cuda.empty_cache()
-        return copied(spare)
+        return slot.handed(slot.picked(spare, self.left))  # as many rows as the calls before it in this pass
 
     def step(self, output: Tensor) -> bool:
         """Hand the engine the guided model output; whether that ended a round."""
         before = self.tally.rounds
+        if self.owing:
+            self.owing = False
+            return True
         if self.trials and self.going:
-            phase = self.trials.pop(0)
+            phase, self.blank = self.trials.pop(0)
+            if self.blank:
+                return False
             output = self._rows(output, phase, len(self.trial))
             if not alike(output, self._answer(phase)[:, self.trial].flatten(0, 1), self.rounding):
-                raise UnsupportedError("the pipeline treats the samples of a batch differently, or mixes them")
+                raise UnsupportedError(
+                    "the pipeline treats the samples of a batch differently, or mixes them, or keeps something from "
+                    "one pass of its loop to the next"
+                )
         elif self.starved:
             self._resume(lambda: self.asking.send(None))
         elif self.going:
             self._take(output)
-        return self.tally.rounds > before
+        ended = self.tally.rounds > before
+        self.owing = ended and self.going and self.latest != len(self.phase) - 1
+        return ended and not self.owing
 
     def _take(self, output: Tensor) -> None:
         """Take in the guided model output of a phase; with the last one the engine has what it has asked for."""
@@ -245,6 +257,8 @@ class Rounds:
     def end(self) -> Tensor:
         """The current final state of all the scheduler's rows, shape ``(N, *shape)``."""
         end = self.tally.end.reshape(self.tally.problem.shape)
+        if self.blank and self.going:
+            end = torch.full_like(end, torch.nan)
         self.sources = self.sources.to(end.device)
         return end[self.sources]
 
@@ -257,12 +271,9 @@ class Rounds:
         self.asking.close()
 
 
-def _numbered(phases: Sequence[Phase], count: int) -> tuple[Tensor, Tensor]:
-    """The phase of every step, and its number among the steps of that phase, both ``(J,)``."""
-    phase, own = torch.zeros(2, count, dtype=torch.int64, device="cpu")
-    for number, one in enumerate(phases):
-        phase[one.steps], own[one.steps] = number, torch.arange(len(one.steps), device="cpu")
-    return phase, own
+def _otherwise(leaf: Tensor) -> Tensor:
+    """Other numbers of the same kind."""
+    return (-2 * leaf).flatten().roll(1).view(leaf.shape)
 
 
 def _unit(output: Any) -> float:  # noqa: ANN401 - a network's output

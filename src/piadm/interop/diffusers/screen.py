@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from types import MethodType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from piadm.interop.diffusers.arguments import leaves
 from piadm.interop.diffusers.probe import UnsupportedError
 from piadm.interop.diffusers.proxies import METHODS
 
@@ -56,3 +57,15 @@ def check_scheduler(scheduler: Any) -> None:  # noqa: ANN401 - any scheduler
                 f"{name} of this {kind.__name__} has been replaced by another function, which copies of the scheduler "
                 "cannot use; define it in a subclass"
             )
+
+
+def check_arguments(name: str, arguments: dict[str, Any]) -> None:
+    """Refuse arguments that carry something from step to step.
+
+    Raises:
+        UnsupportedError: naming the network and the argument.
+    """
+    for path, leaf in leaves(arguments).items():
+        if "cache" in str(path[-1]) and hasattr(leaf, "__dict__") and not isinstance(leaf, Tensor):
+            what = f"{name} is handed a cache ({path[-1]}) that it fills at one step and reads at others"
+            raise UnsupportedError(f"{what}; switch it off")
