@@ -165,7 +165,7 @@ def test_schedulers_that_are_refused_are_told_why(build: Callable[[], Any], mess
 
 def test_a_feeder_shows_only_where_there_are_two_steps() -> None:
     case = CASES["SD3, ControlNet of one block"]
-    with pytest.raises(UnsupportedError, match="controlnet .* one step; ask for two"):
+    with pytest.raises(UnsupportedError, match="controlnet .* one step; ask for more"):
         parallelize(case.build())(**case.call, num_inference_steps=1)
 
 
