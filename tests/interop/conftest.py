@@ -12,7 +12,7 @@ ALL = (0, 36)
 #: What stands in the names of those that older ones do not have, or not without a text encoder.
 NEWER = (
     "Z-Image", "counts_its_samples", "in_lists", "takes_lists", "Lumina 2", "Wan",
-    "rows_of_its_own_steps", "Sana", "SD3, img2img",
+    "rows_of_its_own_steps", "few_rounds_return", "second_call_of_a_pass", "Sana", "SD3, img2img",
 )  # fmt: skip
 
 
