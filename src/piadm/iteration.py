@@ -133,19 +133,20 @@ def one_round(tally: Tally, runs: Sequence[PathRun], limit: int) -> Asking[None]
     began = time.perf_counter()
     turns = [run.turn(last=tally.rounds + 1 >= limit) for run in runs]
     tally.peak_states = max(tally.peak_states, sum(turn.active.size for turn in turns))
+    witnesses = [witness for run in runs if (witness := run.question()) is not None]
     probes: list[RippleProbe | Witness] = [run.probe for run in runs if run.probe is not None]
-    probes += [witness for run in runs if (witness := run.question()) is not None]
-    asked: list[Turn | RippleProbe | Witness] = [*turns, *probes]
-    # A witness is asked among other rows the second time.
-    asked.sort(key=lambda one: not (isinstance(one, Witness) and one.again))
+    probes += witnesses
+    # A witness is asked before the other rows the second time.
+    again = [witness for witness in witnesses if witness.again]
+    asked: list[Turn | RippleProbe | Witness] = [*again, *turns, *(probe for probe in probes if probe not in again)]
     yield from tally.problem.executor.ask([one.request for one in asked])
-    tables = dict(zip(map(id, asked), _to_host(asked), strict=True))
+    tables = dict(zip(asked, _to_host(asked), strict=True))
     seconds = time.perf_counter() - began
     for probe in probes:
-        probe.finish(tables[id(probe)])
+        probe.finish(tables[probe])
     samples, rows = [], [probe.samples.numpy() for probe in probes]
     for run, turn in zip(runs, turns, strict=True):
-        run.judge(tally, turn.active, turn.finish(tables[id(turn)]))
+        run.judge(tally, turn.active, turn.finish(tables[turn]))
         run.probe = None
         tally.apart = max(tally.apart, 0.0 if run.witness is None else run.witness.apart)
         samples.append(run.samples[turn.active.any(0)])

@@ -46,12 +46,14 @@ def lumina() -> Any:  # noqa: ANN401 - a pipeline
     return bare(df.Lumina2Pipeline, network)
 
 
+WAN = dict(
+    attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=8, ffn_dim=16, rope_max_seq_len=16,
+    **HIDDEN,
+)  # fmt: skip
+
+
 def wan() -> Any:  # noqa: ANN401 - a pipeline
-    network = built(
-        df.WanTransformer3DModel, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=8,
-        ffn_dim=16, rope_max_seq_len=16, **HIDDEN,
-    )  # fmt: skip
-    return bare(df.WanPipeline, network)
+    return bare(df.WanPipeline, built(df.WanTransformer3DModel, **WAN))
 
 
 def sana(scale: float = 1.0) -> Any:  # noqa: ANN401 - a pipeline

@@ -7,6 +7,7 @@ from typing import Any
 import diffusers as df
 import pytest
 import torch
+from test_interop_flow import EULER, WAN, lumina
 from tiny import SD, SQUARE, TEXTS, XL, Case, built, masks, normals, prompts, quiet, stable_diffusion
 from tiny import stable_diffusion_3 as sd3
 from torch import Tensor
@@ -16,28 +17,14 @@ from piadm.interop.diffusers.probe import UnsupportedError
 
 STEPS = 10
 RUN = dict(num_inference_steps=STEPS, output_type="latent")
-EULER = df.FlowMatchEulerDiscreteScheduler
 
 
 def wan(**config: Any) -> Any:  # noqa: ANN401 - a pipeline
-    settings = dict(
-        attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=8, ffn_dim=16, rope_max_seq_len=16,
-        num_layers=1, num_attention_heads=2,
-    )  # fmt: skip
-    first, second = (built(df.WanTransformer3DModel, **settings) for _ in range(2))
+    first, second = (built(df.WanTransformer3DModel, **WAN) for _ in range(2))
     for parameter in second.parameters():
         parameter.data.mul_(1.2)
     parts = dict(transformer=first, transformer_2=second, scheduler=EULER(shift=3.0))
     return quiet(df.WanPipeline, "vae", *TEXTS[:2], **parts, boundary_ratio=0.7, **config)
-
-
-def lumina() -> Any:  # noqa: ANN401 - a pipeline
-    network = built(
-        df.Lumina2Transformer2DModel, sample_size=8, in_channels=4, hidden_size=24, num_refiner_layers=1,
-        num_kv_heads=1, multiple_of=8, axes_dim_rope=(4, 4, 4), axes_lens=(16, 16, 16), cap_feat_dim=16, num_layers=1,
-        num_attention_heads=2,
-    )  # fmt: skip
-    return quiet(df.Lumina2Pipeline, "vae", *TEXTS[:2], transformer=network, scheduler=EULER(shift=3.0))
 
 
 VIDEO = dict(SQUARE, **prompts(), num_frames=5)

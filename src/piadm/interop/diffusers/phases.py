@@ -6,6 +6,7 @@ round then passes the body once for each of them, at one of its steps.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -33,9 +34,9 @@ Calls = list[tuple[str, dict[str, Any]]]
 def alike(output: Tensor, wanted: Tensor, rounding: float = ROUNDING) -> bool:
     """Whether model outputs are the same up to rounding."""
     near = rounding * float(wanted.abs().max())
-    if near != near:  # NaN is alike nothing
+    if math.isnan(near) or output.shape != wanted.shape:
         return False
-    return output.shape == wanted.shape and torch.allclose(output, wanted, rtol=rounding, atol=near)
+    return torch.allclose(output, wanted, rtol=rounding, atol=near)
 
 
 def forms(calls: Calls) -> list[Any]:
@@ -136,6 +137,20 @@ class Part:
     phase: Phase
     at: Tensor | slice
     rows: Rows
+
+
+def trials(phases: Sequence[Phase]) -> list[tuple[Phase, bool]]:
+    """The passes that try a loop before any round, by phase; True: a blank one.
+
+    In a blank pass the networks answer otherwise, and the state is NaN afterwards: what a pass keeps for a later one,
+    or reads of the state, shows in those that follow.  Several phases are passed once more than they last: code that
+    counts its passes, not the steps, goes on.
+    """
+    passes = [(phase, True) for phase in phases]
+    for phase in phases:
+        times = 1 + phase.longest if len(phases) > 1 else 1
+        passes += [(phase, False)] * times + [(phase, True)]
+    return passes[:-1]
 
 
 def numbered(phases: Sequence[Phase], count: int) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from piadm.executor import error_text, name_rows, out_of_memory
 from piadm.grid import TimeGrid
 from piadm.interop.diffusers.arguments import Rows, copied, leaves, with_tensors
 from piadm.interop.diffusers.options import Options, PipelineNetwork
-from piadm.interop.diffusers.phases import ROUNDING, Part, Phase, alike, numbered
+from piadm.interop.diffusers.phases import ROUNDING, Part, Phase, alike, numbered, trials
 from piadm.interop.diffusers.probe import UnsupportedError
 from piadm.interop.diffusers.rehearsal import Score
 from piadm.interop.diffusers.rowlists import unpacked
@@ -68,24 +68,17 @@ class Rounds:
         limit = options.max_rounds or TURNS_PER_NODE * count + self.tally.rounds
         self.asking = rounds(engine, problem, self.tally, limit, False)
         self.going = True
-        # The phase of every step, and its number among the steps of that phase.
+        # The phase of every step, and its number among the steps of that phase; the phase of the last step.
         self.phase, self.own = numbered(score.phases, count)
+        self.last, self.final = count - 1, score.phases[int(self.phase[-1])]
         # The phase that the body is in, the place of the next network call in it, and the step that it makes.
-        self.current, self.place, self.latest = score.phases[int(self.phase[-1])], 0, -1
+        self.current, self.place, self.latest = self.final, 0, -1
         # A pass of every phase with one row more than the batch has, backwards: code that tells samples apart shows
         # before any network runs, also where the engine would happen to ask for rows in the order of the batch.
         batch = len(score.initial)
         self.rounding = ROUNDING  # means over each row, of more rows, may be rounded the other way: by the last digit
         self.trial = torch.arange(batch - 1, -2, -1, device="cpu") % batch
-        # Before each, a pass whose networks answer otherwise, and whose state is NaN afterwards: what a pass keeps for
-        # a later one, or reads of the state, shows as well.  Several phases are passed once more than they last: code
-        # that counts its passes, not the steps, goes on.
-        self.trials = [(phase, True) for phase in score.phases]
-        for phase in score.phases:
-            times = 1 + phase.longest if len(score.phases) > 1 else 1
-            self.trials += [(phase, False)] * times + [(phase, True)]
-        self.trials.pop()
-        self.blank = True
+        self.trials, self.blank = trials(score.phases), False
         # Samples of the rows of a pass in which a network has failed; and whether a round has ended at another step
         # than the last one, whose code its end has yet to see.
         self.left: Tensor | None = None
@@ -111,6 +104,7 @@ class Rounds:
             self.score.fixed.put(self.state, samples, calls)
         # Moved once: afterwards they are where the state is, and nothing waits for them.
         self.scales, self.estimate = self.scales.to(self.state), self.estimate.to(self.state)
+        self.phase, self.own = self.phase.to(calls.device), self.own.to(calls.device)
         scales = self.scales[calls].reshape(-1, *[1] * (self.state.ndim - 1))
         self.rows = Rows(self.state * scales, samples, calls)
         self.parts = self._parts(self.rows)
@@ -120,8 +114,7 @@ class Rounds:
         phases = self.score.phases
         if len(phases) == 1:  # nothing is asked of the device, which may be at work yet
             return [Part(phases[0], slice(None), rows)]
-        which, calls = self.phase.to(rows.calls.device)[rows.calls], self.own.to(rows.calls.device)[rows.calls]
-        own = replace(rows, calls=calls)
+        which, own = self.phase[rows.calls], replace(rows, calls=self.own[rows.calls])
         places = [(which == number).nonzero().squeeze(1) for number in range(len(phases))]
         return [Part(phase, at, own[at]) for phase, at in zip(phases, places, strict=True) if len(at)]
 
@@ -130,17 +123,14 @@ class Rounds:
 
         The last pass is at the last step, whose code is that of the end.
         """
-        last, self.left = len(self.phase) - 1, None
-        if self.owing:
-            self.current, self.latest = self.score.phases[int(self.phase[last])], last
-        elif self.going:
+        self.place, self.left = 0, None
+        if self.going and not self.owing:
             self.current = self.trials[0][0] if self.trials else self.parts[0].phase
             self.latest = self.current.repeated
-        elif self.latest == last:
-            return None
+        elif self.owing or self.latest != self.last:
+            self.current, self.latest = self.final, self.last
         else:
-            self.current, self.latest = self.score.phases[int(self.phase[last])], last
-        self.place = 0
+            return None
         return self.latest
 
     def stop(self) -> None:
@@ -204,7 +194,7 @@ class Rounds:
         elif self.going:
             self._take(output)
         ended = self.tally.rounds > before
-        self.owing = ended and self.going and self.latest != len(self.phase) - 1
+        self.owing = ended and self.going and self.latest != self.last
         return ended and not self.owing
 
     def _take(self, output: Tensor) -> None:
