@@ -42,7 +42,7 @@ def test_a_sample_that_goes_in_circles_ends_on_finer_nodes() -> None:
 
 @pytest.mark.usefixtures("laps_alone")
 def test_without_finer_nodes_it_would_go_on_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(builder, "LAPS", torch.inf)
+    monkeypatch.setattr(stopping, "LAPS", torch.inf)
     monkeypatch.setattr(builder, "FIRST_SMOOTH", Caution())
     found = piadm.sample(mixture(), (len(CIRCLING), 1, 8, 8), method="ode", seed=CIRCLING, max_rounds=150)
     assert not found.converged
@@ -81,7 +81,8 @@ def moved(surprise: Table, end: Table, interpolation: Table, amplification: floa
     zero = np.zeros_like(end)
     lost = np.zeros_like(surprise, dtype=bool)
     none = np.zeros_like(surprise)
-    return Movement(surprise, none, end, interpolation, zero, zero, zero + amplification, zero + 99, lost, lost[0])
+    once, no = zero + amplification, lost[0]
+    return Movement(surprise, none, end, interpolation, zero, zero, once, zero + 99, lost, no, no)
 
 
 @pytest.mark.parametrize("refinable", [True, False])

@@ -5,15 +5,17 @@ from __future__ import annotations
 import pickle
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import piadm
 from piadm.models import MixtureDenoiser
-from piadm.network import resolution
+from piadm.network import HALF, resolution
 from piadm.settings import resolve
 from piadm.stopping import LAPS_HALF
+from piadm.witness import MOVES, SLOW, Witness, roundings
 
 # Stable Diffusion's levels: at the noisiest, an error of epsilon is fifteen times as large in the denoised estimate.
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()
@@ -33,6 +35,37 @@ class Rounded(nn.Module):
         alpha, sigma = (level[:, None] for level in self.schedule.levels(t.double()))
         x = x.double()
         return ((x - alpha * self.exact.network(x, t)) / sigma).to(self.anchor.dtype)
+
+
+class Deep(nn.Module):
+    """Layers of random weights, of which the denoised estimate depends on the state as strongly as a trained one's."""
+
+    def __init__(self, size: int = 64, width: int = 256) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(size + 1, width), nn.Linear(width, size)
+        self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(4))
+        generator = torch.Generator().manual_seed(0)
+        for weight in self.parameters():
+            gain = 1.5 / weight.shape[1] ** 0.5 if weight.ndim == 2 else 0.1
+            weight.data = gain * torch.randn(weight.shape, generator=generator)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h = self.first(torch.cat([x, torch.log1p(t)[:, None].to(x) / 5], 1))
+        for block in self.blocks:
+            h = h + 0.5 * block(nn.functional.silu(h))
+        return 0.3 * self.last(nn.functional.silu(h))
+
+
+class Autocast(nn.Module):
+    """A network of float32, input and output included, that computes in bfloat16 inside."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.network(x, t).float()
 
 
 def rounded(dtype: torch.dtype) -> piadm.Denoiser:
@@ -78,6 +111,61 @@ def test_rows_that_rounding_keeps_from_settling_are_not_evaluated_to_the_last() 
     few = piadm.sample(full, (1, 16), tol=6e-3, **run).stats.nodes
     every = piadm.sample(half, (1, 16), tol=6e-3, nodes="all", **run).stats.evaluations
     assert found.stats.evaluations <= LAPS_HALF * few + every
+
+
+@pytest.mark.parametrize("steps", [200, 1000])
+@pytest.mark.parametrize("method", ["ode", "sde"])
+def test_rounding_that_a_network_keeps_to_itself_is_found(method: str, steps: int) -> None:
+    open_, run = piadm.Denoiser(Deep(), piadm.VPSchedule(), "sample"), dict(method=method, steps=steps, seed=1)
+    hidden = replace(open_, network=Autocast(open_.network))
+    found = piadm.sample(hidden, (2, 64), **run)
+    want = piadm.sample_sequential(hidden, (2, 64), **run).sample
+    assert found.converged and float((found.sample - want).square().mean(1).sqrt().max()) <= 1e-2
+    # 98 to 300 rounds were seen; where it is known from the beginning they are 9 to 16.  It is asked about in the tenth
+    # and the eleventh round; as many again are for what rounding has taught the local models by then.
+    with torch.autocast("cpu", torch.bfloat16):
+        known = piadm.sample(open_, (2, 64), **run)
+    assert found.stats.rounds <= 2 * (SLOW + 2) + known.stats.rounds
+
+
+def test_roundings_are_told_from_slopes() -> None:
+    moves, slopes = np.array(MOVES)[:, None], np.array([0.0, 0.1, 1.0, 30.0])
+    assert (roundings(slopes * moves) == 0).all() and (roundings(slopes * moves**0.8) == 0).all()
+    noise = np.array([1e-4, 3e-4, 3e-3])
+    assert np.allclose(roundings(np.hypot(noise, 0.7 * moves)), noise)
+    # The smallest change was rounded away; an answer that is not finite says nothing.
+    assert roundings(np.array([[0.0], [1e-4], [7e-3]])) == 7e-3
+    assert (roundings(np.full((3, 1), np.nan)) == 0).all() and roundings(np.array([[0.0], [0.0], [np.nan]])) == 0
+
+
+def test_networks_of_full_precision_are_found_to_have_it() -> None:
+    seen: list[float] = []
+    finish = Witness.finish
+
+    def noted(self: Witness, numbers: np.ndarray) -> None:
+        finish(self, numbers)
+        seen.extend(self.resolution)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Witness, "finish", noted)
+        for network, prediction in ((rounded(torch.float32).network, "epsilon"), (Deep(), "sample")):
+            denoiser = replace(rounded(torch.float32), network=network, prediction=prediction)
+            piadm.sample(denoiser, (16, 64), method="sde", steps=200, tol=1e-4)
+    assert len(seen) >= 32 and max(seen) < HALF
+
+
+@pytest.mark.parametrize(("convolutions", "products"), [(True, False), (False, True), (False, False)])
+def test_layers_that_multiply_in_tf32_resolve_as_much(
+    convolutions: bool, products: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What PyTorch says on a GPU; convolutions are in TF32 there unless it is told otherwise.
+    monkeypatch.setattr(torch.cuda, "is_tf32_supported", lambda: True, raising=False)
+    monkeypatch.setattr("piadm.network.network_device", lambda network: torch.device("cuda"))
+    allowed = {torch.backends.cuda.matmul: products, getattr(torch.backends.cudnn, "conv", None): convolutions}
+    monkeypatch.setattr("piadm.numerics._allows_tf32", lambda backend, before: allowed[backend])
+    assert resolution(nn.Sequential(nn.Conv1d(1, 1, 3))) == (2.0**-10 if convolutions else 2.0**-23)
+    assert resolution(nn.Linear(1, 1)) == (2.0**-10 if products else 2.0**-23)
+    assert resolution(lambda x, t: x) == 2.0**-23
 
 
 def test_the_resolution_is_that_of_the_coarsest_numbers() -> None:

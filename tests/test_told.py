@@ -86,7 +86,7 @@ def judged(rule: stopping.CarriedResidual, size: float, moved: float = 0.0) -> t
     heard = np.full((2, 1), moved)
     nothing, no, none = np.zeros(1), np.zeros((2, 1), bool), np.zeros((2, 1))
     end, once = np.full(1, moved), np.ones(1)
-    movement = Movement(heard, none, end, nothing, nothing, nothing, once, np.full(1, size), no, no[0])
+    movement = Movement(heard, none, end, nothing, nothing, nothing, once, np.full(1, size), no, no[0], no[0])
     error, verdict = rule.judge(movement, heard)
     return float(error[0]), stopping.Verdict(int(verdict[0]))
 

@@ -165,6 +165,12 @@ class Outlook:
         self.drifted = self.rate * drift
         self.expected = np.where(self.known, np.hypot(self.drifted, self.doubt), np.inf)
 
+    def distrust(self, samples: Flags) -> None:
+        """Forget the rates of some samples ``(B,)``, which rounding brought about."""
+        rate = np.where(samples, self.assumed, self.rate)
+        self.drifted, self.rate = self.drifted * (rate / self.rate), rate
+        self.expected = np.where(self.known, np.hypot(self.drifted, self.doubt), np.inf)
+
     def inherit(self, old: Flags, coarse: Outlook, keep: Flags | slice) -> None:
         """Take over what is known of the rows of a coarser node set: ``old`` of the nodes, ``keep`` of its samples."""
         for table in ("rate", "known", "taught", "doubt"):

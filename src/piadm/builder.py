@@ -34,7 +34,7 @@ from piadm.reference import free_states
 from piadm.ripples import Ripples, no_ripples
 from piadm.settings import TURNS_PER_NODE, SampleSettings
 from piadm.sharing import Sharing
-from piadm.stopping import LAPS, LAPS_HALF, CarriedResidual
+from piadm.stopping import CarriedResidual
 
 #: Least influence of a node, so that one without any, where a step does not move the state, is still evaluated once.
 FAINTEST = 1e-9
@@ -163,7 +163,6 @@ class Builder:
             widest=self.widest(nodes),
             caution=caution,
             exact_after=TURNS_PER_NODE * count if count == settings.steps.count else math.inf,
-            most_laps=LAPS_HALF if settings.half_precision else LAPS,
             coarse=coarse,
         )
 
@@ -188,11 +187,11 @@ class Builder:
     def sharing(self, path: ParallelPath, rule: CarriedResidual) -> Sharing | None:
         """Which rows of a path take the innovation of their neighbours; None: no row does.
 
-        None does where the first nodes are all steps, nor where it is rough from step to step: by clipping, and by
-        rounding in half precision.  The ODE's samples have few rounds in which they could.
+        None does where the first nodes are all steps, nor where steps clip, which is rough from step to step, as is
+        half precision (``PathRun``).  The ODE's samples have few rounds in which they could.
         """
         settings, local = self.settings, path.local
-        if settings.nodes.count == settings.steps.count or not settings.noisy or settings.half_precision:
+        if settings.nodes.count == settings.steps.count or not settings.noisy:
             return None
         if settings.excess is not None or local is None or not local.learns:
             return None

@@ -84,7 +84,8 @@ class PathRun:
             chosen &= np.arange(len(chosen))[:, None] <= first + AHEAD
         shared: Flags = np.zeros_like(chosen)
         if self.sharing is not None and not last:
-            shared = self.sharing.choose(chosen, outlook, self.rounds) & np.logical_not(self.rule.leaving)
+            apart = self.rule.leaving | self.path.half_precision  # rounding is rough from step to step
+            shared = self.sharing.choose(chosen, outlook, self.rounds) & ~apart
         return Turn(self.path, chosen & ~shared, shared)
 
     def question(self) -> Witness | None:
@@ -100,6 +101,9 @@ class PathRun:
         error, judged = self.rule.judge(movement, self.path.outlook.expected)
         self.verdict = np.where(going, judged, self.verdict)
         self.rounds, self.lost = self.rounds + 1, movement.lost
+        if self.witness is not None:
+            self.path.resolve(self.witness.resolution)
+            tally.apart = max(tally.apart, self.witness.apart)
         self.spent = not active.any()  # nothing left to evaluate: the rule has judged all there is
         tally.error.numpy()[self.samples[going]] = error[going]
         self._record_ends(tally)
@@ -148,7 +152,6 @@ def one_round(tally: Tally, runs: Sequence[PathRun], limit: int) -> Asking[None]
     for run, turn in zip(runs, turns, strict=True):
         run.judge(tally, turn.active, turn.finish(tables[turn]))
         run.probe = None
-        tally.apart = max(tally.apart, 0.0 if run.witness is None else run.witness.apart)
         samples.append(run.samples[turn.active.any(0)])
         rows.append(np.broadcast_to(run.samples, turn.active.shape)[turn.active])
     evaluated = torch.from_numpy(np.concatenate(rows))

@@ -44,17 +44,24 @@ class Level:
         path: their path on it.
         rule: judges them.
         failed: which of them have failed already, shape ``(B,)``.
+        earlier: rounds that they have had on coarser nodes.
     """
 
     def __init__(
-        self, builder: Builder, nodes: NodeSet, path: ParallelPath, rule: CarriedResidual, failed: Flags
+        self,
+        builder: Builder,
+        nodes: NodeSet,
+        path: ParallelPath,
+        rule: CarriedResidual,
+        failed: Flags,
+        earlier: int = 0,
     ) -> None:
-        self.builder, self.nodes, self.path, self.rule = builder, nodes, path, rule
+        self.builder, self.nodes, self.path, self.rule, self.earlier = builder, nodes, path, rule, earlier
         self.rows = builder.active_rows(nodes.count, rule)
         ripples, probe = builder.ripples, None
         if ripples is not None and ripples.wanted(nodes, path.samples):
             probe = RippleProbe(ripples, path, nodes)
-        witness = Witness(path, builder.problem.denoiser.network)
+        witness = Witness(path, builder.problem.denoiser.network, earlier)
         self.run = PathRun(path, self.rows, rule, failed, probe, builder.sharing(path, rule), witness)
 
     @property
@@ -91,11 +98,11 @@ class Level:
 
         These are amplified, and twice as many nodes would not do: by way of several node sets, the slowest of a
         mixture's took 63 rounds instead of 39, and all together as many evaluations.  The ODE's errors fall faster; its
-        samples took twice as many evaluations at every step.
+        samples took twice as many evaluations at every step.  And those in half precision (``SampleSettings.finer``).
         """
         amplified = self.builder.settings.noisy & (self.path.amplification.factor > 1).any(0)
         found: Flags = amplified & (LEFT * self.rule.interpolation > self.rule.aim)
-        return found
+        return found | self.path.half_precision
 
     def _enough(self, nodes: NodeSet, doublings: int, at_once: Flags) -> Flags:
         """For which of them a node set is fine enough, after so many doublings, shape ``(B,)``."""
@@ -118,7 +125,7 @@ class Level:
         """
         builder, keep, path = self.builder, torch.from_numpy(again), self.path
         samples, reference = path.samples[keep], builder.reference(nodes)
-        careful = self.rule.circling & (not builder.settings.half_precision)
+        careful = self.rule.circling & ~path.half_precision
         aim = np.where(careful, builder.settings.aim / CARE, self.rule.aim)[again]
         there, anew = keep.to(path.device), bool(self.rule.leaving[again].all())
         rule = builder.rule(nodes, reference, aim, None if anew else self.rule.record(again))
@@ -130,7 +137,8 @@ class Level:
         if anew and not builder.settings.noisy:
             fine.amplification.forget()
         self.run.handed |= again
-        return Level(builder, nodes, fine, rule, np.zeros(len(samples), np.bool_))
+        earlier = self.earlier + self.run.rounds
+        return Level(builder, nodes, fine, rule, np.zeros(len(samples), np.bool_), earlier)
 
     def states(self, own: Tensor) -> tuple[Tensor, Tensor]:
         """States of some of them, ``own (B,)``, at every step and at the end, ``(J, B', d)`` and ``(B', d)``."""

@@ -40,7 +40,7 @@ class Learning:
         alpha: scale of the data.
         clock: ``p ln(alpha/sigma)``, ``p`` as in ``Amplification``.
         own: whether every coordinate has a slope of its own.
-        resolution: relative change of a state below which the network's dtype cannot resolve it.
+        resolution: relative change of a state that the network cannot resolve, as far as its dtype tells.
     """
 
     least: Tensor
@@ -98,17 +98,18 @@ class LocalModel:
         seen: states of the last evaluations, or of the starting guess, shape ``(n B, d)``.
         excess: ``e``, shape ``(n B, d)``, or ``(n B, 1)`` for one of all coordinates.
         mean: its mean over the coordinates, shape ``(n B, 1)``.
+        resolution: relative change of a state that the network cannot resolve, shape ``(n B, 1)``.
     """
 
     def __init__(self, learning: Learning, slopes: Tensor, states: Tensor) -> None:
         batch, size = states.shape[1:]
         self.learns, self.own = bool((learning.most > learning.least).any()), learning.own
-        self.resolution = learning.resolution
         bounds = torch.stack([learning.least - slopes, learning.most - slopes])
         self.bounds = bounds.to(states).repeat_interleave(batch, 1)[..., None]
         self.seen = states.flatten(0, 1).clone()
         self.excess = self.seen.new_zeros(len(self.seen), size if self.own else 1)
         self.mean = self.excess.mean(1, keepdim=True) if self.own else self.excess
+        self.resolution = self.seen.new_full((len(self.seen), 1), learning.resolution)
 
     def observe(
         self, rows: Tensor, states: Tensor, innovation: Tensor, teaches: Tensor, limit: Tensor | float = torch.inf
@@ -136,8 +137,8 @@ class LocalModel:
         innovation.nan_to_num_(0.0, 0.0, 0.0).mul_(kept[:, None])  # whole rows; twice as fast as a mask
         moved = torch.linalg.vector_norm(dx, dim=1, keepdim=True)
         relative = moved / torch.linalg.vector_norm(states, dim=1, keepdim=True)
-        far = (relative > max(LEAST_STRIDE, self.resolution)) & teaches[:, None]
-        stride = moved * (relative > self.resolution)
+        resolved = relative > self.resolution.index_select(0, rows)
+        far, stride = resolved & (relative > LEAST_STRIDE) & teaches[:, None], moved * resolved
         square = torch.where(far, moved.square(), torch.inf)  # of other rows nothing is learnt
         change = (dx * innovation).sum(1, keepdim=True) / square
         slope = _within(old + change, least, most)

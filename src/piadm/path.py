@@ -22,7 +22,8 @@ from piadm.clipped import ClippedWalk
 from piadm.condense import CondensedPath
 from piadm.interpolation import Interpolation
 from piadm.local_model import Acting, Learning, LocalModel
-from piadm.numerics import full_precision, host, rms
+from piadm.network import HALF
+from piadm.numerics import Flags, Table, full_precision, host, rms
 
 #: Sweeps in which the path follows an evaluation where nodes read ahead, or coordinates have slopes of their own.  What
 #: they leave the next evaluations hear of: rounds were the same with one as with three, and hardly more with none.
@@ -56,6 +57,8 @@ class ParallelPath:
     Attributes:
         usual: how large samples are as far as is known, shape ``(B,)``: by what was told, by the reference's end, and
             by the smallest answer of the first round.
+        resolution: relative change of a state that the network cannot resolve, of every sample, shape ``(B,)``.
+        asked: whose network was asked what it resolves (``Witness``), likewise.
         shaken: whether the last round's changes were so large that their rounding must not stay in the states.
     """
 
@@ -87,6 +90,8 @@ class ParallelPath:
         self.state = self.free.clone()
         self.residual = torch.zeros(path.count, self.batch * self.size, dtype=self.dtype, device=self.device)
         self.local = None if learning is None else LocalModel(learning, path.slopes, self.nodes)
+        self.resolution = np.full(self.batch, 0.0 if learning is None else learning.resolution)
+        self.asked = np.zeros(self.batch, np.bool_)
         own = self.local is not None and self.local.own
         self.sweeps = SWEEPS if own or path.response[:-1, 0].triu(1).any() else 0
         self.outlook = Outlook(np.ones(path.count) if learning is None else learning.rate.numpy(), self.batch)
@@ -96,6 +101,12 @@ class ParallelPath:
 
     def _matrix(self, matrix: Tensor) -> Tensor:
         return matrix.to(self.device, self.dtype)
+
+    @property
+    def half_precision(self) -> Flags:
+        """Of which samples the network computes with numbers of sixteen bits, shape ``(B,)``."""
+        found: Flags = self.resolution > HALF
+        return found
 
     @property
     def nodes(self) -> Tensor:
@@ -191,9 +202,23 @@ class ParallelPath:
         self.follow(places.expand(self.batch, -1), innovation.transpose(0, 1))
         self.usual = torch.maximum(self.usual, coarse.usual[keep])
         kept = keep.cpu().numpy() if isinstance(keep, Tensor) else keep
+        self.resolve(coarse.resolution[kept])
+        self.asked = coarse.asked[kept].copy()
         self.outlook.inherit(old.numpy(), coarse.outlook, kept)
         self.amplification.inherit(old.numpy(), coarse.amplification, kept)
         self.outlook.look(np.sqrt(host(self.local.drift(self.rows).view(len(old), self.batch))))
+
+    def resolve(self, found: Table) -> None:
+        """Take in what the network was found not to resolve, ``(B,)``; what such small moves have taught is forgotten.
+
+        The slopes stay: they are a guess, and within their bounds.
+        """
+        coarser: Flags = found > self.resolution
+        if self.local is None or not coarser.any():
+            return
+        self.resolution = np.maximum(self.resolution, found)
+        self.local.resolution.view(-1, self.batch)[:] = torch.from_numpy(self.resolution).to(self.device, self.dtype)
+        self.outlook.distrust(coarser)
 
     def unlearn(self) -> None:
         """Keep states, residuals and slopes as a guess: no row counts as evaluated, and the absurd is forgotten."""

@@ -17,7 +17,7 @@ from piadm.grid import TimeGrid
 from piadm.integrators import Integrator, Steps, steps_of
 from piadm.linearization import DiagonalSecant, Gaussian, LearnedSlopes, Linearization, check_slopes, linearization
 from piadm.local_model import Learning
-from piadm.network import resolution
+from piadm.network import HALF, resolution
 from piadm.nodes import NodeSet, averaged, every_step, refine, spread, strided
 from piadm.numerics import TINY
 from piadm.problem import check_denoiser, grid_of
@@ -70,9 +70,6 @@ TURNS_PER_NODE = 2
 #: Least slope where steps clip, relative to the linearization's: what hardly acts on an estimate would be moved far to
 #: bring it back to where it is not clipped.
 LEAST_CLIPPED = 0.25
-
-#: Relative spacing above which a network's dtype counts as half precision: float16 has 1e-3, float32 1e-7.
-HALF = 1e-4
 
 
 @dataclass(frozen=True)
@@ -146,7 +143,7 @@ class SampleSettings:
 
     @property
     def half_precision(self) -> bool:
-        """Whether the network computes with numbers of sixteen bits."""
+        """Whether the network is known to compute with numbers of sixteen bits, or TF32."""
         return self.learning.resolution > HALF
 
     def rows(self, nodes: int, *, narrow: bool) -> int:

@@ -157,7 +157,6 @@ class CarriedResidual:
         widest: size of samples for which there are nodes enough.
         caution: how cautiously to judge.
         exact_after: number of rounds after which the iteration is exact but for settled rows.
-        most_laps: evaluations per node after which a sample counts as oscillating.
         coarse: what a coarser node set has shown of the samples; None: there was none.
     """
 
@@ -172,17 +171,16 @@ class CarriedResidual:
         widest: float = np.inf,
         caution: Caution,
         exact_after: float,
-        most_laps: float = LAPS,
         coarse: CoarseRecord | None = None,
     ) -> None:
         self.influence, self.threshold, self.tol, self.aim = influence, threshold, tol, aim
         self.refinable, self.widest, self.caution = refinable, widest, caution
-        self.exact_after, self.most_laps, self.rounds = exact_after, most_laps, 0
+        self.exact_after, self.rounds = exact_after, 0
         self.laps, self.passed, self.size, self.width, self.remains = np.zeros((5, len(aim)))
         self.share, self.keenness = np.ones_like(aim), np.ones_like(aim)
         self.last: Table | None = None
         self.between = np.zeros_like(aim)  # the interpolation error, when it was last estimated
-        self.far, self.astray = np.zeros((2, len(aim)), np.bool_)
+        self.far, self.astray, self.half_precision = np.zeros((3, len(aim)), np.bool_)
         self.begun = coarse is not None
         self.coarse = coarse = CoarseRecord.unknown(len(aim)) if coarse is None else coarse
         self.contraction, self.interpolation, self.grown = coarse.contraction, coarse.interpolation, coarse.growth
@@ -206,7 +204,7 @@ class CarriedResidual:
     @property
     def circling(self) -> Flags:
         """Which samples oscillate, shape ``(B,)`` bool."""
-        return self.laps >= self.most_laps
+        return self.laps >= np.where(self.half_precision, LAPS_HALF, LAPS)
 
     def _cancellation(self, movement: Movement) -> Table:
         """``c``: the last ratio, or half of the one before if that is larger; unchanged where nothing was evaluated."""
@@ -254,6 +252,8 @@ class CarriedResidual:
         self.rounds += 1
         reached: Flags = np.asarray(np.isfinite(expected).all(0))
         evaluated = (movement.surprise > 0).mean(0)
+        self.laps[movement.half_precision & ~self.half_precision] = 0  # those so far were due to rounding
+        self.half_precision = movement.half_precision
         self.laps, self.passed = self.laps + evaluated, self.passed + np.minimum(evaluated / NARROW, 1.0)
         # No surprise in any row: nothing is left to evaluate, unless there are rows ahead of the window.
         still = (movement.surprise == 0).all(0) & reached

@@ -49,6 +49,7 @@ class Movement:
         lost: which rows the network answered with a value that is not finite, or outlandish, shape ``(n, B)``.
         failed: samples whose end is not finite, or whose first row of the round was lost: all rows before it had
             settled, so that the sequential sampler would evaluate it there, too; shape ``(B,)``.
+        half_precision: of which samples the network computes with numbers of sixteen bits, shape ``(B,)``.
     """
 
     surprise: Table
@@ -61,6 +62,7 @@ class Movement:
     size: Table
     lost: Flags
     failed: Flags
+    half_precision: Flags
 
 
 @dataclass(frozen=True)
@@ -239,4 +241,5 @@ class Turn:
         failed: Flags = ~np.isfinite(moved) | lost[self.active.argmax(0), np.arange(path.batch)]
         amplification, doubt = path.amplification.recent.max(0), path.outlook.doubt
         surprise = np.where(np.isfinite(surprise), surprise, 0.0)
-        return Movement(surprise, doubt, moved, error, remains, rounding, amplification, size, lost, failed)
+        half = path.half_precision
+        return Movement(surprise, doubt, moved, error, remains, rounding, amplification, size, lost, failed, half)
