@@ -155,7 +155,7 @@ class LostStore:
 
 
 def test_a_verdict_outlives_the_store() -> None:
-    heartbeat = Heartbeat(LostStore(), rank=1, count=2, interval=1e-3)
+    heartbeat = Heartbeat(LostStore(), rank=1, count=2, interval=1e-3, run=1)
     heartbeat.wait()
     heartbeat.verdict = "rank 0 died"
     heartbeat._thread.start()
@@ -163,3 +163,41 @@ def test_a_verdict_outlives_the_store() -> None:
     heartbeat._over.set()
     heartbeat._thread.join()
     assert heartbeat.verdict == "rank 0 died"
+
+
+STILL = piadm.Denoiser(Faulty(None), piadm.VPSchedule(), "sample")
+
+
+def absent(rank: int, before: int, split: str) -> str:
+    """Rank 1 takes part in some runs, and then is busy elsewhere."""
+    workers = piadm.Ranks(timeout=LIMIT, split=split)
+    for _ in range(before):
+        piadm.sample(STILL, (3, 8), steps=8, workers=workers)
+    if rank == 1:
+        time.sleep(2 * LIMIT)
+        return ""
+    with pytest.raises(piadm.NetworkError) as found:
+        piadm.sample(STILL, (3, 8), steps=8, workers=piadm.Ranks(timeout=LIMIT, split=split))
+    return str(found.value)
+
+
+@pytest.mark.parametrize("before", [0, 2])
+@pytest.mark.parametrize("split", ["rows", "samples"])
+def test_a_rank_that_does_not_come_is_named(before: int, split: str) -> None:
+    told, _, same = values(group(3, absent, before, split))
+    assert told == same == "rank 1 has not joined"
+
+
+def again(rank: int) -> list[int]:
+    """Open files after each of some runs, every one with workers of its own."""
+    found = []
+    for _ in range(4):
+        piadm.sample(STILL, (3, 8), steps=8, workers=piadm.Ranks(timeout=LIMIT))
+        found.append(len(os.listdir("/proc/self/fd")))
+    return found
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="no list of open files")
+def test_the_runs_of_a_group_share_its_connections() -> None:
+    for open_files in values(group(2, again)):
+        assert len(set(open_files)) == 1

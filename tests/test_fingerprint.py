@@ -6,6 +6,7 @@ import copy
 import functools
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -53,3 +54,24 @@ def test_what_differs_has_another_fingerprint(case: str) -> None:
     one, other = DIFFERENT[case]
     assert fingerprint(one) != fingerprint(other)
     assert fingerprint(copy.deepcopy(one)) == fingerprint(one)
+
+
+#: What a sampler takes as a condition, and torch does not as it is.
+CONDITIONS = {
+    "reversed": lambda: np.arange(3)[::-1],
+    "of the other byte order": lambda: np.arange(3, dtype=np.dtype(np.float32).newbyteorder()),
+    "longer than double": lambda: np.arange(3, dtype=np.longdouble),
+    "read-only": lambda: np.broadcast_to(np.arange(3.0), (3, 3)),
+    "words": lambda: np.array(["a", "b", "c"]),
+    "objects": lambda: np.array([1, "b", None], dtype=object),
+    "conjugate": lambda: torch.arange(3).to(torch.complex64).conj(),
+    "sparse": lambda: torch.eye(3).to_sparse(),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("case", CONDITIONS)
+def test_every_condition_has_a_fingerprint(case: str) -> None:
+    made = CONDITIONS[case]
+    assert fingerprint(made()) == fingerprint(made())
+    assert fingerprint(made()) != fingerprint(made()[:2] if case != "sparse" else 2 * made())

@@ -266,3 +266,14 @@ def test_the_same_command_twice_at_once_doubles_no_sample_and_changes_no_bit(who
     folder = tmp_path / "twice"
     assert finish(start(folder), start(folder)) == [0, 0]
     assert contents(folder) == contents(whole)
+
+
+@pytest.mark.parametrize("told", [{"RANK": "2"}, {"RANK": "4", "WORLD_SIZE": "4"}, {"RANK": ""}, {"WORLD_SIZE": "0"}])
+def test_a_place_that_is_none_is_refused_before_shards_are_left_out(
+    told: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, number in told.items():
+        monkeypatch.setenv(name, number)
+    assert app.main(["sample", "--num", "6", "--out", str(tmp_path / "many")]) == 1
+    assert "the environment must say 0 <= RANK < WORLD_SIZE" in capsys.readouterr().err
+    assert not (tmp_path / "many").exists()

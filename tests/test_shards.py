@@ -166,3 +166,19 @@ def test_a_shard_that_says_no_settings_belongs_to_the_set_that_lists_it(tmp_path
     (tmp_path / "index.json").write_text(json.dumps(index))
     shards.begin()
     assert shards.finish() and shards.verify() == []
+
+
+def test_a_shard_under_the_name_of_another_is_named_before_the_set_is_called_complete(tmp_path: Path) -> None:
+    shards = begun(tmp_path, tol=1)
+    write(shards, *range(shards.count))
+    shards.path(1).write_bytes(shards.path(0).read_bytes())
+    for check in (shards.begin, shards.finish):
+        with pytest.raises(BrokenShard, match="shard-00001.safetensors holds other samples"):
+            check()
+
+
+def test_numbers_that_numpy_lacks_are_written_and_verified(tmp_path: Path) -> None:
+    shards = Shards(tmp_path, 2, 2, {})
+    shards.begin()
+    shards.write(0, {"sample": torch.ones(2, 3, dtype=torch.bfloat16)})
+    assert shards.finish() and not shards.verify()

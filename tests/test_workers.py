@@ -165,6 +165,13 @@ def test_workers_use_the_streams_of_the_thread_that_asks_and_their_time_is_the_d
     assert {stream.waits for stream in made} == {1} and {stream for _, stream in seen} == set(made)
 
 
+def test_a_network_that_cannot_be_copied_is_named() -> None:
+    network = nn.Linear(4, 4)
+    network.lock = threading.Lock()
+    with pytest.raises(TypeError, match="network must be one that copy.deepcopy copies, got Linear: cannot pickle"):
+        piadm.sample(denoiser(network), (1, 4), workers=piadm.Devices(["cpu", "cpu"]))
+
+
 def test_every_device_keeps_its_thread() -> None:
     network = Net()
     threads: dict[int, set[int]] = {}

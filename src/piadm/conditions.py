@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -51,3 +53,13 @@ def with_rows(value: Any, change: Callable[[Any, str], Any], name: str = "condit
     if (inside := parts(value)) is None:
         return value
     return rebuilt(value, inside, [with_rows(item, change, f"{name}[{key!r}]") for key, item in inside.items()])
+
+
+def as_tensor(array: NDArray[Any]) -> Tensor:
+    """A copy of an array as a tensor; unsigned integers of more than a byte become int64, longer floats float64."""
+    near = array.dtype.newbyteorder("=")
+    if near.kind == "u" and near.itemsize > 1:
+        near = np.dtype(np.int64)
+    elif near.kind == "f" and near.itemsize > 8:
+        near = np.dtype(np.float64)
+    return torch.from_numpy(array.astype(near, order="C"))

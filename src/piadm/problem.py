@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from piadm._checks import caller_level, described, optional_int, positive_int, shown
-from piadm.conditions import with_rows
+from piadm.conditions import as_tensor, with_rows
 from piadm.denoiser import Denoiser
 from piadm.executor import Executor, Team
 from piadm.grid import TimeGrid
@@ -266,7 +265,7 @@ def check_condition(condition: object, batch: int, device: torch.device) -> dict
             raise ValueError(f"condition must have strings other than 'x' and 't' as names, got {shown(name)}")
 
     def placed(value: Tensor | NDArray[Any], name: str) -> Tensor:
-        tensor = value if isinstance(value, Tensor) else _tensor(value)
+        tensor = value if isinstance(value, Tensor) else as_tensor(value)
         if tensor.is_nested:
             raise TypeError(f"{name} must have rows of one shape, got a nested tensor; pad it, with a mask beside it")
         if tensor.is_meta:
@@ -277,13 +276,3 @@ def check_condition(condition: object, batch: int, device: torch.device) -> dict
         return tensor.to(device)
 
     return dict(with_rows(condition, placed))
-
-
-def _tensor(array: NDArray[Any]) -> Tensor:
-    """A copy of an array as a tensor; unsigned integers of more than a byte become int64, longer floats float64."""
-    near = array.dtype.newbyteorder("=")
-    if near.kind == "u" and near.itemsize > 1:
-        near = np.dtype(np.int64)
-    elif near.kind == "f" and near.itemsize > 8:
-        near = np.dtype(np.float64)
-    return torch.from_numpy(array.astype(near, order="C"))

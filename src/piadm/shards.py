@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -211,10 +212,7 @@ class Shards:
         Raises:
             BrokenShard: if it differs.
         """
-        name, about = self.path(shard).name, self._about(shard, listed)
-        samples = self.samples(shard)
-        if (about["shard"], about["first"], about["count"]) != (shard, samples.start, len(samples)):
-            raise BrokenShard(f"{name} holds other samples than {samples.start}..{samples.stop - 1}")
+        name, about, samples = self.path(shard).name, self._about(shard, listed), self.samples(shard)
         with self._opened(shard) as stored:
             tensors = {key: stored.get_tensor(key) for key in sorted(stored.keys())}
         if any(tensor.shape[:1] != (len(samples),) for tensor in tensors.values()):
@@ -228,9 +226,9 @@ class Shards:
         Shards of earlier versions do not say their settings: such a one belongs here only if the index lists it.
 
         Raises:
-            BrokenShard: if it cannot be read, lacks an entry, or was made with other settings.
+            BrokenShard: if it cannot be read, lacks an entry, was made with other settings, or holds other samples.
         """
-        name = self.path(shard).name
+        name, samples = self.path(shard).name, self.samples(shard)
         with self._opened(shard) as stored:
             read = json.loads((stored.metadata() or {}).get(ABOUT, "{}"))
         about: dict[str, Any] = read if isinstance(read, dict) else {}
@@ -239,6 +237,8 @@ class Shards:
         known = about["settings"] == self._settings if "settings" in about else about["sha256"] == listed.get(name)
         if not known:
             raise BrokenShard(f"{name} was made with other settings, or by an earlier version")
+        if (about["shard"], about["first"], about["count"]) != (shard, samples.start, len(samples)):
+            raise BrokenShard(f"{name} holds other samples than {samples.start}..{samples.stop - 1}")
         return about
 
     @functools.cached_property
@@ -297,7 +297,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     found = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.numpy().tobytes())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())  # NumPy has not all of torch's types
     return found.hexdigest()
 
 

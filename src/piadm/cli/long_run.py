@@ -90,9 +90,17 @@ def check_folder(option: str, path: Path) -> None:
 
 
 def place() -> tuple[int, int, int]:
-    """This process's rank, the number of ranks and its number on this machine, as torchrun says; alone: 0, 1, 0."""
+    """This process's rank, the number of ranks and its number on this machine, as torchrun says; alone: 0, 1, 0.
+
+    Raises:
+        ValueError: If what the environment says is none: such a process would leave shards out, or share none.
+    """
     names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    rank, ranks, local = (int(os.environ.get(name, alone)) for name, alone in names.items())
+    told = {name: os.environ.get(name, alone) for name, alone in names.items()}
+    rank, ranks, local = (int(number) if number.isdecimal() else -1 for number in told.values())
+    if not (0 <= rank < ranks and local >= 0):
+        said = ", ".join(f"{name}={number!r}" for name, number in told.items())
+        raise ValueError(f"the environment must say 0 <= RANK < WORLD_SIZE, as torchrun does, or nothing, got {said}")
     return rank, ranks, local
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from piadm._checks import described, device_here, shown
 from piadm.denoiser import Denoiser
-from piadm.executor import Executor, Team
+from piadm.executor import Executor, Team, out_of_memory
 from piadm.network import network_device
 from piadm.numerics import autocast_dtype
 from piadm.problem import check_denoiser
@@ -153,7 +153,7 @@ def replica(denoiser: Denoiser, device: torch.device) -> Denoiser:
     """The denoiser with a copy of its network, and of its draft's, on a device.
 
     Raises:
-        TypeError: if the network has parameters elsewhere and cannot be moved.
+        TypeError: if the network cannot be copied, or has parameters elsewhere and cannot be moved.
     """
     draft = None if denoiser.draft is None else replica(denoiser.draft, device)
     return replace(denoiser, network=_copied(denoiser.network, device), draft=draft)
@@ -161,7 +161,14 @@ def replica(denoiser: Denoiser, device: torch.device) -> Denoiser:
 
 def _copied(network: Any, device: torch.device) -> Any:  # noqa: ANN401 - any callable
     if callable(getattr(network, "to", None)):
-        return copy.deepcopy(network).to(device)
+        try:
+            twin = copy.deepcopy(network)
+        except (TypeError, RuntimeError) as error:  # it holds a lock, or a tensor that was computed with gradients
+            if out_of_memory(error):
+                raise
+            kind, reason = type(network).__name__, str(error).partition("\n")[0]
+            raise TypeError(f"network must be one that copy.deepcopy copies, got {kind}: {reason}") from error
+        return twin.to(device)
     if callable(inner := getattr(network, "network", None)) and inner is not network:  # a wrapper such as GuidedNetwork
         wrapper = copy.copy(network)
         object.__setattr__(wrapper, "network", _copied(inner, device))  # it may be a frozen dataclass

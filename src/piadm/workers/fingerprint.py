@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from piadm._checks import shown
+from piadm.conditions import as_tensor, has_rows
 from piadm.network import module, tensors, wrapped
 
 #: Entries of every parameter that are read: enough to tell two sets of weights apart, few enough for any network.
@@ -27,6 +28,8 @@ def fingerprint(value: Any) -> str:  # noqa: ANN401 - any argument
     Arrays count by shape, type and contents; networks by the first entries of every parameter and buffer; a wrapper by
     its settings and its network; other functions and objects by their name alone.
     """
+    if isinstance(value, np.ndarray) and not has_rows(value):  # of words or other objects
+        return fingerprint(value.tolist())
     if isinstance(value, (Tensor, np.ndarray)):
         return f"{shown(value)} {_checksum(value):08x}"
     if value is None or isinstance(value, (str, bytes, int, float, torch.dtype, torch.device)):
@@ -55,5 +58,5 @@ def _weights(network: Any) -> str:  # noqa: ANN401 - any callable
 
 
 def _checksum(array: Tensor | NDArray[Any]) -> int:
-    host = torch.as_tensor(array, device="cpu").detach()
+    host = (array if isinstance(array, Tensor) else as_tensor(array)).detach().to("cpu").to_dense().resolve_conj()
     return zlib.crc32(host.contiguous().flatten().view(torch.uint8).numpy().tobytes())

@@ -35,6 +35,7 @@ class Sign:
         doing: what it is in the middle of; empty: it waits for the others.
         left: why it has left the run; empty: it has not.
         done: it has finished its own part.
+        run: number of the run that it is in.
     """
 
     beat: int = 0
@@ -42,6 +43,7 @@ class Sign:
     doing: str = ""
     left: str = ""
     done: bool = False
+    run: int = 0
 
 
 class Heartbeat:
@@ -56,11 +58,12 @@ class Heartbeat:
         rank: this rank.
         count: number of ranks.
         interval: seconds between two beats.
+        run: number of the run in this group: signs of earlier ones say nothing.
     """
 
-    def __init__(self, store: Any, rank: int, count: int, interval: float) -> None:  # noqa: ANN401 - torch's Store
+    def __init__(self, store: Any, rank: int, count: int, interval: float, run: int) -> None:  # noqa: ANN401 - a Store
         self.store, self.rank, self.count, self.interval = store, rank, count, interval
-        self.sign = Sign(doing=BETWEEN)
+        self.sign = Sign(doing=BETWEEN, run=run)
         self.verdict = ""
         self.others: Callable[[int], str] | None = None
         self._beats = 0
@@ -150,9 +153,10 @@ class Heartbeat:
             self.verdict = self.store.get("verdict").decode()
 
     def _signs(self) -> list[Sign]:
-        """What every rank has told last, the empty sign of one that never did."""
+        """What every rank has told last, the empty sign of one that has told nothing in this run."""
         keys = [f"sign/{rank}" for rank in range(self.count)]
-        return [Sign(**json.loads(self.store.get(key))) if self.store.check([key]) else Sign() for key in keys]
+        told = [Sign(**json.loads(self.store.get(key))) if self.store.check([key]) else Sign() for key in keys]
+        return [sign if sign.run == self.sign.run else Sign() for sign in told]
 
     def judge(self, complaint: str) -> str:
         """Which rank has failed, and why: a sentence, the same on every rank.

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, final
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -35,6 +36,23 @@ IDLE = 1.25
 
 #: Arguments that may differ between ranks.
 OWN = ("workers", "callback", "progress")
+
+
+class _Ties:
+    """What a process keeps of a group from run to run.
+
+    Attributes:
+        control: the gloo group of every time limit: its sockets and threads live as long as the process group.
+        runs: number of runs, the same on every rank.
+        broken: why the group cannot go on; empty: it can.
+    """
+
+    def __init__(self) -> None:
+        self.control: dict[float, dist.ProcessGroup] = {}
+        self.runs, self.broken = 0, ""
+
+
+_TIES: WeakKeyDictionary[dist.ProcessGroup, _Ties] = WeakKeyDictionary()
 
 
 @final
@@ -63,8 +81,6 @@ class Ranks(Workers):
             raise TypeError(f"group must be a torch.distributed process group or None, got {described(group)}")
         self.group, self.timeout = group, finite_float("timeout", timeout, low=0.0)
         self.split = choice("split", split, ("auto", "rows", "samples"))
-        self._control: dist.ProcessGroup | None = None
-        self._broken = ""
 
     @property
     def _interval(self) -> float:
@@ -133,34 +149,50 @@ class Ranks(Workers):
     @contextmanager
     def _joined(self) -> Iterator[Exchange]:
         """The ranks of the group, in touch with each other; a fault is everyone's."""
-        if not (dist.is_available() and dist.is_initialized()):
+        group = (self.group or dist.group.WORLD) if dist.is_available() and dist.is_initialized() else None
+        if group is None:
             raise RuntimeError("call torch.distributed.init_process_group first, in processes started by torchrun")
-        if self._broken:
-            raise NetworkError(f"the group cannot go on after a fault: {self._broken}")
+        ties = _TIES.setdefault(group, _Ties())
+        if ties.broken:
+            raise NetworkError(f"the group cannot go on after a fault: {ties.broken}")
         # torch has no public way to the store of a group, and another one would need an address of its own.
         from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
-        ranks = dist.get_process_group_ranks(self.group or dist.group.WORLD)
-        if self._control is None:
-            limit = timedelta(seconds=self._patience)
-            self._control = dist.new_group(ranks, limit, "gloo", use_local_synchronization=True)
-        name = "-".join(map(str, ranks))
-        store = PrefixStore(f"piadm/{name}", _get_default_store())
-        heartbeat = Heartbeat(store, dist.get_rank(self.group), len(ranks), self._interval)
-        nccl = dist.get_backend(self.group) == "nccl"
+        ties.runs += 1
+        ranks = dist.get_process_group_ranks(group)
+        store = PrefixStore(f"piadm/{'-'.join(map(str, ranks))}", _get_default_store())
+        heartbeat = Heartbeat(store, dist.get_rank(group), len(ranks), self._interval, ties.runs)
         heartbeat.start()
         try:
-            yield Exchange(self._control, (self.group or dist.group.WORLD) if nccl else None, heartbeat)
+            control = self._control(ties, ranks, heartbeat)
+            yield Exchange(control, group if dist.get_backend(group) == "nccl" else None, heartbeat)
         except BaseException as error:
-            self._broken = heartbeat.verdict
+            ties.broken = heartbeat.verdict
             heartbeat.stop("" if isinstance(error, NotConvergedError) else f"{type(error).__name__}: {error}")
             if heartbeat.verdict and not isinstance(error, NetworkError):
                 raise NetworkError(heartbeat.verdict) from error
             raise
         heartbeat.stop()
         if heartbeat.verdict:
-            self._broken = heartbeat.verdict
+            ties.broken = heartbeat.verdict
             raise NetworkError(heartbeat.verdict)
+
+    def _control(self, ties: _Ties, ranks: list[int], heartbeat: Heartbeat) -> dist.ProcessGroup:
+        """The gloo group, made by all ranks at their first run.
+
+        Raises:
+            NetworkError: if a rank does not come; it is named.
+        """
+        if self._patience not in ties.control:
+            heartbeat.wait()
+            limit = timedelta(seconds=self._patience)
+            try:
+                made = dist.new_group(ranks, limit, "gloo", use_local_synchronization=True)
+            except RuntimeError as error:
+                reason = str(error).partition("\n")[0]
+                raise NetworkError(heartbeat.judge(f"the ranks could not be connected: {reason}")) from error
+            ties.control[self._patience] = made
+        return ties.control[self._patience]
 
 
 def _compare(exchange: Exchange, sampler: str, arguments: dict[str, Any]) -> None:
