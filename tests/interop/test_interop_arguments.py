@@ -116,7 +116,7 @@ def test_conditions_of_several_layers_go_with_their_row(layers: int, changes: bo
     slot = Slot("network", {"sample": state.repeat(2, 1), "encoder_hidden_states_llama3": known}, state, denoises=True)
     for k in range(3):
         own = known + 100 * k * changes
-        slot.learn({"sample": state.repeat(2, 1), "encoder_hidden_states_llama3": own})
+        slot.learn({"sample": state.repeat(2, 1), "encoder_hidden_states_llama3": own}, state)
     samples, calls = torch.tensor([1, 0, 1]), torch.tensor([2, 0, 0])
     given = slot.call(lambda arguments: arguments, {}, Rows(state[samples], samples, calls))
     rows = torch.tensor([1, 0, 1, 3, 2, 3])
@@ -125,16 +125,17 @@ def test_conditions_of_several_layers_go_with_their_row(layers: int, changes: bo
 
 
 @pytest.mark.parametrize("scales", [torch.ones(1), torch.tensor([0.3, 1.7])])
-def test_scales_of_layers_are_shared_by_all_rows(scales: Tensor) -> None:
-    # Those of Wan-VACE, of as many layers as there are rows.
+@pytest.mark.parametrize("name", ["control_hidden_states_scale", "indices_latents_history_2x"])
+def test_what_has_an_entry_per_layer_or_frame_is_shared_by_all_rows(scales: Tensor, name: str) -> None:
+    # Wan-VACE's scales, of as many layers as there are rows; the numbers of HunyuanVideo-Framepack's frames.
     state = torch.arange(float(len(scales)))[:, None]
-    arguments = {"hidden_states": state, "control_hidden_states_scale": scales}
+    arguments = {"hidden_states": state, name: scales}
     slot = Slot("network", arguments, state, denoises=True)
     for _ in range(3):
-        slot.learn(arguments)
+        slot.learn(arguments, state)
     samples = torch.zeros(5, dtype=torch.long)
     given = slot.call(lambda arguments: arguments, {}, Rows(state[samples], samples, samples))
-    assert torch.equal(given["control_hidden_states_scale"], scales)
+    assert torch.equal(given[name], scales)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +151,7 @@ def test_what_all_rows_share_is_not_multiplied_for_a_single_sample(name: str, va
     arguments = {"hidden_states": state, name: value}
     slot = Slot("network", arguments, state, denoises=True)
     for _ in range(3):
-        slot.learn(arguments)
+        slot.learn(arguments, state)
     samples = torch.zeros(5, dtype=torch.long)
     given = slot.call(lambda arguments: arguments, {}, Rows(state[samples], samples, samples))
     for found, wanted in zip(given[name], value, strict=True):
@@ -190,7 +191,7 @@ def test_a_round_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = {"sample": state, "timestep": torch.tensor(5.0), "known": known, "flag": True}
     slot = Slot("network", arguments, state, denoises=True)
     for k in range(4):
-        slot.learn(arguments | {"timestep": torch.tensor(5.0 - k)})
+        slot.learn(arguments | {"timestep": torch.tensor(5.0 - k)}, state)
     share = torch.linspace(0.1, 0.4, 4, dtype=torch.float64)
     clipping = Clipping(lambda estimate: estimate.clamp(-1, 1), share, torch.eye(4, dtype=torch.float64))
     told = Estimate(share, share.flip(0), clipping)

@@ -88,7 +88,7 @@ def test_conditions_with_several_rows_per_sample_go_with_their_sample(name: str)
     state, each = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.arange(6.0)[:, None]  # two samples, three rows each
     slot = Slot("network", {"sample": state, name: each}, state, denoises=True)
     for _ in range(2):
-        slot.learn({"sample": state, name: each})
+        slot.learn({"sample": state, name: each}, state)
     samples = torch.tensor([1, 0, 1])
     rows = Rows(state[samples], samples, samples)
     given = slot.call(lambda arguments: arguments, {"sample": state, name: each}, rows)

@@ -32,8 +32,9 @@ def test_lists_reach_a_network_and_come_back_as_lists() -> None:
             return ([one * two.mean() for one, two in zip(x, cap_feats, strict=True)],)
 
     def answer(proxy: NetworkProxy, arguments: dict[str, Any]) -> Any:  # noqa: ANN401 - a network's output
-        slot = Slot("network", arguments, torch.stack(given["x"]).squeeze(2), denoises=True)
-        slot.learn(arguments)
+        states = torch.stack(given["x"]).squeeze(2)
+        slot = Slot("network", arguments, states, denoises=True)
+        slot.learn(arguments, states)
         samples = torch.tensor([2, 0, 2, 1])
         state = slot.state.of(arguments["x"][0])[samples] + 1
         return slot.call(proxy.run, arguments, Rows(state, samples, torch.zeros(4, dtype=torch.int64)))

@@ -8,29 +8,29 @@ rehearsal: the state is known, what changes with the steps belongs to a step, an
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from piadm.interop.diffusers.layout import CHANGING, Path, find_state
 from piadm.interop.diffusers.probe import UnsupportedError
 from piadm.interop.diffusers.rowlists import RowList, Stacked, is_time, packed
 
-#: All that is known of single networks, by the names of their arguments.  Positions and scales, tables of two axes that
-#: all rows share even where the first happens to be as long as the batch; what has one row for all, of any axes;
+#: All that is known of single networks, by the names of their arguments.  Positions and scales, of up to two axes,
+#: that all rows share even where the first happens to be as long as the batch; what has one row for all, of any axes;
 #: conditions with several rows per network row, one per frame; and those of several layers, whose second axis has the
 #: rows.
 SHARED = (
     "img_ids", "txt_ids", "image_rotary_emb", "freqs_cis", "img_shapes", "txt_seq_lens", "control_hidden_states_scale",
-    "visual_rope_pos", "text_rope_pos",
+    "visual_rope_pos", "text_rope_pos", "rotary_embedding", "image_cond_ids", "indices_latents",
+    "indices_latents_clean", "indices_latents_history_2x", "indices_latents_history_4x",
 )  # fmt: skip
 SINGLE = ("padding_mask",)
 PER_FRAME = ("encoder_hidden_states", "encoder_hidden_states_image")
 PER_LAYER = ("encoder_hidden_states_llama3",)
-
-Path = tuple[Any, ...]
 
 
 def leaves(tree: Any, path: Path = ()) -> dict[Path, Any]:  # noqa: ANN401 - any arguments
@@ -86,27 +86,6 @@ class Rows:
         return Rows(self.state[at], self.samples[at], self.calls[at])
 
 
-@dataclass(frozen=True)
-class StateAt:
-    """The state within an argument: ``chunks`` copies of the batch, entries ``first .. last - 1`` of ``axis``.
-
-    Attributes:
-        frame: an axis of one entry that the argument has beside those of the state; None: there is none.
-    """
-
-    path: Path
-    chunks: int
-    axis: int
-    first: int
-    last: int
-    frame: int | None = None
-
-    def of(self, leaf: Tensor) -> Tensor:
-        """The state's part of the argument, a view."""
-        leaf = leaf if self.frame is None else leaf.squeeze(self.frame)
-        return leaf.narrow(self.axis, self.first, self.last - self.first)
-
-
 class Slot:
     """One network call in the body of a pipeline's loop.
 
@@ -122,17 +101,24 @@ class Slot:
 
     def __init__(self, name: str, arguments: dict[str, Any], state: Tensor, *, denoises: bool) -> None:
         self.name, self.pattern, self.batch, self.denoises = name, arguments, len(state), denoises
-        self.state = _find_state(name, leaves(arguments), state)
+        self.state = find_state(name, leaves(arguments), state)
         self.listed = isinstance(arguments[self.state.path[0]], Stacked)
         self.count = 0
         self.values: dict[Path, list[Any]] = {}  # one entry where all steps have the same
         self.live: set[Path] = set()
 
-    def learn(self, arguments: dict[str, Any]) -> None:
-        """Take in the arguments of the next step, which are kept."""
+    def learn(self, arguments: dict[str, Any], state: Tensor) -> None:
+        """Take in the arguments of the next step, which are kept.
+
+        Args:
+            arguments: by name.
+            state: the state at that step, shape ``(L, *shape)``.
+        """
         flat = leaves(arguments)
         if flat.keys() != leaves(self.pattern).keys():
             raise UnsupportedError(f"{self.name} is called with other arguments at some steps than at others")
+        if not self.state.holds(flat[self.state.path], state):
+            raise UnsupportedError(CHANGING.format(self.name))
         for path, value in flat.items():
             known = self.values.get(path, [])
             if len(known) == 1 and same(value, known[0]):
@@ -143,15 +129,15 @@ class Slot:
             value = self._kept(path, value)
             known = self.values.setdefault(path, [value])
             if self.count and (len(known) > 1 or not same(value, known[0])):
+                if path == self.state.path and self.state.mask is not None:
+                    raise UnsupportedError(CHANGING.format(self.name))
                 known += [known[0]] * (self.count - len(known)) + [value]
         self.count += 1
 
     def _kept(self, path: Path, value: Any) -> Any:  # noqa: ANN401 - any value
         """What is kept of an argument: of the one that holds the state, the rest; of a time, a tensor."""
         if path == self.state.path:
-            rest = value.clone()
-            self.state.of(rest).zero_()
-            return rest
+            return self.state.without(value)
         if _is_time(path) and isinstance(value, (int, float)):
             return torch.tensor(value, device="cpu")
         return value
@@ -230,7 +216,7 @@ class Slot:
         step = step if len(table) > 1 else torch.zeros_like(step)
         if path == self.state.path:
             whole = table[step, row]
-            self.state.of(whole).copy_(rows.state.repeat(chunks, *[1] * (rows.state.ndim - 1)))
+            self.state.put(whole, rows.state, row)
             return whole
         if len(table) > 1 and table[0].numel() == 1:
             return table.flatten()[step]
@@ -271,29 +257,6 @@ class Slot:
 
 def _is_time(path: Path) -> bool:
     return is_time(str(path[0]))
-
-
-def _find_state(name: str, arguments: dict[Path, Any], state: Tensor) -> StateAt:
-    """Where the state stands among the arguments."""
-    for path, leaf in arguments.items():
-        frame = None
-        if isinstance(leaf, Tensor) and leaf.ndim == state.ndim + 1:
-            frame = next((axis for axis in range(1, leaf.ndim) if leaf.shape[axis] == 1), None)
-            leaf = leaf if frame is None else leaf.squeeze(frame)
-        if not isinstance(leaf, Tensor) or leaf.ndim != state.ndim or len(leaf) % len(state):
-            continue
-        longer = [k for k in range(1, leaf.ndim) if leaf.shape[k] != state.shape[k]]
-        if len(longer) > 1 or any(leaf.shape[k] < state.shape[k] for k in longer):
-            continue
-        chunks, axis = len(leaf) // len(state), longer[0] if longer else 1
-        wanted = state.to(leaf).repeat(chunks, *[1] * (state.ndim - 1))
-        for first in range(leaf.shape[axis] - state.shape[axis] + 1):
-            found = StateAt(path, chunks, axis, first, first + state.shape[axis])
-            if torch.equal(found.of(leaf), wanted):
-                return replace(found, frame=frame)
-    raise UnsupportedError(
-        f"{name} does not read the scheduler's state as it is: the pipeline changes it in a way that is not known"
-    )
 
 
 def same(one: Any, other: Any) -> bool:  # noqa: ANN401 - any values

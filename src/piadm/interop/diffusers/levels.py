@@ -20,10 +20,13 @@ from piadm.integrators import AffineSteps, MultistepSteps, Steps
 from piadm.interop.diffusers.clipping import Clipping, clipping
 from piadm.interop.diffusers.probe import WORKS, Probe, UnsupportedError, unclipped
 from piadm.problem import grid_of
-from piadm.schedule import FlowSchedule, NoiseSchedule
+from piadm.schedule import NoiseSchedule
 
 #: diffusers' names of what a network predicts, in this library's words.
 PREDICTIONS = {"epsilon": "epsilon", "sample": "sample", "v_prediction": "v", "flow_prediction": "velocity"}
+
+#: What networks predict for schedulers that do not say it.
+PLAIN = {"DDPMWuerstchenScheduler": "epsilon"}
 
 #: Roundings of single precision by which the squares of two equal levels may be apart, relative to ``1 + sigma^2``: 24
 #: were seen of a level that a scheduler interpolates between logarithms, on some CPUs, and 2 on others.
@@ -138,6 +141,8 @@ def levels(scheduler: Any, times: Tensor, scales: Tensor) -> CallLevels:  # noqa
     except (AttributeError, TypeError, ValueError, RuntimeError, IndexError) as error:
         raise UnsupportedError(f"{name} tells no noise levels ({error}); what works: {WORKS}") from error
     exploding = bool((found[0] == 1).all() and (scales < 1).all()) and not hasattr(scheduler, "precondition_outputs")
+    if hasattr(scheduler, "scale_noise") and bool((found[0] < 0).any()):  # levels above 1: states of exploding variance
+        found[0] = 1.0
     if scheduler.config.get("invert_sigmas"):  # its levels are those of the data
         found[:, :-1] = found[:, :-1].flip(0)
     if exploding:
@@ -191,7 +196,8 @@ def estimate(
         UnsupportedError: if that is unknown.
     """
     clock = torch.arange(len(times), 0, -1, dtype=torch.float64, device="cpu")
-    kind = scheduler.config.get("prediction_type", "flow_prediction" if hasattr(scheduler, "scale_noise") else None)
+    usual = "flow_prediction" if hasattr(scheduler, "scale_noise") else PLAIN.get(type(scheduler).__name__)
+    kind = scheduler.config.get("prediction_type", usual)
     if hasattr(scheduler, "precondition_outputs"):
         sigma = at.sigma(clock)
         one, none = torch.ones_like(sigma), torch.zeros_like(sigma)
@@ -200,7 +206,8 @@ def estimate(
         name = type(scheduler).__name__
         raise UnsupportedError(f"prediction_type of {name} must be one of {', '.join(PREDICTIONS)}, got {kind!r}")
     elif PREDICTIONS[kind] == "velocity":
-        p, q = Denoiser(torch.nn.Identity(), FlowSchedule(), "velocity").coefficients(at.sigma(clock))
+        # Of a flow with its velocity, and of exploding variance with its noise: the same estimate x - sigma m.
+        p, q = torch.ones_like(at.sigma(clock)), -at.sigma(clock)
         q = -q if scheduler.config.get("invert_sigmas") else q  # velocities towards the data
     else:
         # diffusers' networks speak of states of unit variance, whatever the scheduler's own scale is.

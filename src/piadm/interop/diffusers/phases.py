@@ -65,16 +65,16 @@ class Phase:
         self.spares, self.output, self.feeders = spares, output, feeders
         self.steps: list[int] = []
         self.slots: list[Slot] = []
-        self._waiting: list[Calls] = []
+        self._waiting: list[tuple[Calls, Tensor]] = []
 
     def fits(self, calls: list[Any], output: Tensor) -> bool:
         """Whether a step with calls of these forms, of whose stand-ins the pipeline made this, is one of its own."""
         return calls == self.forms and alike(output, self.output)
 
-    def add(self, number: int, calls: Calls) -> None:
-        """A step of its own, whose calls wait to be learnt from."""
+    def add(self, number: int, calls: Calls, state: Tensor) -> None:
+        """A step of its own, whose calls wait to be learnt from, with the state that they were given."""
         self.steps.append(number)
-        self._waiting.append(calls)
+        self._waiting.append((calls, state))
 
     def learn(self, state: Tensor, denoises: Callable[[str], bool]) -> None:
         """Learn from the calls that wait.
@@ -86,10 +86,11 @@ class Phase:
         if not self._waiting:
             return
         if not self.slots:
-            self.slots = [Slot(name, given, state, denoises=denoises(name)) for name, given in self._waiting[-1]]
-        for calls in self._waiting:
+            latest, _ = self._waiting[-1]
+            self.slots = [Slot(name, given, state, denoises=denoises(name)) for name, given in latest]
+        for calls, own in self._waiting:
             for slot, (_, given) in zip(self.slots, calls, strict=True):
-                slot.learn(given)
+                slot.learn(given, own[: len(state)])
         self._waiting = []
 
     def check(self) -> None:

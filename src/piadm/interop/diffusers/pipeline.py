@@ -301,8 +301,8 @@ def parallelize(
     kind = pipeline_class()
     if not isinstance(pipe, kind):
         raise TypeError(f"pipe must be a diffusers.DiffusionPipeline, got {described(pipe)}")
-    name, components = type(pipe).__name__, pipe.components
-    if not hasattr(components.get("scheduler"), "step") or not any(map(is_denoiser, components.values())):
+    name, scheduler = type(pipe).__name__, getattr(pipe, "scheduler", None)  # no component where it is optional
+    if not hasattr(scheduler, "step") or not any(map(is_denoiser, pipe.components.values())):
         raise UnsupportedError(f"{name} has no scheduler with steps, or no network that reads a timestep")
     options = Options(
         tol, max_batch, nodes, window, linearization, max_rounds, data_mean, data_variance, raise_on_failure

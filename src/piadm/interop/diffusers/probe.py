@@ -182,7 +182,7 @@ def probe(scheduler: Any, times: Tensor, options: Mapping[str, Any]) -> Probe:  
         return vector(2 * count + j)
 
     step = stepper(twin, lambda own: draw)
-    for j, t in enumerate(times.cpu()):
+    for j, t in enumerate(_stamps(twin, times)):
         drawn = 0
         try:
             scales[j] = scale(twin, t)
@@ -206,6 +206,12 @@ def probe(scheduler: Any, times: Tensor, options: Mapping[str, Any]) -> Probe:  
             )
     states, outputs, noises = rows[:, :-1].reshape(count, 3, count).unbind(1)
     return Probe(states, outputs, noises, scales)
+
+
+def _stamps(scheduler: Any, times: Tensor) -> Tensor:  # noqa: ANN401 - any scheduler
+    """Times as ``step`` takes them: Wuerstchen's scheduler one per row, all others a number."""
+    times = times.cpu()
+    return times[:, None] if type(scheduler).__name__ == "DDPMWuerstchenScheduler" else times
 
 
 def scale(scheduler: Any, t: Tensor) -> float:  # noqa: ANN401 - any scheduler

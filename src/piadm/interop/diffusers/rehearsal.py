@@ -19,6 +19,7 @@ from piadm.integrators import Steps
 from piadm.interop.diffusers.arguments import copied, leaves, same, with_tensors
 from piadm.interop.diffusers.draws import Draws
 from piadm.interop.diffusers.fixed import Fixed
+from piadm.interop.diffusers.layout import LARGE, marker
 from piadm.interop.diffusers.levels import CallLevels, Estimate, estimate, levels, steps
 from piadm.interop.diffusers.phases import MOST, Calls, Phase, forms
 from piadm.interop.diffusers.probe import UnsupportedError, probe, stepper
@@ -26,10 +27,6 @@ from piadm.interop.diffusers.proxies import NetworkProxy, given_back
 from piadm.interop.diffusers.screen import check_arguments
 from piadm.interop.diffusers.standins import StandIns, denoises, kind, unknown, varied
 from piadm.interop.diffusers.watch import Held, Settings
-
-#: States of the rehearsal lie between this and twice this, in steps that every floating-point type holds: what a
-#: pipeline puts in their place is far smaller.
-LARGE, STEPS = 8192.0, 128
 
 #: Standard deviations by which values that the pipeline sets may go along with the random state that they replace.
 CHANCE = 8
@@ -127,6 +124,11 @@ class Rehearsal:
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **more: Any) -> Any:  # noqa: ANN401
         """The scheduler's own step, for the noise that it draws; returns a state that will be recognised."""
         number = len(self.noise)
+        if number and not self.calls:
+            raise UnsupportedError(
+                "the pipeline makes several steps of a scheduler per timestep, as those do that sample several states "
+                "at once, such as video and sound"
+            )
         names = list(inspect.signature(self.scheduler.step).parameters)[3 : 3 + len(args)]
         options = dict(zip(names, args, strict=True)) | more
         if number == 0:
@@ -135,9 +137,7 @@ class Rehearsal:
             self._compare(sample, options, number)
         self._learn(model_output, number)
         self._step(model_output, timestep, sample, options)
-        steps = torch.randint(STEPS, sample.shape, generator=self.generator, device="cpu")
-        signs = torch.randint(2, sample.shape, generator=self.generator, device="cpu") * 2 - 1
-        self.marker = (signs * (LARGE + steps * (LARGE / STEPS))).to(sample)
+        self.marker = marker(sample, self.generator)
         return replaced(self.result, self.marker.to(self.result[0].dtype))
 
     def _step(self, output: Tensor, timestep: Any, sample: Tensor, options: dict[str, Any]) -> None:  # noqa: ANN401
@@ -236,7 +236,7 @@ class Rehearsal:
     def _learn(self, output: Tensor, number: int) -> None:
         """Take in the network calls of a step; only from the second on are all rows of the state known to differ."""
         phase = self._phase(output, number)
-        phase.add(number, self.calls)
+        phase.add(number, self.calls, self.state)
         self.calls, self.shown = [], []
         if number > 0 or len(self.timesteps) == 1:
             phase.learn(self.state, self._denoises)

@@ -60,12 +60,24 @@ def check_scheduler(scheduler: Any) -> None:  # noqa: ANN401 - any scheduler
 
 
 def check_arguments(name: str, arguments: dict[str, Any]) -> None:
-    """Refuse arguments that carry something from step to step.
+    """Refuse arguments that carry something from step to step, or that name rows by their numbers.
 
     Raises:
         UnsupportedError: naming the network and the argument.
     """
+    if numbered := [key for key, value in arguments.items() if _has_numbers(value)]:
+        raise UnsupportedError(
+            f"{name} is told by numbers which of its rows {numbered[0]} belongs to, and a round has other rows"
+        )
     for path, leaf in leaves(arguments).items():
         if "cache" in str(path[-1]) and hasattr(leaf, "__dict__") and not isinstance(leaf, Tensor):
             what = f"{name} is handed a cache ({path[-1]}) that it fills at one step and reads at others"
             raise UnsupportedError(f"{what}; switch it off")
+
+
+def _has_numbers(tree: Any) -> bool:  # noqa: ANN401 - any argument
+    """Whether a dict in nested dicts, lists and tuples goes by numbers, and not to tensors, as those of layers do."""
+    if isinstance(tree, dict):
+        plain = [key for key, value in tree.items() if not all(isinstance(x, Tensor) for x in leaves(value).values())]
+        return any(type(key) is int for key in plain) or any(map(_has_numbers, tree.values()))
+    return isinstance(tree, (list, tuple)) and any(map(_has_numbers, tree))

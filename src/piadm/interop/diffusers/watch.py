@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from piadm.interop.diffusers.arguments import Path, copied, leaves, rebuilt, same
+from piadm.interop.diffusers.arguments import copied, leaves, rebuilt, same
+from piadm.interop.diffusers.layout import Path
 from piadm.interop.diffusers.probe import UnsupportedError
 
 #: Types of values that are settings, and of what holds some.

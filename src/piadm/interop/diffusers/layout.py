@@ -1,0 +1,157 @@
+"""Where the scheduler's state stands among the arguments of a network, as it is or within something longer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from piadm.interop.diffusers.probe import UnsupportedError
+
+#: The way to a value in nested arguments.
+Path = tuple[Any, ...]
+
+#: States of a rehearsal lie between this and twice this: what a pipeline puts in their place is far smaller.
+LARGE = 8192.0
+
+#: As many numbers each of them has to choose from: every floating-point type holds them.
+STEPS = 128
+
+#: Most axes along which an argument is longer than the state: further channels, and a frame that is known.
+MOST_LONGER = 2
+
+#: Of a network.
+CHANGING = "{} reads the scheduler's state as it is at some steps, and something else at others"
+
+
+@dataclass(frozen=True)
+class StateAt:
+    """The state within an argument: ``chunks`` copies of the batch in a block of it.
+
+    Attributes:
+        blocks: of every axis along which the argument is longer: the axis, and the first and last entry of the state's,
+            the last one exclusive.
+        frame: an axis of one entry that the argument has beside those of the state; None: there is none.
+        tokens: whether it has the state's places along one axis and its channels along the last one.
+        mask: which entries of the block are the state's, one row per network row; None: all are.
+    """
+
+    path: Path
+    chunks: int
+    blocks: tuple[tuple[int, int, int], ...]
+    frame: int | None = None
+    tokens: bool = False
+    mask: Tensor | None = None
+
+    def of(self, leaf: Tensor) -> Tensor:
+        """The state's block of the argument, a view."""
+        leaf = leaf if self.frame is None else leaf.squeeze(self.frame)
+        for axis, first, last in self.blocks:
+            leaf = leaf.narrow(axis, first, last - first)
+        return leaf
+
+    def holds(self, leaf: Tensor, state: Tensor) -> bool:
+        """Whether an argument has copies of this state ``(L, *shape)`` in the state's place."""
+        block = self.of(leaf)
+        wanted = self.laid(state).to(block).repeat(self.chunks, *[1] * (block.ndim - 1))
+        if block.shape != wanted.shape:
+            return False
+        equal = block == wanted
+        return bool((equal if self.mask is None else equal | ~self.mask).all())
+
+    def put(self, leaf: Tensor, state: Tensor, numbers: Tensor) -> None:
+        """Write rows of states into an argument, in place.
+
+        Args:
+            leaf: the argument.
+            state: the states, shape ``(r, *shape)``, the same for every chunk.
+            numbers: which of the network's rows each row of the argument stands for, shape ``(chunks r,)``.
+        """
+        block = self.of(leaf)
+        state = self.laid(state).to(block).repeat(self.chunks, *[1] * (block.ndim - 1))
+        block.copy_(state if self.mask is None else torch.where(self.mask[numbers], state, block))
+
+    def without(self, leaf: Tensor) -> Tensor:
+        """A copy of the argument with zeros in the place of the state."""
+        rest = leaf.clone()
+        block = self.of(rest)
+        block.zero_() if self.mask is None else block.masked_fill_(self.mask, 0)
+        return rest
+
+    def laid(self, state: Tensor) -> Tensor:
+        """States as the argument has them."""
+        return tokens(state) if self.tokens else state
+
+
+def marker(state: Tensor, generator: torch.Generator) -> Tensor:
+    """A state like this one of large random numbers, by which it is recognised within the next step's arguments."""
+    steps = torch.randint(STEPS, state.shape, generator=generator, device="cpu")
+    signs = torch.randint(2, state.shape, generator=generator, device="cpu") * 2 - 1
+    return (signs * (LARGE + steps * (LARGE / STEPS))).to(state)
+
+
+def tokens(state: Tensor) -> Tensor:
+    """States ``(r, channels, *places)`` as ``(r, places, channels)``."""
+    return state.flatten(2).transpose(1, 2)
+
+
+def find_state(name: str, arguments: dict[Path, Any], state: Tensor) -> StateAt:
+    """Where the state stands among the arguments.
+
+    Raises:
+        UnsupportedError: if it does not stand there as it is.
+    """
+    tensors = {path: leaf for path, leaf in arguments.items() if isinstance(leaf, Tensor) and leaf.ndim > 1}
+    for path, leaf in tensors.items():
+        found = _block(path, leaf, state)
+        if found is None and state.ndim > 3 and leaf.ndim == 3:
+            found = _block(path, leaf, tokens(state))
+            found = found and replace(found, tokens=True)
+        if found is not None:
+            return found
+    for path, leaf in tensors.items():
+        if (found := _masked(path, leaf, state)) is not None:
+            return found
+    raise UnsupportedError(
+        f"{name} does not read the scheduler's state as it is: the pipeline changes it in a way that is not known"
+    )
+
+
+def _block(path: Path, leaf: Tensor, state: Tensor) -> StateAt | None:
+    """The block of an argument that is the state; None: none is."""
+    frame = None
+    if leaf.ndim == state.ndim + 1:
+        frame = next((axis for axis in range(1, leaf.ndim) if leaf.shape[axis] == 1), None)
+        leaf = leaf if frame is None else leaf.squeeze(frame)
+    if leaf.ndim != state.ndim or len(leaf) % len(state):
+        return None
+    longer = [k for k in range(1, leaf.ndim) if leaf.shape[k] != state.shape[k]]
+    if len(longer) > MOST_LONGER or any(leaf.shape[k] < state.shape[k] for k in longer):
+        return None
+    chunks = len(leaf) // len(state)
+    wanted = state.to(leaf).repeat(chunks, *[1] * (state.ndim - 1))
+    corner = leaf[0]
+    for k in range(1, leaf.ndim):
+        corner = corner.narrow(k - 1, 0, leaf.shape[k] - state.shape[k] + 1)
+    for firsts in (corner == wanted.flatten()[0]).nonzero().tolist():
+        blocks = tuple((k, firsts[k - 1], firsts[k - 1] + state.shape[k]) for k in longer)
+        found = StateAt(path, chunks, blocks)
+        if torch.equal(found.of(leaf), wanted):
+            return replace(found, frame=frame)
+    return None
+
+
+def _masked(path: Path, leaf: Tensor, state: Tensor) -> StateAt | None:
+    """An argument that is the state but for entries that are set, as a known first frame is; None: it is not.
+
+    Only the large states of a rehearsal tell what is set from what is made of the state.
+    """
+    if leaf.shape[1:] != state.shape[1:] or len(leaf) % len(state) or bool((state.abs() < LARGE).any()):
+        return None
+    chunks = len(leaf) // len(state)
+    mask = leaf == state.to(leaf).repeat(chunks, *[1] * (state.ndim - 1))
+    if not bool(mask.any()) or not bool((leaf.masked_fill(mask, 0).abs() < LARGE / 4).all()):
+        return None
+    return StateAt(path, chunks, (), mask=mask)
