@@ -151,7 +151,7 @@ class Executor:
             times = joined([request.times[part] for request, part in parts])
             estimate = yield joined([request.fetch(part) for request, part in parts]), samples, times
             if estimate is None:
-                self.max_batch = max(1, (last - first) * self.rows_per_call // 2)
+                self.max_batch = max(1, (last - first) * self.rows_per_call // (2 * self.team.count))
                 continue
             if self.team.count == 1:  # with several, each records its own
                 self.peak_batch = max(self.peak_batch, (last - first) * self.rows_per_call)

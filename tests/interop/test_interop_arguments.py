@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from piadm.interop.diffusers import parallelize
 from piadm.interop.diffusers.arguments import Rows, Slot
 from piadm.interop.diffusers.clipping import Clipping
+from piadm.interop.diffusers.crew import run_here
 from piadm.interop.diffusers.fixed import Fixed
 from piadm.interop.diffusers.levels import Estimate
 from piadm.interop.diffusers.proxies import NetworkProxy
@@ -118,10 +119,22 @@ def test_conditions_of_several_layers_go_with_their_row(layers: int, changes: bo
         own = known + 100 * k * changes
         slot.learn({"sample": state.repeat(2, 1), "encoder_hidden_states_llama3": own}, state)
     samples, calls = torch.tensor([1, 0, 1]), torch.tensor([2, 0, 0])
-    given = slot.call(lambda arguments: arguments, {}, Rows(state[samples], samples, calls))
+    given = run_here(slot, lambda arguments: arguments, {}, Rows(state[samples], samples, calls))
     rows = torch.tensor([1, 0, 1, 3, 2, 3])
     want = known[:, rows] + 100 * changes * calls.repeat(2)[:, None, None]
     assert torch.equal(given["encoder_hidden_states_llama3"], want)
+
+
+@pytest.mark.parametrize("name", ["encoder_hidden_states", "encoder_hidden_states_image"])
+def test_conditions_with_several_rows_per_sample_go_with_their_sample(name: str) -> None:
+    state, each = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.arange(6.0)[:, None]  # two samples, three rows each
+    slot = Slot("network", {"sample": state, name: each}, state, denoises=True)
+    for _ in range(2):
+        slot.learn({"sample": state, name: each}, state)
+    samples = torch.tensor([1, 0, 1])
+    rows = Rows(state[samples], samples, samples)
+    given = run_here(slot, lambda arguments: arguments, {"sample": state, name: each}, rows)
+    assert given[name].flatten().tolist() == [3, 4, 5, 0, 1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("scales", [torch.ones(1), torch.tensor([0.3, 1.7])])
@@ -134,7 +147,7 @@ def test_what_has_an_entry_per_layer_or_frame_is_shared_by_all_rows(scales: Tens
     for _ in range(3):
         slot.learn(arguments, state)
     samples = torch.zeros(5, dtype=torch.long)
-    given = slot.call(lambda arguments: arguments, {}, Rows(state[samples], samples, samples))
+    given = run_here(slot, lambda arguments: arguments, {}, Rows(state[samples], samples, samples))
     assert torch.equal(given[name], scales)
 
 
@@ -153,7 +166,7 @@ def test_what_all_rows_share_is_not_multiplied_for_a_single_sample(name: str, va
     for _ in range(3):
         slot.learn(arguments, state)
     samples = torch.zeros(5, dtype=torch.long)
-    given = slot.call(lambda arguments: arguments, {}, Rows(state[samples], samples, samples))
+    given = run_here(slot, lambda arguments: arguments, {}, Rows(state[samples], samples, samples))
     for found, wanted in zip(given[name], value, strict=True):
         assert torch.equal(found, wanted)
 
@@ -201,7 +214,7 @@ def test_a_round_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def round_() -> Tensor:
         fixed.put(rows.state, samples, calls)
-        given = slot.call(lambda arguments: arguments, arguments, rows)
+        given = run_here(slot, lambda arguments: arguments, arguments, rows)
         return near(given["sample"], given["known"][:, :3], calls)
 
     near = told.to(state)

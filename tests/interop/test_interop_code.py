@@ -15,7 +15,6 @@ from tiny import CASES, SD, built, latent_consistency, normals, stable_diffusion
 from torch import Tensor
 
 from piadm.interop.diffusers import UnsupportedError, parallelize
-from piadm.interop.diffusers.arguments import Rows, Slot
 from piadm.interop.diffusers.standins import MOST
 
 CALL = dict(latents=normals(7, 2, 4, 8, 8), prompt_embeds=SD["prompt_embeds"])
@@ -81,18 +80,6 @@ def test_what_a_step_returns_beside_the_state_is_its_own() -> None:
     want = pipe(**call, generator=torch.Generator().manual_seed(0)).images
     got = parallelize(pipe, tol=1e-4, nodes="all")(**call, generator=torch.Generator().manual_seed(0)).images
     assert torch.allclose(got, want, atol=1e-3)
-
-
-@pytest.mark.parametrize("name", ["encoder_hidden_states", "encoder_hidden_states_image"])
-def test_conditions_with_several_rows_per_sample_go_with_their_sample(name: str) -> None:
-    state, each = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.arange(6.0)[:, None]  # two samples, three rows each
-    slot = Slot("network", {"sample": state, name: each}, state, denoises=True)
-    for _ in range(2):
-        slot.learn({"sample": state, name: each}, state)
-    samples = torch.tensor([1, 0, 1])
-    rows = Rows(state[samples], samples, samples)
-    given = slot.call(lambda arguments: arguments, {"sample": state, name: each}, rows)
-    assert given[name].flatten().tolist() == [3, 4, 5, 0, 1, 2, 3, 4, 5]
 
 
 def test_what_is_set_is_the_pipelines_own() -> None:

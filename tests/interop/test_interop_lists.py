@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from piadm.interop.diffusers import UnsupportedError, parallelize
 from piadm.interop.diffusers.arguments import Rows, Slot
+from piadm.interop.diffusers.crew import run_here
 from piadm.interop.diffusers.proxies import NetworkProxy
 
 FEW = dict(num_inference_steps=8, output_type="latent")
@@ -37,7 +38,7 @@ def test_lists_reach_a_network_and_come_back_as_lists() -> None:
         slot.learn(arguments, states)
         samples = torch.tensor([2, 0, 2, 1])
         state = slot.state.of(arguments["x"][0])[samples] + 1
-        return slot.call(proxy.run, arguments, Rows(state, samples, torch.zeros(4, dtype=torch.int64)))
+        return run_here(slot, proxy.run, arguments, Rows(state, samples, torch.zeros(4, dtype=torch.int64)))
 
     (found,) = NetworkProxy(Lists(), "network", answer)(**given)
     assert [list(one.shape) for one in seen[0]["cap_feats"]] == [[5, 16], [2, 16], [5, 16], [3, 16]]

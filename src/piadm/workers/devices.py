@@ -8,10 +8,10 @@ import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from types import MethodType
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from piadm.problem import check_denoiser
 from piadm.solution import NetworkError, Solution
 from piadm.workers.base import Workers
 from piadm.workers.shares import Shares
+
+Given = TypeVar("Given")
+Found = TypeVar("Found")
 
 
 @final
@@ -58,11 +61,8 @@ class Devices(Workers):
         """Run a sampler with its network copied to every device."""
         arguments = inspect.signature(sampler).bind(*args, **kwargs).arguments
         denoiser = check_denoiser(arguments["denoiser"])
-        # With their numbers: which one "cuda" is differs from thread to thread.
-        places = [device_here("devices", name) for name in self.devices]
-        with ExitStack() as stack:
-            threads = [stack.enter_context(ThreadPoolExecutor(1, f"piadm-{place}")) for place in places]
-            team = _Devices([(place, replica(denoiser, place)) for place in places], threads)
+        with closing(Crew(self)) as crew:
+            team = _Devices(crew, [replica(denoiser, place) for place in crew.places])
             return sampler(**arguments | {"workers": team})
 
 
@@ -71,43 +71,91 @@ class _Devices(Team):
     """The devices during one run.
 
     Args:
-        places: every device and its copy of the denoiser.
-        threads: one for each: PyTorch keeps handles and recorded graphs by thread.
+        crew: works on them.
+        denoisers: a copy of the denoiser on every device.
     """
 
     first = 0
 
-    def __init__(self, places: Sequence[tuple[torch.device, Denoiser]], threads: Sequence[ThreadPoolExecutor]) -> None:
-        self.places, self.threads, self.count = places, threads, len(places)
-        self.shares = Shares(self.count)
+    def __init__(self, crew: Crew, denoisers: Sequence[Denoiser]) -> None:
+        self.crew, self.denoisers, self.count = crew, denoisers, len(denoisers)
         self.executors: list[Executor] = []
 
     def answer(self, executor: Executor, x: Tensor, samples: Tensor, times: Tensor) -> Tensor:
         """The denoised estimates of rows, each device's share by its own executor."""
         if not self.executors:
-            self.executors = [executor.alone(denoiser, place) for place, denoiser in self.places]
-        places, tables = [place for place, _ in self.places], (x, samples, times)
-        shares, started = self.shares.cut(len(samples)), []
-        # All rows first: on a device that holds the state they would have to wait for the network's work there.
-        given = [[table[part].to(place) for table in tables] for part, place in zip(shares, places, strict=True)]
-        for worker, (thread, place) in enumerate(zip(self.threads, places, strict=True)):
-            started.append(thread.submit(self._work, worker, given[worker], Surroundings.of(place)))
-        found, seconds = zip(*[one.result() for one in started], strict=True)
-        self.shares.learn(shares, seconds)
+            pairs = zip(self.denoisers, self.crew.places, strict=True)
+            self.executors = [executor.alone(denoiser, place) for denoiser, place in pairs]
+        tables = x, samples, times
+        found = self.crew.work(len(samples), lambda part, to: [to(table[part]) for table in tables], self._work)
         executor.peak_batch = max(executor.peak_batch, *(one.peak_batch for one in self.executors))
         return torch.cat([part.to(x.device) for part in found])
 
-    def _work(self, worker: int, rows: Sequence[Tensor], surroundings: Surroundings) -> tuple[Tensor, float]:
-        """A worker's share, in its own thread, and how long it took."""
+    def _work(self, worker: int, rows: Sequence[Tensor]) -> Tensor:
+        """A worker's share."""
+        try:
+            return self.executors[worker].whole(*rows)
+        except NetworkError as error:
+            raise NetworkError(f"device {worker} ({self.crew.places[worker]}): {error}") from error
+
+
+class Crew:
+    """Workers on several devices, each in a thread of its own: PyTorch keeps handles and recorded graphs by thread.
+
+    Args:
+        devices: on which.
+
+    Attributes:
+        places: the devices with their numbers: which one "cuda" is differs from thread to thread.
+    """
+
+    def __init__(self, devices: Devices) -> None:
+        self.places = [device_here("devices", name) for name in devices.devices]
+        self.threads = [ThreadPoolExecutor(1, f"piadm-{place}") for place in self.places]
+        self.shares = Shares(len(self.places))
+
+    def work(
+        self,
+        rows: int,
+        given: Callable[[slice, Callable[[Tensor], Tensor]], Given],
+        work: Callable[[int, Given], Found],
+    ) -> list[Found]:
+        """Do some work on rows, every worker on its share of them.
+
+        Args:
+            rows: number of rows.
+            given: what a worker is given for a share of the rows, which may be empty, moved by the function to its
+                device.
+            work: what a worker, by its number, makes of it, in its thread.
+        """
+        shares, started = self.shares.cut(rows), []
+        # All rows first: on a device that holds the state they would have to wait for the network's work there.
+        moved = [
+            given(part, lambda table, place=place: table.to(place))  # type: ignore[misc]
+            for part, place in zip(shares, self.places, strict=True)
+        ]
+        for worker, (thread, place) in enumerate(zip(self.threads, self.places, strict=True)):
+            started.append(thread.submit(self._timed, work, worker, moved[worker], Surroundings.of(place)))
+        found, seconds = zip(*[one.result() for one in started], strict=True)
+        self.shares.learn(shares, seconds)
+        return list(found)
+
+    @staticmethod
+    def _timed(
+        work: Callable[[int, Given], Found], worker: int, given: Given, surroundings: Surroundings
+    ) -> tuple[Found, float]:
+        """What a worker makes of its share, and how long that took."""
         began = time.perf_counter()
         with surroundings.entered():
-            try:
-                found = self.executors[worker].whole(*rows)
-            except NetworkError as error:
-                raise NetworkError(f"device {worker} ({surroundings.device}): {error}") from error
+            found = work(worker, given)
             if surroundings.stream is not None:
                 surroundings.stream.synchronize()  # for the clock: what has been launched is not done
         return found, time.perf_counter() - began
+
+    def close(self) -> None:
+        """Wait for the threads, and end them."""
+        for thread in self.threads:
+            thread.shutdown()
 
 
 @dataclass(frozen=True)
@@ -156,10 +204,15 @@ def replica(denoiser: Denoiser, device: torch.device) -> Denoiser:
         TypeError: if the network cannot be copied, or has parameters elsewhere and cannot be moved.
     """
     draft = None if denoiser.draft is None else replica(denoiser.draft, device)
-    return replace(denoiser, network=_copied(denoiser.network, device), draft=draft)
+    return replace(denoiser, network=copied_to(denoiser.network, device), draft=draft)
 
 
-def _copied(network: Any, device: torch.device) -> Any:  # noqa: ANN401 - any callable
+def copied_to(network: Any, device: torch.device) -> Any:  # noqa: ANN401 - any callable
+    """A copy of a network on a device.
+
+    Raises:
+        TypeError: as ``replica``.
+    """
     if callable(getattr(network, "to", None)):
         try:
             twin = copy.deepcopy(network)
@@ -171,12 +224,12 @@ def _copied(network: Any, device: torch.device) -> Any:  # noqa: ANN401 - any ca
         return twin.to(device)
     if callable(inner := getattr(network, "network", None)) and inner is not network:  # a wrapper such as GuidedNetwork
         wrapper = copy.copy(network)
-        object.__setattr__(wrapper, "network", _copied(inner, device))  # it may be a frozen dataclass
+        object.__setattr__(wrapper, "network", copied_to(inner, device))  # it may be a frozen dataclass
         return wrapper
     if isinstance(network, functools.partial):
-        return functools.partial(_copied(network.func, device), *network.args, **network.keywords)
+        return functools.partial(copied_to(network.func, device), *network.args, **network.keywords)
     if isinstance(network, MethodType) and not isinstance(network.__self__, type):
-        return MethodType(network.__func__, _copied(network.__self__, device))
+        return MethodType(network.__func__, copied_to(network.__self__, device))
     if network_device(network) not in (None, device):
         kind = type(network).__name__
         raise TypeError(f"network must have a method .to(device) to be copied to {device}, got {kind}")

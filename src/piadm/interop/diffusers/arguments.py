@@ -7,7 +7,7 @@ rehearsal: the state is known, what changes with the steps belongs to a step, an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -84,6 +84,19 @@ class Rows:
 
     def __getitem__(self, at: Tensor | slice) -> Rows:
         return Rows(self.state[at], self.samples[at], self.calls[at])
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One network call for some rows of a round.
+
+    Attributes:
+        places: their places among all of the network's rows of the round, every copy of the batch; None: they are all.
+        arguments: by name.
+    """
+
+    places: Tensor | None
+    arguments: dict[str, Any]
 
 
 class Slot:
@@ -165,28 +178,36 @@ class Slot:
             numbers.append(number)
         return torch.tensor(numbers or [0], device="cpu")
 
-    def call(self, network: Callable[[dict[str, Any]], Any], arguments: dict[str, Any], rows: Rows) -> Any:  # noqa: ANN401
-        """The network's output for some rows, ``chunks r`` of its rows; one call per group.
+    def pieces(self, arguments: dict[str, Any], rows: Rows, share: slice | None = None) -> list[Piece]:
+        """The network calls for some rows of a round: one per group.
 
         Args:
-            network: takes arguments by name.
             arguments: what the pipeline hands it now, of which what came from another network is read.
-            rows: the rows.
+            rows: all rows of the round.
+            share: of which of them; None: of all.
         """
         now, count = leaves(arguments), len(rows)
-        if len(self.groups) == 1:  # nothing is asked of the device, which may be at work yet
-            return network(rebuilt(self.pattern, self._server(rows, now, 0)))
-        group = self.groups.to(rows.calls.device)[rows.calls]
-        outputs, order = [], []
-        for number in sorted(set(group.tolist())):
-            at, step = (group == number).nonzero().squeeze(1), int((self.groups == number).nonzero()[0])
-            chosen = (torch.arange(self.state.chunks, device=at.device)[:, None] * count + at).flatten()
-            own = {path: self._chosen(now[path], chosen, count) for path in self.live}
-            outputs.append(network(rebuilt(self.pattern, self._server(rows[at], own, step))))
-            order.append(chosen)
+        if share is None and len(self.groups) == 1:  # nothing is asked of the device, which may be at work yet
+            return [Piece(None, rebuilt(self.pattern, self._server(rows, now, 0)))]
+        some, found = torch.arange(count, device=rows.calls.device)[share or slice(None)], []
+        parts = {0: some} if len(some) else {}
+        if len(self.groups) > 1:
+            group = self.groups.to(some.device)[rows.calls[some]]
+            parts = {number: some[group == number] for number in sorted(set(group.tolist()))}
+        for number, at in parts.items():
+            step = int((self.groups == number).nonzero()[0])
+            places = (torch.arange(self.state.chunks, device=at.device)[:, None] * count + at).flatten()
+            own = {path: self._chosen(now[path], places, count) for path in self.live}
+            found.append(Piece(places, rebuilt(self.pattern, self._server(rows[at], own, step))))
+        return found
+
+    @staticmethod
+    def joined(pieces: Sequence[Piece], outputs: Sequence[Any]) -> Any:  # noqa: ANN401 - a network's output
+        """The network's output for all rows of a round, from those of its pieces."""
+        places = [piece.places for piece in pieces if piece.places is not None]
         if len(outputs) == 1:
             return outputs[0]
-        back, parts = torch.cat(order).argsort(), [leaves(output) for output in outputs]
+        back, parts = torch.cat(places).argsort(), [leaves(output) for output in outputs]
         return rebuilt(outputs[0], lambda path: torch.cat([part[path] for part in parts])[back])
 
     def _chosen(self, leaf: Tensor, chosen: Tensor, count: int) -> Tensor:
@@ -244,7 +265,7 @@ class Slot:
         return packed(output, self.state.chunks, self.batch) if self.listed else output
 
     def picked(self, output: Any, samples: Tensor) -> Any:  # noqa: ANN401 - a network's output
-        """Of an output for the batch, the rows of these samples, in the order of ``call``."""
+        """Of an output for the batch, the rows of these samples, in the order of ``joined``."""
         total = self.state.chunks * self.batch
 
         def pick(leaf: Tensor) -> Tensor:

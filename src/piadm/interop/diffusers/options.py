@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from piadm._checks import optional_int
+from piadm._checks import described, optional_int
 from piadm.denoiser import Denoiser
 from piadm.grid import TimeGrid
 from piadm.integrators import Integrator
 from piadm.linearization import Linearization
 from piadm.schedule import VPSchedule
 from piadm.settings import SampleSettings, resolve
+from piadm.workers.devices import Devices
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,13 @@ class Options:
     data_mean: float = 0.0
     data_variance: float = 1.0
     raise_on_failure: bool = False
+    workers: Devices | None = None
 
     def __post_init__(self) -> None:
         optional_int("max_batch", self.max_batch)
         optional_int("max_rounds", self.max_rounds)
+        if not (self.workers is None or isinstance(self.workers, Devices)):
+            raise TypeError(f"workers must be a piadm.Devices or None, got {described(self.workers)}")
         # A schedule that allows everything: what the pipeline's own one does not shows when it is known.
         anything = Denoiser(PipelineNetwork(1), VPSchedule(), "sample", self.data_mean, self.data_variance)
         self.engine(anything, "ode", None)

@@ -41,8 +41,11 @@ class NetworkProxy:
         answer = self._answer(self, arguments | {name: stacked(arguments[name]) for name in self._listed})
         return apart(answer) if self._listed else answer
 
-    def run(self, arguments: dict[str, Any]) -> Any:  # noqa: ANN401 - the network's own
-        """Call the network itself, by position and by name as the pipeline does: hooks and decorators look there."""
+    def run(self, arguments: dict[str, Any], twin: nn.Module | None = None) -> Any:  # noqa: ANN401 - the network's own
+        """Call the network itself, or a copy of it, as the pipeline does.
+
+        By position and by name as it does: hooks and decorators look there.
+        """
         arguments = arguments | {name: apart(arguments[name]) for name in self._listed}
         count, args, kwargs = self._positional, [], {}
         for name, parameter in self._signature.parameters.items():
@@ -56,7 +59,7 @@ class NetworkProxy:
                 args.append(arguments[name])
             else:
                 kwargs[name] = arguments[name]
-        output = self._target(*args, **kwargs)
+        output = (twin or self._target)(*args, **kwargs)
         return stacked(output) if self._listed else output
 
 

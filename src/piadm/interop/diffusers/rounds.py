@@ -14,6 +14,7 @@ from piadm.engine import rounds
 from piadm.executor import error_text, name_rows, out_of_memory
 from piadm.grid import TimeGrid
 from piadm.interop.diffusers.arguments import Rows, copied, leaves, with_tensors
+from piadm.interop.diffusers.crew import PipelineCrew, Run, run_here
 from piadm.interop.diffusers.options import Options, PipelineNetwork
 from piadm.interop.diffusers.phases import ROUNDING, Part, Phase, alike, numbered, trials
 from piadm.interop.diffusers.probe import UnsupportedError
@@ -24,9 +25,6 @@ from piadm.settings import TURNS_PER_NODE, clipped
 from piadm.solution import NetworkError, RoundInfo, Solution
 from piadm.tally import Interrupted, Tally
 
-#: A network of the pipeline, called with its arguments by name.
-Network = Callable[[dict[str, Any]], Any]
-
 
 class Rounds:
     """The engine's requests for rows, and the pipeline's answers.
@@ -36,12 +34,18 @@ class Rounds:
         options: how to sample.
         evaluated: network calls that the rehearsal has evaluated: step, network and rows.
         progress: show a progress bar.
+        crew: evaluates the rows on several devices; None: the pipeline's own networks do.
     """
 
     def __init__(
-        self, score: Score, options: Options, evaluated: Sequence[tuple[int, str, int]], progress: bool
+        self,
+        score: Score,
+        options: Options,
+        evaluated: Sequence[tuple[int, str, int]],
+        progress: bool,
+        crew: PipelineCrew | None,
     ) -> None:
-        self.score, self.options = score, options
+        self.score, self.options, self.crew = score, options, crew
         self.scales, self.estimate, self.sources = score.scales, score.estimate, score.sources
         count = score.levels.count
         most = max(phase.rows_per_call for phase in score.phases)
@@ -57,7 +61,7 @@ class Rounds:
             engine = clipped(engine, excess)
         problem = make_problem(
             denoiser, tuple(score.initial.shape), engine.grid, seed=0, initial=score.initial, noise=score.noise,
-            noise_count=count, condition=None, max_batch=options.max_batch, callback=None,
+            noise_count=count, condition=None, max_batch=options.max_batch, callback=None, workers=crew,
         )  # fmt: skip
         self.info: RoundInfo | None = None
         self.tally = Tally(problem, None, self._heard, progress)
@@ -138,7 +142,7 @@ class Rounds:
         if self.going:
             self._resume(lambda: self.asking.throw(Interrupted()))
 
-    def network(self, name: str, run: Network, arguments: dict[str, Any]) -> Any:  # noqa: ANN401 - the network's own
+    def network(self, name: str, run: Run, arguments: dict[str, Any]) -> Any:  # noqa: ANN401 - the network's own
         """A network's output for the rows that the engine has asked for; a stand-in where there is nothing to do.
 
         Raises:
@@ -157,14 +161,15 @@ class Rounds:
             return slot.handed(with_tensors(found, _otherwise) if self.trials[0][1] else found)
         rows = self.parts[0].rows
         try:
-            return slot.handed(slot.call(run, arguments, rows))
+            evaluate = run_here if self.crew is None else self.crew.run
+            return slot.handed(evaluate(slot, run, arguments, rows))
         except UnsupportedError:
             raise
         except KeyboardInterrupt:
             self.left = rows.samples
             self._resume(lambda: self.asking.throw(KeyboardInterrupt()))
         except Exception as error:
-            if not out_of_memory(error) or len(self.rows) == 1:
+            if not out_of_memory(error) or len(self.rows) <= self.tally.problem.executor.team.count:
                 rows = self.rows[self.parts[0].at]  # their steps counted among all
                 what = name_rows(rows.samples, rows.calls).replace("time", "step")
                 raise NetworkError(f"{name} failed on {what}: {error_text(error)}") from error
@@ -223,6 +228,8 @@ class Rounds:
     def _count(self) -> None:
         """Take back what the executor counts too much: it knows the phase only that has the most network rows."""
         executor = self.tally.problem.executor
+        if self.crew is not None:
+            executor.peak_batch = max(executor.peak_batch, self.crew.largest)
         for part, _ in self.done:
             if saved := executor.rows_per_call - part.phase.rows_per_call:
                 samples = part.rows.samples.cpu()
@@ -257,8 +264,10 @@ class Rounds:
         return self.tally.solution(None, raise_on_failure=self.options.raise_on_failure)
 
     def close(self) -> None:
-        """Give up: the progress bar goes."""
+        """Give up: the progress bar goes, and so do the threads of several devices."""
         self.asking.close()
+        if self.crew is not None:
+            self.crew.close()
 
 
 def _otherwise(leaf: Tensor) -> Tensor:
