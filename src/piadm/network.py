@@ -136,5 +136,6 @@ def resolution(network: object) -> float:
 
 def _multiplies_in_tf32(network: object, device: torch.device) -> bool:
     """Whether some layers of a network take TF32 for float32 on a device; convolutions on GPUs do by default."""
-    owner, kinds = module(network), tf32_layers(device)
-    return isinstance(owner, nn.Module) and any(isinstance(layer, kinds) for layer in owner.modules())
+    parts, kinds = getattr(module(network), "modules", None), tf32_layers(device)
+    found = parts() if kinds and callable(parts) else ()
+    return any(isinstance(layer, kinds) for layer in (found if isinstance(found, Iterable) else ()))

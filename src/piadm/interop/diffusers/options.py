@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from piadm._checks import described, optional_int
 from piadm.denoiser import Denoiser
@@ -55,14 +55,19 @@ class PipelineNetwork:
     Attributes:
         rows_per_call: network rows per row of the engine: several under guidance.
         kind: a tensor of the dtype that they return, where the states are; None: not known yet.
+        networks: these networks.
     """
 
-    def __init__(self, rows_per_call: int, kind: Tensor | None = None) -> None:
-        self.rows_per_call, self.kind = rows_per_call, kind
+    def __init__(self, rows_per_call: int, kind: Tensor | None = None, networks: Sequence[nn.Module] = ()) -> None:
+        self.rows_per_call, self.kind, self.networks = rows_per_call, kind, networks
 
     def parameters(self) -> Iterator[Tensor]:
         """What tells dtype and device."""
         return iter(() if self.kind is None else (self.kind,))
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Their layers, which tell how they multiply."""
+        return (layer for network in self.networks for layer in network.modules())
 
     def __call__(self, *args: object, **kwargs: object) -> Tensor:
         """Never: the pipeline's loop answers in its place."""

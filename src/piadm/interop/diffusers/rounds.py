@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from piadm.denoiser import Denoiser
 from piadm.engine import rounds
@@ -34,6 +34,7 @@ class Rounds:
         options: how to sample.
         evaluated: network calls that the rehearsal has evaluated: step, network and rows.
         progress: show a progress bar.
+        networks: the pipeline's networks.
         crew: evaluates the rows on several devices; None: the pipeline's own networks do.
     """
 
@@ -43,13 +44,14 @@ class Rounds:
         options: Options,
         evaluated: Sequence[tuple[int, str, int]],
         progress: bool,
+        networks: Sequence[nn.Module],
         crew: PipelineCrew | None,
     ) -> None:
         self.score, self.options, self.crew = score, options, crew
         self.scales, self.estimate, self.sources = score.scales, score.estimate, score.sources
         count = score.levels.count
         most = max(phase.rows_per_call for phase in score.phases)
-        network = PipelineNetwork(most, score.initial.new_empty(0, dtype=score.phases[-1].output.dtype))
+        network = PipelineNetwork(most, score.initial.new_empty(0, dtype=score.phases[-1].output.dtype), networks)
         denoiser = Denoiser(network, score.levels, "sample", options.data_mean, options.data_variance)
         what = denoiser, _Known(score.steps), TimeGrid(range(count, -1, -1))
         engine = options.engine(*what)

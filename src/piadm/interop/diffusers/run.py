@@ -178,7 +178,8 @@ class Run:
         self.rehearsing = False
         progress = not getattr(self.pipe, "_progress_bar_config", {}).get("disable", False)
         score = self.rehearsal.score()
-        self.rounds = Rounds(score, self.parallel.options, self.rehearsal.evaluated, progress, self.crew)
+        options, networks = self.parallel.options, list(self.networks.values())
+        self.rounds = Rounds(score, options, self.rehearsal.evaluated, progress, networks, self.crew)
 
     def repeated(self) -> int | None:
         """The step that the next pass repeats, None: none; the engine stops where the pipeline was interrupted."""
