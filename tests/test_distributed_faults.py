@@ -181,8 +181,7 @@ def absent(rank: int, before: int, split: str) -> str:
     return str(found.value)
 
 
-@pytest.mark.parametrize("before", [0, 2])
-@pytest.mark.parametrize("split", ["rows", "samples"])
+@pytest.mark.parametrize(("before", "split"), [(0, "rows"), (2, "samples")])
 def test_a_rank_that_does_not_come_is_named(before: int, split: str) -> None:
     told, _, same = values(group(3, absent, before, split))
     assert told == same == "rank 1 has not joined"
