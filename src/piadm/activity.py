@@ -162,14 +162,18 @@ class Outlook:
     @np.errstate(all="ignore")
     def look(self, drift: Table) -> None:
         """Expect what the distances ``(n, B)`` from the last evaluations say."""
-        self.drifted = self.rate * drift
-        self.expected = np.where(self.known, np.hypot(self.drifted, self.doubt), np.inf)
+        self._expect(self.rate * drift)
 
     def distrust(self, samples: Flags) -> None:
         """Forget the rates of some samples ``(B,)``, which rounding brought about."""
         rate = np.where(samples, self.assumed, self.rate)
-        self.drifted, self.rate = self.drifted * (rate / self.rate), rate
-        self.expected = np.where(self.known, np.hypot(self.drifted, self.doubt), np.inf)
+        drifted, self.rate = self.drifted * (rate / self.rate), rate
+        self._expect(drifted)
+
+    def _expect(self, drifted: Table) -> None:
+        """Expect what the drifts, each times its rate, and the doubts say."""
+        self.drifted = drifted
+        self.expected = np.where(self.known, np.hypot(drifted, self.doubt), np.inf)
 
     def inherit(self, old: Flags, coarse: Outlook, keep: Flags | slice) -> None:
         """Take over what is known of the rows of a coarser node set: ``old`` of the nodes, ``keep`` of its samples."""

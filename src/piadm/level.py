@@ -61,7 +61,7 @@ class Level:
         ripples, probe = builder.ripples, None
         if ripples is not None and ripples.wanted(nodes, path.samples):
             probe = RippleProbe(ripples, path, nodes)
-        witness = Witness(path, builder.problem.denoiser.network, earlier)
+        witness = Witness(path, builder.settings.learning.resolution, earlier)
         self.run = PathRun(path, self.rows, rule, failed, probe, builder.sharing(path, rule), witness)
 
     @property

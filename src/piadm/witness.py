@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from piadm.executor import Request
-from piadm.network import resolution
 from piadm.numerics import Table
 from piadm.path import ParallelPath
 
@@ -60,7 +59,7 @@ class Witness:
 
     Args:
         path: the path.
-        network: the network, for what is known of its resolution.
+        resolution: relative spacing of the network's numbers, as far as it is known.
         earlier: rounds that its samples have had on coarser nodes.
 
     Attributes:
@@ -70,9 +69,9 @@ class Witness:
             shape ``(B,)``; 0: none was found.
     """
 
-    def __init__(self, path: ParallelPath, network: object, earlier: int) -> None:
+    def __init__(self, path: ParallelPath, resolution: float, earlier: int) -> None:
         self.first = max(0, SLOW - earlier)
-        self.path, self.alike = path, max(ALIKE, RESOLUTIONS * resolution(network))
+        self.path, self.alike = path, max(ALIKE, RESOLUTIONS * resolution)
         self.samples = path.samples[:0]
         # Of noise alone rounding is multiplied, at the data every network says what it is given.
         self.node = path.path.count // 2

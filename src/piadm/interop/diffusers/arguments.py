@@ -204,9 +204,9 @@ class Slot:
     @staticmethod
     def joined(pieces: Sequence[Piece], outputs: Sequence[Any]) -> Any:  # noqa: ANN401 - a network's output
         """The network's output for all rows of a round, from those of its pieces."""
-        places = [piece.places for piece in pieces if piece.places is not None]
         if len(outputs) == 1:
             return outputs[0]
+        places = [piece.places for piece in pieces if piece.places is not None]
         back, parts = torch.cat(places).argsort(), [leaves(output) for output in outputs]
         return rebuilt(outputs[0], lambda path: torch.cat([part[path] for part in parts])[back])
 

@@ -15,10 +15,10 @@ from piadm.network import network_device
 from piadm.workers.devices import Crew, Devices, copied_to
 
 #: Calls a network, or its stand-in with a copy of it, with arguments by name.
-Run = Callable[..., Any]
+Network = Callable[..., Any]
 
 
-def run_here(slot: Slot, run: Run, arguments: dict[str, Any], rows: Rows) -> Any:  # noqa: ANN401 - a network's output
+def run_here(slot: Slot, run: Network, arguments: dict[str, Any], rows: Rows) -> Any:  # noqa: ANN401 - a network's output
     """The output of the pipeline's own network for the rows of a round.
 
     Args:
@@ -57,7 +57,7 @@ class PipelineCrew(Team):
         """Never: the pipeline's loop answers in its place."""
         raise AssertionError("the pipeline calls its networks itself")
 
-    def run(self, slot: Slot, run: Run, arguments: dict[str, Any], rows: Rows) -> Any:  # noqa: ANN401
+    def run(self, slot: Slot, run: Network, arguments: dict[str, Any], rows: Rows) -> Any:  # noqa: ANN401
         """As ``run_here``, every device with its share of the rows."""
         copies, home = self._copies(slot.name), rows.state.device
         pieces: list[Piece] = []

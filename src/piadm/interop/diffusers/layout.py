@@ -55,7 +55,7 @@ class StateAt:
     def holds(self, leaf: Tensor, state: Tensor) -> bool:
         """Whether an argument has copies of this state ``(L, *shape)`` in the state's place."""
         block = self.of(leaf)
-        wanted = self.laid(state).to(block).repeat(self.chunks, *[1] * (block.ndim - 1))
+        wanted = _copies(self.laid(state), self.chunks, block)
         if block.shape != wanted.shape:
             return False
         equal = block == wanted
@@ -70,7 +70,7 @@ class StateAt:
             numbers: which of the network's rows each row of the argument stands for, shape ``(chunks r,)``.
         """
         block = self.of(leaf)
-        state = self.laid(state).to(block).repeat(self.chunks, *[1] * (block.ndim - 1))
+        state = _copies(self.laid(state), self.chunks, block)
         block.copy_(state if self.mask is None else torch.where(self.mask[numbers], state, block))
 
     def without(self, leaf: Tensor) -> Tensor:
@@ -95,6 +95,11 @@ def marker(state: Tensor, generator: torch.Generator) -> Tensor:
 def tokens(state: Tensor) -> Tensor:
     """States ``(r, channels, *places)`` as ``(r, places, channels)``."""
     return state.flatten(2).transpose(1, 2)
+
+
+def _copies(state: Tensor, chunks: int, like: Tensor) -> Tensor:
+    """So many copies of states, one after the other, of the type and on the device of another tensor."""
+    return state.to(like).repeat(chunks, *[1] * (state.ndim - 1))
 
 
 def find_state(name: str, arguments: dict[Path, Any], state: Tensor) -> StateAt:
@@ -131,7 +136,7 @@ def _block(path: Path, leaf: Tensor, state: Tensor) -> StateAt | None:
     if len(longer) > MOST_LONGER or any(leaf.shape[k] < state.shape[k] for k in longer):
         return None
     chunks = len(leaf) // len(state)
-    wanted = state.to(leaf).repeat(chunks, *[1] * (state.ndim - 1))
+    wanted = _copies(state, chunks, leaf)
     corner = leaf[0]
     for k in range(1, leaf.ndim):
         corner = corner.narrow(k - 1, 0, leaf.shape[k] - state.shape[k] + 1)
@@ -151,7 +156,7 @@ def _masked(path: Path, leaf: Tensor, state: Tensor) -> StateAt | None:
     if leaf.shape[1:] != state.shape[1:] or len(leaf) % len(state) or bool((state.abs() < LARGE).any()):
         return None
     chunks = len(leaf) // len(state)
-    mask = leaf == state.to(leaf).repeat(chunks, *[1] * (state.ndim - 1))
+    mask = leaf == _copies(state, chunks, leaf)
     if not bool(mask.any()) or not bool((leaf.masked_fill(mask, 0).abs() < LARGE / 4).all()):
         return None
     return StateAt(path, chunks, (), mask=mask)

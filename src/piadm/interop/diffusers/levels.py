@@ -198,17 +198,16 @@ def estimate(
     clock = torch.arange(len(times), 0, -1, dtype=torch.float64, device="cpu")
     usual = "flow_prediction" if hasattr(scheduler, "scale_noise") else PLAIN.get(type(scheduler).__name__)
     kind = scheduler.config.get("prediction_type", usual)
+    sigma = at.sigma(clock)
+    one, none = torch.ones_like(sigma), torch.zeros_like(sigma)
     if hasattr(scheduler, "precondition_outputs"):
-        sigma = at.sigma(clock)
-        one, none = torch.ones_like(sigma), torch.zeros_like(sigma)
         p, q = (scheduler.precondition_outputs(*x, sigma) for x in ((one, none), (none, one)))
     elif kind not in PREDICTIONS:
         name = type(scheduler).__name__
         raise UnsupportedError(f"prediction_type of {name} must be one of {', '.join(PREDICTIONS)}, got {kind!r}")
     elif PREDICTIONS[kind] == "velocity":
         # Of a flow with its velocity, and of exploding variance with its noise: the same estimate x - sigma m.
-        p, q = torch.ones_like(at.sigma(clock)), -at.sigma(clock)
-        q = -q if scheduler.config.get("invert_sigmas") else q  # velocities towards the data
+        p, q = one, sigma if scheduler.config.get("invert_sigmas") else -sigma  # velocities towards the data, or from
     else:
         # diffusers' networks speak of states of unit variance, whatever the scheduler's own scale is.
         scale = torch.hypot(at.alphas, at.sigmas).reciprocal()

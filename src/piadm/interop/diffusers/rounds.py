@@ -14,7 +14,7 @@ from piadm.engine import rounds
 from piadm.executor import error_text, name_rows, out_of_memory
 from piadm.grid import TimeGrid
 from piadm.interop.diffusers.arguments import Rows, copied, leaves, with_tensors
-from piadm.interop.diffusers.crew import PipelineCrew, Run, run_here
+from piadm.interop.diffusers.crew import Network, PipelineCrew, run_here
 from piadm.interop.diffusers.options import Options, PipelineNetwork
 from piadm.interop.diffusers.phases import ROUNDING, Part, Phase, alike, numbered, trials
 from piadm.interop.diffusers.probe import UnsupportedError
@@ -144,7 +144,7 @@ class Rounds:
         if self.going:
             self._resume(lambda: self.asking.throw(Interrupted()))
 
-    def network(self, name: str, run: Run, arguments: dict[str, Any]) -> Any:  # noqa: ANN401 - the network's own
+    def network(self, name: str, run: Network, arguments: dict[str, Any]) -> Any:  # noqa: ANN401 - the network's own
         """A network's output for the rows that the engine has asked for; a stand-in where there is nothing to do.
 
         Raises:
