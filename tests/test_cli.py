@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 import piadm
-from piadm.cli import app, figure, progress
+from piadm.cli import app, progress
 from piadm.shards import Shards
 
 SHAPE = (2, 1, 28, 28)
@@ -52,7 +52,7 @@ def test_help_has_examples_and_every_option(capsys: pytest.CaptureFixture[str]) 
     assert app.main(["sample", "--help"]) == 0
     text = capsys.readouterr().out
     assert text.count("piadm sample --") >= 3
-    for option in "method steps tol num seed device max-batch threads no-reference out json".split():
+    for option in "model shape condition method steps tol num seed device max-batch threads out json".split():
         assert f"--{option}" in text
 
 
@@ -63,7 +63,7 @@ def test_version_is_that_of_the_library(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_no_command_shows_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert app.main([]) == 0
-    assert "Sample garments" in capsys.readouterr().out
+    assert "Sample the shipped model or your own" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,10 @@ def test_no_command_shows_the_commands(capsys: pytest.CaptureFixture[str]) -> No
         (["--device", "abacus"], "--device"),
         (["--device", "meta"], "torch cannot use it here"),
         (["--device", "hpu"], "--device must be a device of this machine, got 'hpu'"),
-        (["--out", "picture.jpg"], "--out"),
+        (["--out", "picture.jpg"], "--out must name a .png file or a folder"),
+        (["--model", "torch:nothing"], "--shape"),
+        (["--shape", "3,32,32"], "--shape"),
+        (["--condition", "missing.safetensors"], "--condition must name a safetensors file"),
         (["--out", "missing/picture.png"], "missing"),
         (["--json", "figures.txt"], "--json"),
         (["--json", "missing/figures.json"], "missing"),
@@ -267,15 +270,6 @@ def test_without_an_extra_the_remedy_is_named(name: str, extra: str, tmp_path: P
     assert re.search(rf"pip install 'piadm\[.*\b{extra}\b", done.stderr)
     assert done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("count", [1, 2, 5, 9])
-def test_mosaic_holds_every_image_unchanged(count: int) -> None:
-    images = torch.rand(count, 1, 6, 4, dtype=torch.float64)
-    page = figure.mosaic(images)
-    filled = torch.from_numpy(page[~torch.from_numpy(page).isnan().numpy()])
-    torch.testing.assert_close(filled.sort().values, images.flatten().sort().values, rtol=0, atol=0)
-    torch.testing.assert_close(torch.from_numpy(page[:6, :4]), images[0, 0], rtol=0, atol=0)
 
 
 def test_progress_is_logarithmic_in_the_error() -> None:

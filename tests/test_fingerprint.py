@@ -56,6 +56,10 @@ def test_what_differs_has_another_fingerprint(case: str) -> None:
     assert fingerprint(copy.deepcopy(one)) == fingerprint(one)
 
 
+def test_the_order_of_conditions_does_not_matter() -> None:
+    assert fingerprint({"a": 1, "b": {"c": 2, "d": 3}}) == fingerprint({"b": {"d": 3, "c": 2}, "a": 1})
+
+
 #: What a sampler takes as a condition, and torch does not as it is.
 CONDITIONS = {
     "reversed": lambda: np.arange(3)[::-1],

@@ -13,14 +13,13 @@ import typer
 
 import piadm
 from piadm._checks import finite_float, positive_int
-from piadm.cli import files, progress
+from piadm.cli import files, options, progress
 from piadm.cli.bench_measure import Curve, Lap, latencies, race, timings
 from piadm.cli.bench_report import Report
 from piadm.cli.device import resolve_device
 from piadm.cli.interrupts import INTERRUPTED, interrupts
-from piadm.cli.model import ModelName
+from piadm.cli.model import FASHION, ModelName
 from piadm.cli.numbers import check_seed, check_threads, window_rows, words
-from piadm.cli.sample import Method
 from piadm.denoiser import Denoiser
 from piadm.problem import Problem, grid_of, make_problem
 from piadm.solution import Solution
@@ -93,10 +92,10 @@ class Settings:
 
 
 def bench(
-    model: Annotated[str, typer.Option(help="fashion, mixture, or module:attribute of a Denoiser.")] = "fashion",
-    shape: Annotated[str | None, typer.Option(help="One sample of your own model, such as 3,32,32.")] = None,
-    method: Annotated[Method, typer.Option(help="Stochastic or deterministic sampler.")] = Method.ODE,
-    steps: Annotated[int, typer.Option(help="Steps of the sequential sampler, the right answer.")] = 1000,
+    model: options.Model = FASHION,
+    shape: options.Shape = None,
+    method: options.Method = options.Process.ODE,
+    steps: options.Steps = 1000,
     tol: Annotated[float, typer.Option(help="RMS error per coordinate that ends a parallel sample.")] = 1e-2,
     batch: Annotated[int, typer.Option(help="Samples at once.")] = 1,
     windows: Annotated[
@@ -104,10 +103,10 @@ def bench(
     ] = "auto,4,16,all",
     rows: Annotated[int, typer.Option(help="Most rows of the network calls that are timed.")] = 256,
     repeats: Annotated[int, typer.Option(help="Timed runs of everything, after a first one.")] = 3,
-    seed: Annotated[int, typer.Option(help="Seed of the noise, shared by all.")] = 0,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... or auto; default: the model's.")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; torch's own choice by default.")] = None,
-    json: Annotated[Path | None, typer.Option(help="Write every figure to this file.")] = None,
+    seed: options.Seed = 0,
+    device: options.Device = None,
+    threads: options.Threads = None,
+    json: options.Json = None,
     figure: Annotated[Path | None, typer.Option(help="Draw latency and times to this file (PNG).")] = None,
 ) -> None:
     """Measure how much faster parallel sampling is on this device, with this network.

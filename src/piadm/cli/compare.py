@@ -13,13 +13,12 @@ import typer
 
 import piadm
 from piadm._checks import optional_int, positive_int
-from piadm.cli import files, progress
+from piadm.cli import files, options, progress
 from piadm.cli.compare_report import Report
 from piadm.cli.device import resolve_device
 from piadm.cli.interrupts import INTERRUPTED, interrupts
-from piadm.cli.model import ModelName
+from piadm.cli.model import FASHION, ModelName
 from piadm.cli.numbers import check_names, check_seed, check_threads, positives, words
-from piadm.cli.sample import Method
 from piadm.network import network_device
 from piadm.rivals import NAMES, Course, Result, Rival, chosen, prepare, study
 from piadm.solution import RoundInfo
@@ -76,19 +75,19 @@ class Settings:
 
 
 def compare(
-    model: Annotated[str, typer.Option(help="fashion, mixture, or module:attribute of a Denoiser.")] = "fashion",
-    shape: Annotated[str | None, typer.Option(help="One sample of your own model, such as 3,32,32.")] = None,
-    method: Annotated[Method, typer.Option(help="Stochastic or deterministic sampler.")] = Method.ODE,
-    steps: Annotated[int, typer.Option(help="Steps of the sequential sampler, the right answer.")] = 1000,
+    model: options.Model = FASHION,
+    shape: options.Shape = None,
+    method: options.Method = options.Process.ODE,
+    steps: options.Steps = 1000,
     errors: Annotated[str, typer.Option(help="RMS errors per coordinate to tune for, with commas.")] = "1e-2",
     num: Annotated[int, typer.Option(help="Number of samples.")] = 4,
-    seed: Annotated[int, typer.Option(help="Seed of the noise, shared by all.")] = 0,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... or auto; default: the model's.")] = None,
-    max_batch: Annotated[int | None, typer.Option(help="Most rows handed to the network at once.")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; torch's own choice by default.")] = None,
+    seed: options.Seed = 0,
+    device: options.Device = None,
+    max_batch: options.MaxBatch = None,
+    threads: options.Threads = None,
     only: Annotated[str | None, typer.Option(help="Names of rivals, with commas; all by default.")] = None,
     out: Annotated[Path, typer.Option(help="The figure (PNG).")] = Path("piadm-compare.png"),
-    json: Annotated[Path | None, typer.Option(help="Write every figure to this file.")] = None,
+    json: options.Json = None,
 ) -> None:
     """Compare samplers: how many network calls in a row, and how much work, an error takes.
 

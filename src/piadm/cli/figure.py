@@ -5,18 +5,17 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatterSciNotation, MaxNLocator
 from torch import Tensor
 
+from piadm.cli import portraits
 from piadm.cli.report import Report, Spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_SHOWN, _GAP = 64, 2  # images at most, pixels between them
 _MARKED = 30  # rounds up to which every one is marked
 # Inches: margin, side of a grid, space between panels, room for axis labels, width of the curves.
 _EDGE, _GRID, _SPACE, _LABELS, _CURVES = 0.25, 3.9, 0.35, 0.5, 4.6
@@ -32,7 +31,7 @@ def draw(report: Report, parallel: Tensor, sequential: Tensor | None) -> Figure:
 
     Args:
         report: The figures of the run.
-        parallel: Samples ``(B, 1, height, width)`` in [-1, 1].
+        parallel: Samples ``(B, *shape)``.
         sequential: The reference on the same noise, of the same shape, or None.
 
     Returns:
@@ -50,34 +49,19 @@ def draw(report: Report, parallel: Tensor, sequential: Tensor | None) -> Figure:
 
     for index, (title, samples) in enumerate(panels):
         _show_samples(place(_EDGE + index * (_GRID + _SPACE), _GRID), title, samples)
-    _show_convergence(place(width - _EDGE - _CURVES, _CURVES), report)
+    _show_convergence(place(width - _EDGE - _CURVES, _CURVES), report, portraits.unit(parallel))
     for text, top, style in ((_title(report), 0.28, _TITLE), (_subtitle(report), 0.6, _SUBTITLE)):
         figure.text(_EDGE / width, 1 - top / _HEIGHT, text, va="center", **style)
     return figure
 
 
-def mosaic(samples: Tensor) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
-    """Lay samples ``(B, 1, height, width)`` out in a near-square grid, with NaN in the gaps."""
-    images = samples.detach().cpu().double().numpy()[:_SHOWN, 0]
-    count, height, width = images.shape
-    columns = math.ceil(math.sqrt(count))
-    rows = math.ceil(count / columns)
-    page = np.full((rows * (height + _GAP) - _GAP, columns * (width + _GAP) - _GAP), np.nan)
-    for index, image in enumerate(images):
-        top, left = (index // columns) * (height + _GAP), (index % columns) * (width + _GAP)
-        page[top : top + height, left : left + width] = image
-    return page
-
-
 def _show_samples(axes: Axes, title: str, samples: Tensor) -> None:
-    axes.imshow(mosaic(samples), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
-    shown = f" (first {_SHOWN} of {len(samples)})" if len(samples) > _SHOWN else ""
+    count = portraits.show(axes, samples)
+    shown = f" (first {count} of {len(samples)})" if len(samples) > count else ""
     axes.set_title(title + shown, fontsize=11, color=_INK, loc="left", pad=6)
-    axes.set_anchor("NW")
-    axes.set_axis_off()
 
 
-def _show_convergence(axes: Axes, report: Report) -> None:
+def _show_convergence(axes: Axes, report: Report, unit: str) -> None:
     tol = float(report.settings["tol"])
     rounds = [entry.round for entry in report.convergence]
     differences = [entry.rms_difference for entry in report.convergence if entry.rms_difference is not None]
@@ -90,7 +74,7 @@ def _show_convergence(axes: Axes, report: Report) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     axes.set_xlim(min(rounds, default=0) - 0.3, max(rounds, default=1) + 0.3)
     axes.set_xlabel("round", fontsize=10, color=_INK)
-    axes.set_title("RMS error per pixel after each round", fontsize=11, color=_INK, loc="left", pad=6)
+    axes.set_title(f"RMS error per {unit} after each round", fontsize=11, color=_INK, loc="left", pad=6)
     axes.tick_params(labelsize=9, colors=_INK)
     axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)
     axes.set_axisbelow(True)
@@ -111,11 +95,10 @@ def _curves(axes: Axes, rounds: list[int], spreads: list[Spread], color: str, na
 
 
 def _title(report: Report) -> str:
-    count, rounds = report.settings["num"], _count(report.parallel.rounds, "parallel round")
-    garments = "One garment" if count == 1 else f"{count} garments"
+    rounds = _count(report.parallel.rounds, "parallel round")
     if report.sequential is None:
-        return f"{garments} in {rounds} instead of {_count(report.settings['steps'], 'sequential step')}"
-    return f"{garments}: {_count(report.sequential.rounds, 'sequential step')} or {rounds}, same noise"
+        return f"{report.counted} in {rounds} instead of {_count(report.settings['steps'], 'sequential step')}"
+    return f"{report.counted}: {_count(report.sequential.rounds, 'sequential step')} or {rounds}, same noise"
 
 
 def _subtitle(report: Report) -> str:

@@ -6,7 +6,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,10 @@ from torch import Tensor
 import piadm
 from piadm._checks import positive_int
 from piadm.cli import files, progress
+from piadm.cli.condition_file import ConditionFile
 from piadm.cli.interrupts import interrupts
-from piadm.cli.model import FASHION
+from piadm.cli.model import ModelName
+from piadm.network import network_device
 from piadm.shards import Shards, read_index
 from piadm.solution import Status
 from piadm.workers.fingerprint import fingerprint
@@ -54,7 +56,8 @@ class LongRun:
         num: Number of samples.
         seed: Seed; sample ``i`` has the noise of (seed, i), wherever it is computed.
         layout: Shards and batches.
-        device: Torch device.
+        model: The model, and where it is to be.
+        condition: The network's conditions; None: it has none.
         threads: CPU threads; None: as the folder was begun, or torch's own choice.
         arguments: The other arguments of ``piadm.sample``.
     """
@@ -63,14 +66,18 @@ class LongRun:
     num: int
     seed: int
     layout: Layout
-    device: str
+    model: ModelName
+    condition: ConditionFile | None
     threads: int | None
     arguments: dict[str, Any]
 
     def shards(self, denoiser: Denoiser, threads: int) -> Shards:
         """The folder's shards, with all that their bits depend on."""
+        device = network_device(denoiser.network) or torch.device("cpu")
         settings = {"seed": self.seed, "batch": self.layout.batch, **self.arguments}
-        settings |= {"device": torch.device(self.device).type, "threads": threads, "model": fingerprint(denoiser)}
+        settings |= {"device": device.type, "threads": threads, "model": fingerprint(denoiser)}
+        settings |= {"shape": list(self.model.sample_shape())}
+        settings |= {} if self.condition is None else {"condition": self.condition.digest()}
         settings |= {"piadm": piadm.__version__, "torch": str(torch.__version__)}
         return Shards(self.out, self.num, self.layout.shard, settings)
 
@@ -81,8 +88,9 @@ def check_folder(option: str, path: Path) -> None:
     Raises:
         ValueError: If not.
     """
-    if path.is_file():
-        raise ValueError(f"{option} must name a .png file or a folder, but {str(path)!r} is another file")
+    if path.is_file() or path.is_symlink() and not path.exists():
+        other = "another file" if path.is_file() else "a link to nothing"
+        raise ValueError(f"{option} must name a .png file or a folder, but {str(path)!r} is {other}")
     if path.exists():
         files.check_writable(option, path / "index.json", ".json")
     elif not path.parent.is_dir():
@@ -104,25 +112,26 @@ def place() -> tuple[int, int, int]:
     return rank, ranks, local
 
 
-def run(settings: LongRun, shape: tuple[int, ...], figures: Path | None) -> None:
+def run(settings: LongRun, figures: Path | None) -> None:
     """Compute what is missing, shard by shard, and say what is there.
 
     Args:
         settings: What to sample.
-        shape: Shape of one sample.
         figures: Where to write every printed figure, as JSON.
 
     Raises:
         KeyboardInterrupt: If Ctrl-C cut it short; started again it goes on.
-        ValueError: If the folder was begun with other settings.
+        ValueError: If the model cannot be loaded or sampled, or the folder was begun with other settings.
         OSError: If a shard cannot be written; the others stay.
     """
     rank, ranks, local = place()
-    device = f"cuda:{local}" if settings.device == "cuda" and ranks > 1 else settings.device
-    settings.out.mkdir(exist_ok=True)
+    model = settings.model
+    if model.device == "cuda" and ranks > 1:
+        model = replace(model, device=f"cuda:{local}")
     threads = settings.threads or _begun_threads(settings.out) or torch.get_num_threads()
     torch.set_num_threads(threads)
-    denoiser = piadm.load(FASHION, device=device)
+    denoiser = model.load()
+    settings.out.mkdir(exist_ok=True)
     shards = settings.shards(denoiser, threads)
     shards.begin()
     began, had = time.monotonic(), _present(shards)
@@ -130,7 +139,7 @@ def run(settings: LongRun, shape: tuple[int, ...], figures: Path | None) -> None
         for shard in shards.order(rank, ranks):
             parts = []
             for batch in _batches(shards.samples(shard), settings.layout.batch):
-                parts.append(_sample(denoiser, settings, batch, shape))
+                parts.append(_sample(denoiser, settings, batch))
                 check()
                 if rank == 0:
                     update(*_done(shards, had, time.monotonic() - began, sum(len(one["status"]) for one in parts)))
@@ -150,15 +159,17 @@ def _batches(samples: range, size: int) -> Iterator[range]:
     yield from (samples[first : first + size] for first in range(0, len(samples), size))
 
 
-def _sample(denoiser: Denoiser, settings: LongRun, samples: range, shape: tuple[int, ...]) -> dict[str, Tensor]:
+def _sample(denoiser: Denoiser, settings: LongRun, samples: range) -> dict[str, Tensor]:
     """One batch, as it is stored.
 
     Raises:
         KeyboardInterrupt: If it was interrupted.
     """
     seed = [(settings.seed, sample) for sample in samples]
+    shape = (len(samples), *settings.model.sample_shape())
+    condition = None if settings.condition is None else settings.condition.rows(samples)
     with progress.quiet():
-        found = piadm.sample(denoiser, (len(samples), *shape), seed=seed, **settings.arguments)
+        found = piadm.sample(denoiser, shape, seed=seed, condition=condition, **settings.arguments)
     if Status.INTERRUPTED in found.status:
         raise KeyboardInterrupt
     return {

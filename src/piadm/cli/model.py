@@ -65,6 +65,10 @@ class ModelName:
             raise ValueError(f"--shape must be positive integers with commas, such as 3,32,32, got {self.shape!r}")
         return sizes
 
+    def counted(self, number: int) -> str:
+        """So many samples, in words."""
+        return f"{number} {'garment' if self.name == FASHION else 'sample'}{'s' * (number != 1)}"
+
     def load(self) -> Denoiser:
         """The denoiser, on the device that was asked for.
 

@@ -12,9 +12,8 @@ from rich.table import Table
 
 import piadm
 from piadm._checks import finite_float
-from piadm.cli import files, progress
+from piadm.cli import files, options, progress
 from piadm.cli.numbers import positives, whole
-from piadm.cli.sample import Method
 from piadm.theory import Plan
 
 # A paragraph each: the help screen joins the lines of a paragraph.
@@ -79,11 +78,11 @@ def plan(
     lipschitz: Annotated[
         float, typer.Option(help="Without a spectrum: variances from 1/L to L, the worst of them everywhere.")
     ] = 20.0,
-    method: Annotated[Method, typer.Option(help="Algorithm 1 (sde) or 2 (ode).")] = Method.SDE,
+    method: Annotated[options.Process, typer.Option(help="Algorithm 1 (sde) or 2 (ode).")] = options.Process.SDE,
     memory_limit: Annotated[int | None, typer.Option(help="Most states per sample held at once.")] = None,
     early_stop: Annotated[float, typer.Option(help="OU time at which sampling ends.")] = 1e-2,
     longest_block: Annotated[float, typer.Option(help="Longest block, in OU time.")] = 1.0,
-    json: Annotated[Path | None, typer.Option(help="Write every figure to this file.")] = None,
+    json: options.Json = None,
 ) -> None:
     """Plan PIADM-SDE or PIADM-ODE: blocks, steps, iterations and what they come to, by the exact Gaussian law.
 

@@ -100,9 +100,14 @@ def rms_difference(x: Tensor, y: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything the command measured; the table, the JSON file and the picture all read from here."""
+    """Everything the command measured; the table, the JSON file and the picture all read from here.
+
+    Attributes:
+        counted: what was sampled, in words, such as "16 garments".
+    """
 
     settings: dict[str, Any]
+    counted: str
     versions: dict[str, str]
     parallel: RunFigures
     sequential: RunFigures | None
@@ -142,7 +147,7 @@ class Report:
         """Return what was run, on one line."""
         s = self.settings
         return (
-            f"{s['num']} garment{'s' * (s['num'] != 1)}, {s['method'].upper()}, {s['steps']} steps, "
+            f"{self.counted}, {s['method'].upper()}, {s['steps']} steps, "
             f"tolerance {s['tol']:g}, seed {s['seed']}, {device_text(s['device'], s['threads'])}"
         )
 

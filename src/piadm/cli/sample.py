@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,12 +12,14 @@ import typer
 
 import piadm
 from piadm._checks import finite_float, optional_int, positive_int
-from piadm.cli import files, long_run, progress
+from piadm.cli import files, long_run, options, progress
+from piadm.cli.condition_file import ConditionFile
 from piadm.cli.device import resolve_device
 from piadm.cli.interrupts import INTERRUPTED
-from piadm.cli.model import FASHION, FASHION_SHAPE
+from piadm.cli.model import FASHION, ModelName
 from piadm.cli.numbers import check_seed, check_threads, window_rows
 from piadm.cli.report import Report, RunFigures, Spread, Trace, rms_difference, warnings_of
+from piadm.network import network_device
 from piadm.solution import Status
 
 if TYPE_CHECKING:
@@ -42,14 +44,11 @@ piadm sample --no-reference            in parallel only: no true error
 piadm sample --num 50000 --out many    a folder of shards, in parallel only; the same command goes on after a stop
 
 torchrun --nproc-per-node 8 -m -- piadm sample --num 50000 --out many --device cuda
+
+piadm sample --model my_package.models:denoiser --shape 3,32,32   your own model; also with a folder
+
+piadm sample --model my_package.models:denoiser --shape 3,32,32 --condition labels.safetensors   a row per sample
 """
-
-
-class Method(str, Enum):
-    """The process that is solved from noise to data."""
-
-    SDE = "sde"
-    ODE = "ode"
 
 
 @dataclass(frozen=True)
@@ -60,12 +59,13 @@ class Settings:
         ValueError: If an option is out of its range or an output file cannot be written.
     """
 
+    model: ModelName
     method: str
     steps: int
     tol: float
     num: int
     seed: int
-    device: str
+    condition: ConditionFile | None
     window: str | None
     max_batch: int | None
     threads: int | None
@@ -86,6 +86,11 @@ class Settings:
             long_run.check_folder("--out", self.out)
             if self.window == "auto":
                 raise ValueError("--window must be all or a number with a folder as --out: auto depends on the clock")
+        elif self.out.suffix.lower() != ".png":
+            raise ValueError(
+                "--out must name a .png file or a folder (one with a dot in its name must exist), "
+                f"got {str(self.out)!r}"
+            )
         else:
             files.check_writable("--out", self.out, ".png")
         if self.json is not None:
@@ -100,7 +105,18 @@ class Settings:
         """The long run that these options ask for."""
         arguments = {"method": self.method, "steps": self.steps, "tol": self.tol, "window": self.rows()}
         arguments |= {"max_batch": self.max_batch}
-        return long_run.LongRun(self.out, self.num, self.seed, self.layout, self.device, self.threads, arguments)
+        return long_run.LongRun(
+            self.out, self.num, self.seed, self.layout, self.model, self.condition, self.threads, arguments
+        )
+
+    def given(self, sampler: Callable[..., Solution], denoiser: Denoiser, **more: object) -> Solution:
+        """Call one of the two samplers with what both are given."""
+        condition = None if self.condition is None else self.condition.rows(range(self.num))
+        shape = (self.num, *self.model.sample_shape())
+        return sampler(
+            denoiser, shape, method=self.method, steps=self.steps, seed=self.seed, condition=condition,
+            max_batch=self.max_batch, **more,
+        )  # fmt: skip
 
     def rows(self) -> int | str | None:
         """The window, as ``piadm.sample`` takes it.
@@ -112,41 +128,47 @@ class Settings:
 
 
 def sample(
-    method: Annotated[Method, typer.Option(help="Stochastic or deterministic sampler.")] = Method.ODE,
-    steps: Annotated[int, typer.Option(help="Steps of the sequential sampler that both runs solve.")] = 1000,
-    tol: Annotated[float, typer.Option(help="RMS error per pixel that ends a parallel sample.")] = 1e-2,
-    num: Annotated[int, typer.Option(help="Number of garments.")] = 16,
-    seed: Annotated[int, typer.Option(help="Seed of the noise, shared by both runs.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto: cuda if present.")] = "cpu",
-    window: Annotated[
-        str | None, typer.Option(help="Rows per garment and round: all, auto (fastest), N; else a part of them.")
+    model: options.Model = FASHION,
+    shape: options.Shape = None,
+    condition: Annotated[
+        Path | None, typer.Option(help="A .safetensors file: the network's arguments by name, a row per sample.")
     ] = None,
-    max_batch: Annotated[int | None, typer.Option(help="Most rows handed to the network at once.")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; torch's own choice by default.")] = None,
+    method: options.Method = options.Process.ODE,
+    steps: options.Steps = 1000,
+    tol: Annotated[float, typer.Option(help="RMS error per coordinate that ends a parallel sample.")] = 1e-2,
+    num: Annotated[int, typer.Option(help="Number of samples.")] = 16,
+    seed: options.Seed = 0,
+    device: options.Device = None,
+    window: Annotated[
+        str | None, typer.Option(help="Rows per sample and round: all, auto (fastest), N; else a part of them.")
+    ] = None,
+    max_batch: options.MaxBatch = None,
+    threads: options.Threads = None,
     reference: Annotated[bool, typer.Option(help="Run the sequential sampler too.")] = True,
     out: Annotated[Path, typer.Option(help="The picture (PNG); or a folder, for many samples in shards.")] = Path(
         "piadm-sample.png"
     ),
-    shard: Annotated[int, typer.Option(help="Garments per file in a folder.")] = 256,
-    batch: Annotated[int, typer.Option(help="Garments sampled at once for a folder.")] = 64,
-    json: Annotated[Path | None, typer.Option(help="Write every printed figure to this file.")] = None,
+    shard: Annotated[int, typer.Option(help="Samples per file in a folder.")] = 256,
+    batch: Annotated[int, typer.Option(help="Samples at once for a folder.")] = 64,
+    json: options.Json = None,
 ) -> None:
-    """Sample garments from the shipped model, sequentially and in parallel, from the same noise.
+    """Sample the shipped model or your own, sequentially and in parallel, from the same noise.
 
     Writes one picture with both sets of samples and the convergence per round, and prints what each run cost.
     If --out names a folder, writes the parallel samples alone, in shards: a run that was stopped, by whatever, goes
     on when the same command is started again, on any number of processes.
     """
     try:
+        place = None if device is None else resolve_device(device)
         settings = Settings(
-            method=method.value, steps=steps, tol=tol, num=num, seed=seed, device=resolve_device(device),
-            window=window, max_batch=max_batch, threads=threads, reference=reference, out=out,
-            layout=long_run.Layout(shard, batch), json=json,
+            model=ModelName(model, shape, place), method=method.value, steps=steps, tol=tol, num=num, seed=seed,
+            condition=None if condition is None else ConditionFile(condition, num), window=window, max_batch=max_batch,
+            threads=threads, reference=reference, out=out, layout=long_run.Layout(shard, batch), json=json,
         )  # fmt: skip
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     if settings.long:
-        long_run.run(settings.part(), FASHION_SHAPE, settings.json)
+        long_run.run(settings.part(), settings.json)
     elif run(settings):
         raise typer.Exit(INTERRUPTED)
 
@@ -159,11 +181,12 @@ def run(settings: Settings) -> bool:
 
     Raises:
         ImportError: If matplotlib or diffusers is not installed.
+        ValueError: If the model cannot be loaded or sampled.
     """
     figure = files.drawing("figure")
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    denoiser = piadm.load(FASHION, device=settings.device)
+    denoiser = settings.model.load()
     trace = Trace()
     # In this order the picture has something to show when the long sequential run is interrupted.
     parallel = _run_parallel(denoiser, settings, trace)
@@ -173,7 +196,7 @@ def run(settings: Settings) -> bool:
         sequential = _run_sequential(denoiser, settings)
         interrupted = _was_interrupted(sequential)
         sequential = None if interrupted else sequential
-    report = _report(settings, trace, parallel, sequential)
+    report = _report(settings, denoiser, trace, parallel, sequential)
     drawing = figure.draw(report, parallel.sample, None if sequential is None else sequential.sample)
     files.write_figure(settings.out, drawing)
     if settings.json is not None:
@@ -191,10 +214,7 @@ def _run_parallel(denoiser: Denoiser, settings: Settings, trace: Trace) -> Solut
             done = progress.fraction_converged(worst[0], worst[-1], settings.tol)
             update(done, f"round {info.round}, error {worst[-1]:.1e}")
 
-        return piadm.sample(
-            denoiser, (settings.num, *FASHION_SHAPE), method=settings.method, steps=settings.steps, tol=settings.tol,
-            seed=settings.seed, window=settings.rows(), max_batch=settings.max_batch, callback=after_round,
-        )  # fmt: skip
+        return settings.given(piadm.sample, denoiser, tol=settings.tol, window=settings.rows(), callback=after_round)
 
 
 def _run_sequential(denoiser: Denoiser, settings: Settings) -> Solution:
@@ -203,20 +223,28 @@ def _run_sequential(denoiser: Denoiser, settings: Settings) -> Solution:
         def after_step(info: RoundInfo) -> None:
             update(info.round / settings.steps, f"step {info.round} of {settings.steps}")
 
-        return piadm.sample_sequential(
-            denoiser, (settings.num, *FASHION_SHAPE), method=settings.method, steps=settings.steps,
-            seed=settings.seed, max_batch=settings.max_batch, callback=after_step,
-        )  # fmt: skip
+        return settings.given(piadm.sample_sequential, denoiser, callback=after_step)
 
 
-def _report(settings: Settings, trace: Trace, parallel: Solution, sequential: Solution | None) -> Report:
+def _report(
+    settings: Settings, denoiser: Denoiser, trace: Trace, parallel: Solution, sequential: Solution | None
+) -> Report:
     runs = {"parallel": RunFigures.of(parallel)}
     target = None
     if sequential is not None:
         runs["sequential"], target = RunFigures.of(sequential), sequential.sample
-    paths = {"out": str(settings.out), "json": None if settings.json is None else str(settings.json)}
+    written = {
+        "model": settings.model.name,
+        "shape": list(settings.model.sample_shape()),
+        "condition": None if settings.condition is None else str(settings.condition.path),
+        "device": str(network_device(denoiser.network) or parallel.sample.device),
+        "threads": torch.get_num_threads(),
+        "out": str(settings.out),
+        "json": None if settings.json is None else str(settings.json),
+    }
     return Report(
-        settings=asdict(settings) | paths | {"threads": torch.get_num_threads()},
+        settings=asdict(settings) | written,
+        counted=settings.model.counted(settings.num),
         versions={"piadm": piadm.__version__, "torch": str(torch.__version__)},
         parallel=runs["parallel"],
         sequential=runs.get("sequential"),

@@ -12,7 +12,7 @@ import typer
 
 import piadm
 from piadm._checks import finite_float, positive_int
-from piadm.cli import files, progress
+from piadm.cli import files, options, progress
 from piadm.cli.numbers import check_names, positives, whole, words
 from piadm.cli.scaling_report import Report
 from piadm.theory.scaling import scaling as measure
@@ -86,7 +86,7 @@ def scaling(
     early_stop: Annotated[float, typer.Option(help="OU time at which sampling ends.")] = 1e-2,
     only: Annotated[str | None, typer.Option(help="Names of samplers, with commas; all by default.")] = None,
     out: Annotated[Path, typer.Option(help="The figure (PNG).")] = Path("piadm-scaling.png"),
-    json: Annotated[Path | None, typer.Option(help="Write every figure to this file.")] = None,
+    json: options.Json = None,
 ) -> None:
     """Show how the rounds of parallel samplers and the steps of sequential ones grow with the dimension.
 

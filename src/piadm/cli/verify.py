@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from piadm.cli import files, progress
+from piadm.cli import files, options, progress
 from piadm.shards import Shards, opened
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -20,7 +20,7 @@ piadm verify many --json found.json    what is wrong, as JSON
 
 def verify(
     folder: Annotated[Path, typer.Argument(help="The folder.")],
-    json: Annotated[Path | None, typer.Option(help="Write every printed figure to this file.")] = None,
+    json: options.Json = None,
 ) -> None:
     """Check a folder of samples: every shard there, every checksum right. The exit code is 1 if not."""
     try:

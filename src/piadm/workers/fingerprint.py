@@ -35,7 +35,7 @@ def fingerprint(value: Any) -> str:  # noqa: ANN401 - any argument
     if value is None or isinstance(value, (str, bytes, int, float, torch.dtype, torch.device)):
         return shown(value)
     if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{name}: {fingerprint(item)}' for name, item in value.items())}}}"
+        return f"{{{', '.join(sorted(f'{name}: {fingerprint(item)}' for name, item in value.items()))}}}"
     if isinstance(value, Sequence):
         return f"[{', '.join(map(fingerprint, value))}]"
     name = getattr(value, "__qualname__", type(value).__qualname__)
