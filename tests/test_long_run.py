@@ -21,6 +21,7 @@ from torch import Tensor
 
 import piadm
 from piadm.cli import app, long_run
+from piadm.cli.model import ModelName
 from piadm.shards import opened
 
 SCHEDULE = piadm.VPSchedule()
@@ -248,8 +249,9 @@ def test_an_index_that_does_not_say_its_threads_is_one_of_other_settings(
     denoiser, folder = serve(0), tmp_path / "run"
     folder.mkdir()
     settings = {"method": "ode", "steps": 12, "tol": 1e-2, "window": None, "max_batch": None}
-    layout = long_run.Layout(256, 64)
-    long_run.LongRun(folder, 2, 0, layout, "cpu", None, settings).shards(denoiser, torch.get_num_threads()).begin()
+    layout, model = long_run.Layout(256, 64), ModelName("fashion", None, None)
+    begun = long_run.LongRun(folder, 2, 0, layout, model, None, None, settings)
+    begun.shards(denoiser, torch.get_num_threads()).begin()
     index = json.loads((folder / "index.json").read_text())
     del index["settings"]["threads"]
     (folder / "index.json").write_text(json.dumps(index))
