@@ -86,6 +86,18 @@ def test_a_picture_comes_with_the_figures_of_the_library(tmp_path: Path, labels:
         picture.verify()
 
 
+@pytest.mark.parametrize("command", [["compare", "--only", "sequential,sample,picard"], ["bench", "--rows", "2"]])
+def test_other_commands_take_conditions(command: list[str], tmp_path: Path, labels: Path) -> None:
+    """With other labels than the reference's no error could be this small."""
+    size = {"compare": ["--num", "7", "--out", str(tmp_path / "out.png")], "bench": ["--batch", "7", "--repeats", "1"]}
+    asked = [*command, *size[command[0]], "--model", "test_cli_models:DENOISER", "--shape", "3,4,4", "--steps", "12"]
+    assert app.main([*asked, "--condition", str(labels), "--json", str(tmp_path / "out.json")]) == 0
+    found = json.loads((tmp_path / "out.json").read_text())
+    errors = [entry["worst"] for entry in found.get("samplers", [])[1:]]
+    errors += [min(run["worst"] for run in rival["runs"]) for rival in found.get("rivals", [])]
+    assert len(errors) >= 3 and max(errors) <= 1e-2  # the tolerance
+
+
 @pytest.mark.parametrize("shape", [(2,), (1,), (9,), (16, 7), (4, 6, 6), (3, 2, 6, 6)])
 def test_samples_of_any_shape_can_be_seen(shape: tuple[int, ...], tmp_path: Path) -> None:
     assert app.main(words("PLAIN", shape, "--out", str(tmp_path / "out.png"))) == 0

@@ -38,7 +38,7 @@ def test_help_has_examples_every_option_and_every_name(capsys: pytest.CaptureFix
     assert app.main(["compare", "--help"]) == 0
     text = capsys.readouterr().out
     assert text.count("piadm compare --") >= 4
-    for option in "model shape method steps errors num seed device max-batch threads only out json".split():
+    for option in "model shape condition method steps errors num seed device max-batch threads only out json".split():
         assert f"--{option}" in text
     for name in NAMES:
         assert name in text

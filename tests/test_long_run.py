@@ -21,6 +21,7 @@ from torch import Tensor
 
 import piadm
 from piadm.cli import app, long_run
+from piadm.cli.given import Conditions
 from piadm.cli.model import ModelName
 from piadm.shards import opened
 
@@ -250,7 +251,7 @@ def test_an_index_that_does_not_say_its_threads_is_one_of_other_settings(
     folder.mkdir()
     settings = {"method": "ode", "steps": 12, "tol": 1e-2, "window": None, "max_batch": None}
     layout, model = long_run.Layout(256, 64), ModelName("fashion", None, None)
-    begun = long_run.LongRun(folder, 2, 0, layout, model, None, None, settings)
+    begun = long_run.LongRun(folder, 2, 0, layout, model, Conditions(None, 2), None, settings)
     begun.shards(denoiser, torch.get_num_threads()).begin()
     index = json.loads((folder / "index.json").read_text())
     del index["settings"]["threads"]

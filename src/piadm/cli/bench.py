@@ -17,6 +17,7 @@ from piadm.cli import files, options, progress
 from piadm.cli.bench_measure import Curve, Lap, latencies, race, timings
 from piadm.cli.bench_report import Report
 from piadm.cli.device import resolve_device
+from piadm.cli.given import Conditions
 from piadm.cli.interrupts import INTERRUPTED, interrupts
 from piadm.cli.model import FASHION, ModelName
 from piadm.cli.numbers import check_seed, check_threads, window_rows, words
@@ -56,6 +57,7 @@ class Settings:
     rows: int
     repeats: int
     seed: int
+    condition: Conditions
     threads: int | None
     json: Path | None
     figure: Path | None
@@ -82,6 +84,7 @@ class Settings:
     def samplers(self, denoiser: Denoiser) -> dict[str, Callable[[], Solution]]:
         """The samplers by name, the sequential one first."""
         shared: dict[str, Any] = {"method": self.method, "steps": self.steps, "seed": self.seed}
+        shared["condition"] = self.condition.rows(range(self.batch))
 
         def run(sampler: Callable[..., Solution], **own: object) -> Callable[[], Solution]:
             return partial(sampler, denoiser, self.shape(self.batch), **shared, **own)
@@ -94,6 +97,7 @@ class Settings:
 def bench(
     model: options.Model = FASHION,
     shape: options.Shape = None,
+    condition: options.Condition = None,
     method: options.Method = options.Process.ODE,
     steps: options.Steps = 1000,
     tol: Annotated[float, typer.Option(help="RMS error per coordinate that ends a parallel sample.")] = 1e-2,
@@ -119,7 +123,7 @@ def bench(
         settings = Settings(
             model=ModelName(model, shape, place), method=method.value, steps=steps, tol=tol, batch=batch,
             windows=tuple(window_rows("--windows", word) for word in words(windows)), rows=rows, repeats=repeats,
-            seed=seed, threads=threads, json=json, figure=figure,
+            seed=seed, condition=Conditions(condition, batch), threads=threads, json=json, figure=figure,
         )  # fmt: skip
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
@@ -163,7 +167,7 @@ def _problem(settings: Settings, denoiser: Denoiser) -> Problem:
     grid = grid_of(None, denoiser.schedule, settings.steps)
     return make_problem(
         denoiser, settings.shape(1), grid, seed=settings.seed, initial=None, noise=None, noise_count=1,
-        condition=None, max_batch=None, callback=None,
+        condition=settings.condition.rows(range(1)), max_batch=None, callback=None,
     )  # fmt: skip
 
 
@@ -199,6 +203,7 @@ def _report(settings: Settings, problem: Problem, curve: Curve, laps: list[Lap])
     written = {
         "model": settings.model.name,
         "shape": list(settings.model.sample_shape()),
+        "condition": settings.condition.name,
         "device": str(problem.start.device),
         "threads": torch.get_num_threads(),
         "json": None if settings.json is None else str(settings.json),

@@ -16,6 +16,7 @@ from piadm._checks import optional_int, positive_int
 from piadm.cli import files, options, progress
 from piadm.cli.compare_report import Report
 from piadm.cli.device import resolve_device
+from piadm.cli.given import Conditions
 from piadm.cli.interrupts import INTERRUPTED, interrupts
 from piadm.cli.model import FASHION, ModelName
 from piadm.cli.numbers import check_names, check_seed, check_threads, positives, words
@@ -56,6 +57,7 @@ class Settings:
     errors: tuple[float, ...]
     num: int
     seed: int
+    condition: Conditions
     max_batch: int | None
     threads: int | None
     only: tuple[str, ...] | None
@@ -77,6 +79,7 @@ class Settings:
 def compare(
     model: options.Model = FASHION,
     shape: options.Shape = None,
+    condition: options.Condition = None,
     method: options.Method = options.Process.ODE,
     steps: options.Steps = 1000,
     errors: Annotated[str, typer.Option(help="RMS errors per coordinate to tune for, with commas.")] = "1e-2",
@@ -99,7 +102,7 @@ def compare(
         settings = Settings(
             model=ModelName(model, shape, place), method=method.value, steps=steps,
             errors=tuple(sorted(set(positives("--errors", errors)), reverse=True)),
-            num=num, seed=seed, max_batch=max_batch, threads=threads,
+            num=num, seed=seed, condition=Conditions(condition, num), max_batch=max_batch, threads=threads,
             only=None if only is None else words(only), out=out, json=json,
         )  # fmt: skip
     except ValueError as error:
@@ -148,7 +151,8 @@ def _prepare(settings: Settings) -> Course:
 
         return prepare(
             settings.model.load(), (settings.num, *settings.model.sample_shape()), method=settings.method,
-            steps=settings.steps, seed=settings.seed, max_batch=settings.max_batch, callback=after_step,
+            steps=settings.steps, seed=settings.seed, condition=settings.condition.rows(range(settings.num)),
+            max_batch=settings.max_batch, callback=after_step,
         )  # fmt: skip
 
 
@@ -168,6 +172,7 @@ def _report(settings: Settings, course: Course, results: tuple[Result, ...]) -> 
     written = {
         "model": settings.model.name,
         "shape": list(settings.model.sample_shape()),
+        "condition": settings.condition.name,
         "device": str(device),
         "threads": torch.get_num_threads(),
         "out": str(settings.out),

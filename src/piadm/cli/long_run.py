@@ -16,7 +16,7 @@ from torch import Tensor
 import piadm
 from piadm._checks import positive_int
 from piadm.cli import files, progress
-from piadm.cli.condition_file import ConditionFile
+from piadm.cli.given import Conditions
 from piadm.cli.interrupts import interrupts
 from piadm.cli.model import ModelName
 from piadm.network import network_device
@@ -57,7 +57,7 @@ class LongRun:
         seed: Seed; sample ``i`` has the noise of (seed, i), wherever it is computed.
         layout: Shards and batches.
         model: The model, and where it is to be.
-        condition: The network's conditions; None: it has none.
+        condition: The network's conditions.
         threads: CPU threads; None: as the folder was begun, or torch's own choice.
         arguments: The other arguments of ``piadm.sample``.
     """
@@ -67,7 +67,7 @@ class LongRun:
     seed: int
     layout: Layout
     model: ModelName
-    condition: ConditionFile | None
+    condition: Conditions
     threads: int | None
     arguments: dict[str, Any]
 
@@ -76,8 +76,7 @@ class LongRun:
         device = network_device(denoiser.network) or torch.device("cpu")
         settings = {"seed": self.seed, "batch": self.layout.batch, **self.arguments}
         settings |= {"device": device.type, "threads": threads, "model": fingerprint(denoiser)}
-        settings |= {"shape": list(self.model.sample_shape())}
-        settings |= {} if self.condition is None else {"condition": self.condition.digest()}
+        settings |= {"shape": list(self.model.sample_shape()), "condition": self.condition.digest()}
         settings |= {"piadm": piadm.__version__, "torch": str(torch.__version__)}
         return Shards(self.out, self.num, self.layout.shard, settings)
 
@@ -167,9 +166,10 @@ def _sample(denoiser: Denoiser, settings: LongRun, samples: range) -> dict[str, 
     """
     seed = [(settings.seed, sample) for sample in samples]
     shape = (len(samples), *settings.model.sample_shape())
-    condition = None if settings.condition is None else settings.condition.rows(samples)
     with progress.quiet():
-        found = piadm.sample(denoiser, shape, seed=seed, condition=condition, **settings.arguments)
+        found = piadm.sample(
+            denoiser, shape, seed=seed, condition=settings.condition.rows(samples), **settings.arguments
+        )
     if Status.INTERRUPTED in found.status:
         raise KeyboardInterrupt
     return {

@@ -18,6 +18,9 @@ class Process(str, Enum):
 
 Model = Annotated[str, typer.Option(help="fashion, mixture, or module:attribute of a Denoiser.")]
 Shape = Annotated[str | None, typer.Option(help="One sample of your own model, such as 3,32,32.")]
+Condition = Annotated[
+    Path | None, typer.Option(help="A .safetensors file: the network's arguments by name, a row per sample.")
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... or auto; default: the model's.")]
 Method = Annotated[Process, typer.Option(help="Stochastic or deterministic sampler.")]
 Steps = Annotated[int, typer.Option(help="Steps of the sequential sampler, the right answer.")]

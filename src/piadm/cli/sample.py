@@ -13,8 +13,8 @@ import typer
 import piadm
 from piadm._checks import finite_float, optional_int, positive_int
 from piadm.cli import files, long_run, options, progress
-from piadm.cli.condition_file import ConditionFile
 from piadm.cli.device import resolve_device
+from piadm.cli.given import Conditions
 from piadm.cli.interrupts import INTERRUPTED
 from piadm.cli.model import FASHION, ModelName
 from piadm.cli.numbers import check_seed, check_threads, window_rows
@@ -65,7 +65,7 @@ class Settings:
     tol: float
     num: int
     seed: int
-    condition: ConditionFile | None
+    condition: Conditions
     window: str | None
     max_batch: int | None
     threads: int | None
@@ -111,11 +111,10 @@ class Settings:
 
     def given(self, sampler: Callable[..., Solution], denoiser: Denoiser, **more: object) -> Solution:
         """Call one of the two samplers with what both are given."""
-        condition = None if self.condition is None else self.condition.rows(range(self.num))
         shape = (self.num, *self.model.sample_shape())
         return sampler(
-            denoiser, shape, method=self.method, steps=self.steps, seed=self.seed, condition=condition,
-            max_batch=self.max_batch, **more,
+            denoiser, shape, method=self.method, steps=self.steps, seed=self.seed,
+            condition=self.condition.rows(range(self.num)), max_batch=self.max_batch, **more,
         )  # fmt: skip
 
     def rows(self) -> int | str | None:
@@ -130,9 +129,7 @@ class Settings:
 def sample(
     model: options.Model = FASHION,
     shape: options.Shape = None,
-    condition: Annotated[
-        Path | None, typer.Option(help="A .safetensors file: the network's arguments by name, a row per sample.")
-    ] = None,
+    condition: options.Condition = None,
     method: options.Method = options.Process.ODE,
     steps: options.Steps = 1000,
     tol: Annotated[float, typer.Option(help="RMS error per coordinate that ends a parallel sample.")] = 1e-2,
@@ -162,7 +159,7 @@ def sample(
         place = None if device is None else resolve_device(device)
         settings = Settings(
             model=ModelName(model, shape, place), method=method.value, steps=steps, tol=tol, num=num, seed=seed,
-            condition=None if condition is None else ConditionFile(condition, num), window=window, max_batch=max_batch,
+            condition=Conditions(condition, num), window=window, max_batch=max_batch,
             threads=threads, reference=reference, out=out, layout=long_run.Layout(shard, batch), json=json,
         )  # fmt: skip
     except ValueError as error:
@@ -236,7 +233,7 @@ def _report(
     written = {
         "model": settings.model.name,
         "shape": list(settings.model.sample_shape()),
-        "condition": None if settings.condition is None else str(settings.condition.path),
+        "condition": settings.condition.name,
         "device": str(network_device(denoiser.network) or parallel.sample.device),
         "threads": torch.get_num_threads(),
         "out": str(settings.out),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ class Course:
         method: "sde" or "ode".
         grid: all times, noise first.
         seed: the noise.
+        condition: the network's conditions.
         max_batch: most rows in one network call; None chooses.
         steps: coefficients of every step.
         a, b, c: the same as vectors ``(J,)``; ``c`` is 0 for the ODE.
@@ -49,6 +51,7 @@ class Course:
     method: str
     grid: TimeGrid
     seed: Seed
+    condition: Mapping[str, Any]
     max_batch: int | None
     steps: AffineSteps
     a: Tensor
@@ -157,6 +160,7 @@ def prepare(
     grid: TimeGrid | None = None,
     steps: int = 1000,
     seed: Seed = 0,
+    condition: Mapping[str, Any] | None = None,
     max_batch: int | None = None,
     callback: Callable[[RoundInfo], object] | None = None,
 ) -> Course:
@@ -172,12 +176,13 @@ def prepare(
     times = grid_of(grid, schedule, steps)
     scheme = integrator(method).steps(schedule, times)
     problem = make_problem(
-        denoiser, shape, times, seed=seed, initial=None, noise=None, noise_count=scheme.count, condition=None,
+        denoiser, shape, times, seed=seed, initial=None, noise=None, noise_count=scheme.count, condition=condition,
         max_batch=max_batch, callback=callback,
     )  # fmt: skip
     truth = sample_sequential(
-        denoiser, problem.shape, method=method, grid=times, seed=seed, max_batch=max_batch, callback=callback
-    )
+        denoiser, problem.shape, method=method, grid=times, seed=seed, condition=condition, max_batch=max_batch,
+        callback=callback,
+    )  # fmt: skip
     if truth.stats.rounds < scheme.count:
         raise KeyboardInterrupt
     finite(truth)
@@ -190,6 +195,7 @@ def prepare(
         method=method,
         grid=times,
         seed=seed,
+        condition=problem.executor.condition,
         max_batch=max_batch,
         steps=scheme,
         a=scheme.a[:, 0, 0].to(device),

@@ -76,7 +76,7 @@ def drive(course: Course, solver: Callable[[Lane], Solver], budget: Budget | Non
         NetworkError: if the network raises or returns the wrong shape.
     """
     began, budget = time.perf_counter(), budget or Budget()
-    executor = Executor(course.denoiser, course.shape, None, course.max_batch)
+    executor = Executor(course.denoiser, course.shape, course.condition, course.max_batch)
     at_work = {sample: solver(course.lane(sample)) for sample in range(course.batch)}
     asked = {sample: next(work) for sample, work in at_work.items()}
     done: dict[int, Tensor] = {}

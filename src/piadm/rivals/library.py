@@ -24,7 +24,8 @@ def _sample(course: Course) -> list[Ladder]:
         def run(course: Course, budget: Budget) -> Outcome:
             solution = piadm.sample(
                 course.denoiser, course.shape, method=course.method, grid=course.grid, tol=tolerance, seed=course.seed,
-                nodes=nodes, window=window, max_batch=course.max_batch, max_rounds=rounds or course.count,
+                nodes=nodes, window=window, condition=course.condition, max_batch=course.max_batch,
+                max_rounds=rounds or course.count,
             )  # fmt: skip
             return Outcome.of(solution)
 

@@ -95,7 +95,8 @@ def _published_ladders(course: Course) -> list[Ladder]:
 
 def _published(course: Course, blocks: Blocks, iterations: int) -> Outcome:
     """The library's own ``piadm_sde``, or ``piadm_ode`` without corrector, whose noise has no counterpart here."""
-    given = {"blocks": blocks, "iterations": iterations, "seed": course.seed, "max_batch": course.max_batch}
+    given = {"blocks": blocks, "iterations": iterations, "seed": course.seed, "condition": course.condition}
+    given["max_batch"] = course.max_batch
     if course.method == "sde":
         solution = piadm.piadm_sde(course.denoiser, course.shape, **given)  # type: ignore[arg-type]
     else:
