@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from piadm.executor import error_text
 from piadm.solution import NetworkError
+from piadm.workers.fingerprint import fingerprint
 from piadm.workers.heartbeat import Heartbeat
 
 #: Bytes of a header, and its layout: seconds, rows, digest, size of the data, flags, length of the text; then the text.
@@ -67,11 +72,15 @@ class Exchange:
         control: a gloo group with a time limit, for headers and for data on the CPU.
         data: the group for data on an accelerator; None: there is none, data go by ``control``.
         heartbeat: tells which rank has failed.
+
+    Attributes:
+        listening: whether the others will hear what this rank says in its next header; false where the data come first,
+            and once all have heard of a failure.
     """
 
     def __init__(self, control: dist.ProcessGroup, data: dist.ProcessGroup | None, heartbeat: Heartbeat) -> None:
         self.control, self.data, self.heartbeat = control, data, heartbeat
-        self.count = dist.get_world_size(control)
+        self.count, self.listening = dist.get_world_size(control), True
 
     def headers(self, mine: Header) -> list[Header]:
         """Every rank's header.
@@ -83,19 +92,97 @@ class Exchange:
         own = torch.frombuffer(bytearray(mine.pack()), dtype=torch.uint8)
         return [Header.unpack(part.numpy().tobytes()) for part in self._gather(own, self.control)]
 
+    def check(self, headers: Sequence[Header], failure: Exception | None = None, advice: str = "") -> None:
+        """Refuse to go on after a failure on any rank, or where the ranks have come apart.
+
+        Args:
+            headers: of all ranks.
+            failure: that of this rank.
+            advice: what may be done where they have come apart.
+
+        Raises:
+            NetworkError: on all ranks alike.
+        """
+        said = [f"rank {rank}: {header.text}" for rank, header in enumerate(headers) if header.failed]
+        first = headers[0]
+        for rank, header in enumerate(() if said else headers):
+            if (header.rows, header.digest) != (first.rows, first.digest):
+                said = [
+                    f"the ranks have come apart: rank {rank} asks for {header.rows} rows where rank 0 asks for "
+                    f"{first.rows}, or for others; their machines round differently{advice}"
+                ]
+        if said:
+            self.listening = False
+            raise NetworkError("; ".join(said)) from failure
+
+    def tell(self, failure: str) -> None:
+        """Tell the others, with this rank's next header, that it ends, and why."""
+        if self.listening and not self.heartbeat.verdict:
+            self.listening = False
+            self.heartbeat.leave(failure)  # known as well if one of the others does not come
+            self.headers(Header(failed=True, text=failure))
+
+    @contextmanager
+    def lockstep(self) -> Iterator[None]:
+        """All ranks do the same here: whoever fails tells the others, and nobody leaves before all are done.
+
+        Whoever leaves may take the group's store away.
+
+        Raises:
+            NetworkError: if another rank has failed, naming it; if it is this one, its own exception.
+        """
+        try:
+            yield
+            self.check(self.headers(Header()))
+        except NetworkError as error:
+            if not self.listening or self.heartbeat.verdict:
+                raise
+            self.tell(str(error))
+            raise NetworkError(f"rank {self.heartbeat.rank}: {error}") from error
+        except Exception as error:
+            self.tell(error_text(error))
+            raise
+
+    def agree(self, own: Mapping[str, Any], advice: str = "") -> None:
+        """Go on only if all ranks have the same values.
+
+        Args:
+            own: those of this rank, by name.
+            advice: what may be done where they differ.
+
+        Raises:
+            ValueError: naming the first one that differs.
+        """
+        mine = {name: fingerprint(value) for name, value in own.items()}
+        told = [json.loads(text) for text in self.texts(json.dumps(mine).encode())]
+        self.heartbeat.go_on()
+        for rank, other in enumerate(told):
+            for name in {**told[0], **other}:
+                one, another = (values.get(name, "nothing") for values in (told[0], other))
+                if one != another:
+                    raise ValueError(
+                        f"{name} must be the same on every rank, got {one} on rank 0 and {another} on rank {rank}"
+                        f"{advice}"
+                    )
+
     def rows(self, found: Tensor, shares: Sequence[slice]) -> Tensor:
-        """The denoised estimates of all rows, from every rank's share ``(r, d)`` of them."""
+        """All rows of a table, from every rank's share ``(r, d)`` of them."""
+        self.listening = False
         largest = max(share.stop - share.start for share in shares)
         by_control = self.data is None
         own = found.new_zeros(largest, found.shape[1], device="cpu" if by_control else found.device)
         own[: len(found)] = found
         parts = self._gather(own, self.control if self.data is None else self.data)
         used = [part[: share.stop - share.start] for part, share in zip(parts, shares, strict=True)]
-        return torch.cat(used).to(found.device)
+        whole = torch.cat(used).to(found.device)
+        self.listening = True
+        return whole
 
     def texts(self, data: bytes) -> list[bytes]:
         """Every rank's bytes, of any length."""
-        sizes = [header.size for header in self.headers(Header(size=len(data)))]
+        headers = self.headers(Header(size=len(data)))
+        self.check(headers)
+        sizes = [header.size for header in headers]
         own = torch.frombuffer(bytearray(data.ljust(max(1, *sizes), b"\0")), dtype=torch.uint8)
         parts = self._gather(own, self.control)
         return [part[:size].numpy().tobytes() for part, size in zip(parts, sizes, strict=True)]

@@ -26,12 +26,14 @@ def fingerprint(value: Any) -> str:  # noqa: ANN401 - any argument
     """A text that is the same for equal values in any process.
 
     Arrays count by shape, type and contents; networks by the first entries of every parameter and buffer; a wrapper by
-    its settings and its network; other functions and objects by their name alone.
+    its settings and its network; generators by what they will draw; other functions and objects by their name alone.
     """
     if isinstance(value, np.ndarray) and not has_rows(value):  # of words or other objects
         return fingerprint(value.tolist())
     if isinstance(value, (Tensor, np.ndarray)):
         return f"{shown(value)} {_checksum(value):08x}"
+    if isinstance(value, torch.Generator):
+        return f"a generator of seed {value.initial_seed()}, at {_checksum(value.get_state()):08x}"
     if value is None or isinstance(value, (str, bytes, int, float, torch.dtype, torch.device)):
         return shown(value)
     if isinstance(value, Mapping):

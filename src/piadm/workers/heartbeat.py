@@ -86,7 +86,7 @@ class Heartbeat:
         self._thread.join()
         if not left:
             return
-        self.sign = replace(self.sign, doing="", left=left)
+        self.leave(left)
         try:
             self._tell()
         except RuntimeError:
@@ -110,6 +110,10 @@ class Heartbeat:
         """Begin what comes between two calls."""
         self.others = None
         self.sign = replace(self.sign, doing=BETWEEN)
+
+    def leave(self, why: str) -> None:
+        """Begin to leave the run before it is over."""
+        self.sign = replace(self.sign, doing="", left=why)
 
     def meet(self, timeout: float) -> None:
         """Wait until every rank has finished its own part, however long it takes, while each of them goes on.

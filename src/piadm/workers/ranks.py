@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import inspect
 import io
-import json
 import math
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, final
+from typing import Any, Protocol, final
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,8 +21,7 @@ from piadm.network import network_device
 from piadm.problem import check_denoiser, check_shape
 from piadm.solution import NetworkError, NotConvergedError, Solution, demand
 from piadm.workers.base import Workers
-from piadm.workers.exchange import Exchange, Header
-from piadm.workers.fingerprint import fingerprint
+from piadm.workers.exchange import Exchange
 from piadm.workers.heartbeat import SPENT, Heartbeat
 from piadm.workers.merge import merged, part_of
 from piadm.workers.teams import RowTeam, SampleTeam
@@ -104,23 +102,21 @@ class Ranks(Workers):
         arguments = dict(bound.arguments)
         check_denoiser(arguments["denoiser"])
         batch = check_shape(arguments["shape"])[0]
-        with self._joined() as exchange:
-            _compare(exchange, sampler.__name__, arguments)
+        with self.joined() as exchange:
+            given = {name: value for name, value in arguments.items() if name not in OWN}
+            exchange.agree({"sampler": sampler.__name__} | given)
             deal = self._samples if self.by_samples(batch) else self._rows
             return deal(exchange, sampler, arguments)
 
     def _rows(self, exchange: Exchange, sampler: Callable[..., Solution], arguments: dict[str, Any]) -> Solution:
         """Run it here as everywhere, with every network call shared out."""
-        if arguments.get("window") == "auto":
-            raise ValueError("window must be None or an integer where ranks share out rows, got 'auto': clocks differ")
+        refuse_clocks(arguments.get("window"))
         team = RowTeam(exchange)
         arguments["progress"] = arguments["progress"] and exchange.heartbeat.rank == 0
         if callable(arguments["callback"]):
             arguments["callback"] = team.agreed(arguments["callback"])
-        with _interrupts(exchange.heartbeat, team):
-            solution = sampler(**arguments | {"workers": team})
-            exchange.headers(Header())  # nobody leaves, and takes the store away, before all are done
-            return solution
+        with interrupts(exchange.heartbeat, team), exchange.lockstep():
+            return sampler(**arguments | {"workers": team})
 
     def _samples(self, exchange: Exchange, sampler: Callable[..., Solution], arguments: dict[str, Any]) -> Solution:
         """Run it here on some of the samples, and put all together."""
@@ -130,7 +126,7 @@ class Ranks(Workers):
         own["progress"] = arguments["progress"] and rank == 0
         data = io.BytesIO()
         try:
-            with _interrupts(exchange.heartbeat, None):
+            with interrupts(exchange.heartbeat, None):
                 torch.save(sampler(**own) if last > first else None, data)
         except NetworkError as error:
             torch.save(str(error), data)
@@ -147,8 +143,13 @@ class Ranks(Workers):
         return demand(whole) if arguments["raise_on_failure"] else whole
 
     @contextmanager
-    def _joined(self) -> Iterator[Exchange]:
-        """The ranks of the group, in touch with each other; a fault is everyone's."""
+    def joined(self) -> Iterator[Exchange]:
+        """The ranks of the group, in touch with each other; a fault is everyone's.
+
+        Raises:
+            RuntimeError: if ``torch.distributed`` has not been initialised.
+            NetworkError: if a rank has failed, naming it.
+        """
         group = (self.group or dist.group.WORLD) if dist.is_available() and dist.is_initialized() else None
         if group is None:
             raise RuntimeError("call torch.distributed.init_process_group first, in processes started by torchrun")
@@ -195,25 +196,28 @@ class Ranks(Workers):
         return ties.control[self._patience]
 
 
-def _compare(exchange: Exchange, sampler: str, arguments: dict[str, Any]) -> None:
-    """Every rank must run the same program on the same data.
+def refuse_clocks(window: object) -> None:
+    """Refuse a window that depends on times, which every rank measures for itself.
 
     Raises:
-        ValueError: naming the first argument that differs.
+        ValueError: if it does.
     """
-    own = {"sampler": sampler} | {name: fingerprint(value) for name, value in arguments.items() if name not in OWN}
-    told = [json.loads(text) for text in exchange.texts(json.dumps(own).encode())]
-    exchange.heartbeat.go_on()
-    for rank, other in enumerate(told):
-        for name, value in told[0].items():
-            if other.get(name) != value:
-                raise ValueError(
-                    f"{name} must be the same on every rank, got {value} on rank 0 and {other.get(name)} on rank {rank}"
-                )
+    if window == "auto":
+        raise ValueError("window must be None or an integer where ranks share out rows, got 'auto': clocks differ")
+
+
+class Stoppable(Protocol):
+    """A team whose ranks stop together.
+
+    Attributes:
+        stop: whether this rank was asked to.
+    """
+
+    stop: bool
 
 
 @contextmanager
-def _interrupts(heartbeat: Heartbeat, team: RowTeam | None) -> Iterator[None]:
+def interrupts(heartbeat: Heartbeat, team: Stoppable | None) -> Iterator[None]:
     """Ctrl-C, once: ranks that share out rows stop together, after the call that they are at.
 
     Python gives signals to the main thread alone; a run in another one goes on to its end.

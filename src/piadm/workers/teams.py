@@ -9,10 +9,13 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from piadm.executor import Executor, Team, name_rows
+from piadm.executor import Executor, Team, error_text, name_rows
 from piadm.solution import NetworkError
 from piadm.workers.exchange import Exchange, Header, digest
 from piadm.workers.shares import Shares
+
+#: Where ranks have come apart.
+APART = ": use split='samples'"
 
 
 @final
@@ -35,7 +38,7 @@ class RowTeam(Team):
         mine, failure, found = shares[self.rank], None, x[:0]
 
         def named(rank: int) -> str:
-            return _named(samples[shares[rank]], times[shares[rank]])
+            return briefly(samples[shares[rank]], times[shares[rank]])
 
         self.exchange.heartbeat.work(named(self.rank), named)
         began = time.perf_counter()
@@ -51,7 +54,9 @@ class RowTeam(Team):
             str(failure or ""),
         )  # fmt: skip
         headers = self.exchange.headers(header)
-        check(headers, failure)
+        self.exchange.check(headers, failure, APART)
+        if any(one.stop for one in headers):
+            raise KeyboardInterrupt
         found = self.exchange.rows(found, shares)
         self.exchange.heartbeat.go_on()
         self.shares.learn(shares, [one.seconds for one in headers])
@@ -62,17 +67,14 @@ class RowTeam(Team):
         """The callback, whose request to stop on any rank holds for all."""
 
         def call(info: object) -> bool:
-            failure, wanted = None, False
             try:
                 wanted = bool(callback(info))
             except Exception as error:
-                failure = error
-            text = "" if failure is None else f"its callback raised {type(failure).__name__}: {failure}"
-            headers = self.exchange.headers(Header(failed=failure is not None, stop=wanted, text=text))
+                self.exchange.tell(f"its callback raised {error_text(error)}")
+                raise
+            headers = self.exchange.headers(Header(stop=wanted))
             self.exchange.heartbeat.go_on()
-            if failure is not None:
-                raise failure
-            check(headers, None)
+            self.exchange.check(headers, advice=APART)
             return any(header.stop for header in headers)
 
         return call
@@ -89,27 +91,14 @@ class SampleTeam(Team):
 
     def answer(self, executor: Executor, x: Tensor, samples: Tensor, times: Tensor) -> Tensor | None:
         """Those of the executor's own network."""
-        self.heartbeat.work(_named(samples + self.first, times))
+        self.heartbeat.work(briefly(samples + self.first, times))
         try:
             return executor.evaluate(x, samples, times)
         finally:
             self.heartbeat.go_on()
 
 
-def _named(samples: Tensor, times: Tensor) -> str:
+def briefly(samples: Tensor, times: Tensor) -> str:
     """The rows, for a message; only counted where their names would have to be fetched from an accelerator."""
     return f"{len(samples)} rows" if samples.is_cuda or not len(samples) else name_rows(samples, times)
 
-
-def check(headers: list[Header], failure: Exception | None) -> None:
-    """Refuse to go on after a failure on any rank, or where the ranks have come apart; stop where one was asked to."""
-    if failed := [f"rank {rank}: {header.text}" for rank, header in enumerate(headers) if header.failed]:
-        raise NetworkError("; ".join(failed)) from failure
-    for rank, header in enumerate(headers):
-        if (header.rows, header.digest) != (headers[0].rows, headers[0].digest):
-            raise NetworkError(
-                f"the ranks have come apart: rank {rank} asks for {header.rows} rows where rank 0 asks for "
-                f"{headers[0].rows}, or for others; their machines round differently: use split='samples'"
-            )
-    if any(header.stop for header in headers) and headers[0].rows:
-        raise KeyboardInterrupt

@@ -98,6 +98,11 @@ class Piece:
     places: Tensor | None
     arguments: dict[str, Any]
 
+    @property
+    def size(self) -> int:
+        """Number of its rows, where it has a share of the round's."""
+        return 0 if self.places is None else len(self.places)
+
 
 class Slot:
     """One network call in the body of a pipeline's loop.
@@ -208,11 +213,18 @@ class Slot:
             return outputs[0]
         places = [piece.places for piece in pieces if piece.places is not None]
         back, parts = torch.cat(places).argsort(), [leaves(output) for output in outputs]
-        return rebuilt(outputs[0], lambda path: torch.cat([part[path] for part in parts])[back])
+
+        def whole(path: Path) -> Any:  # noqa: ANN401 - any value
+            if not isinstance(parts[0][path], Tensor):
+                return parts[0][path]
+            return _taken(torch.cat([part[path] for part in parts]), back, len(back))
+
+        return rebuilt(outputs[0], whole)
 
     def _chosen(self, leaf: Tensor, chosen: Tensor, count: int) -> Tensor:
         """Some of a round's rows of what another network has returned."""
-        return leaf[chosen] if len(leaf) == self.state.chunks * count else leaf
+        total = self.state.chunks * count
+        return leaf if len(leaf) % total else _taken(leaf, chosen, total)
 
     def _server(self, rows: Rows, live: dict[Path, Any], step: int) -> Callable[[Path], Any]:
         """Gives each argument for some of a round's rows, whose group is that of a step."""
@@ -274,6 +286,11 @@ class Slot:
             return leaf.reshape(self.state.chunks, self.batch, -1, *leaf.shape[1:])[:, samples].flatten(0, 2)
 
         return with_tensors(output, pick)
+
+
+def _taken(leaf: Tensor, chosen: Tensor, count: int) -> Tensor:
+    """Some rows of an output for so many network rows, of each of which it has one row or several."""
+    return leaf.reshape(count, -1, *leaf.shape[1:])[chosen].flatten(0, 1)
 
 
 def _is_time(path: Path) -> bool:

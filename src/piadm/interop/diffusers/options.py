@@ -15,6 +15,7 @@ from piadm.linearization import Linearization
 from piadm.schedule import VPSchedule
 from piadm.settings import SampleSettings, resolve
 from piadm.workers.devices import Devices
+from piadm.workers.ranks import Ranks, refuse_clocks
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,20 @@ class Options:
     data_mean: float = 0.0
     data_variance: float = 1.0
     raise_on_failure: bool = False
-    workers: Devices | None = None
+    workers: Devices | Ranks | None = None
 
     def __post_init__(self) -> None:
         optional_int("max_batch", self.max_batch)
         optional_int("max_rounds", self.max_rounds)
-        if not (self.workers is None or isinstance(self.workers, Devices)):
-            raise TypeError(f"workers must be a piadm.Devices or None, got {described(self.workers)}")
+        if not (self.workers is None or isinstance(self.workers, (Devices, Ranks))):
+            raise TypeError(f"workers must be a piadm.Devices, a piadm.Ranks or None, got {described(self.workers)}")
+        if isinstance(self.workers, Ranks):
+            refuse_clocks(self.window)
+            if self.workers.split == "samples":
+                raise ValueError(
+                    "workers must split rows, got Ranks(split='samples'): to split samples, let every rank run the "
+                    "pipeline with prompts of its own, without workers"
+                )
         # A schedule that allows everything: what the pipeline's own one does not shows when it is known.
         anything = Denoiser(PipelineNetwork(1), VPSchedule(), "sample", self.data_mean, self.data_variance)
         self.engine(anything, "ode", None)

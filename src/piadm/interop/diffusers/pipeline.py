@@ -14,6 +14,7 @@ from piadm.interop.diffusers.standins import StandIns
 from piadm.linearization import Linearization
 from piadm.solution import RoundInfo, Solution
 from piadm.workers.devices import Devices
+from piadm.workers.ranks import Ranks
 
 
 class ParallelPipeline:
@@ -58,7 +59,9 @@ class ParallelPipeline:
 
         Raises:
             UnsupportedError: naming what cannot be run in parallel.
-            NetworkError: if a network fails, naming the samples and steps of the rows it was given.
+            NetworkError: if a network fails, naming the samples and steps of the rows it was given, or another rank,
+                naming it.
+            ValueError: if ranks were not given the same, or have not drawn the same, naming what differs.
             NotConvergedError: with ``raise_on_failure``, if a sample is not CONVERGED.
         """
         run = Run(self, args, kwargs)
@@ -80,7 +83,7 @@ def parallelize(
     data_mean: float = 0.0,
     data_variance: float = 1.0,
     raise_on_failure: bool = False,
-    workers: Devices | None = None,
+    workers: Devices | Ranks | None = None,
 ) -> ParallelPipeline:
     """A diffusers pipeline that runs parallel in time by its own code, with the same arguments, generator and output.
 
@@ -103,9 +106,10 @@ def parallelize(
         data_mean: mean of the latents over all coordinates, as for ``piadm.Denoiser``: a wrong value costs rounds.
         data_variance: variance of the latents about it, as there.
         raise_on_failure: raise ``NotConvergedError`` unless every sample is CONVERGED.
-        workers: devices of this machine among which the network rows of every round are split; None: the pipeline's
-            own.  Each gets a copy of the networks that read a timestep, made anew in every call of the pipeline;
-            ``max_batch`` holds for each of them.
+        workers: who evaluates the network rows of every round; None: the pipeline's own networks.  ``Devices`` of this
+            machine get a copy each of the networks that read a timestep, made anew in every call of the pipeline.
+            ``Ranks``: every process calls the pipeline with the same arguments, generators included, and gets the same
+            output; each evaluates its share of the rows with its own pipeline.  ``max_batch`` holds for each of them.
 
     Returns:
         A ``ParallelPipeline``.

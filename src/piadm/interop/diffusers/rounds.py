@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from piadm.denoiser import Denoiser
 from piadm.engine import rounds
-from piadm.executor import error_text, name_rows, out_of_memory
+from piadm.executor import error_text, out_of_memory
 from piadm.grid import TimeGrid
 from piadm.interop.diffusers.arguments import Rows, copied, leaves, with_tensors
-from piadm.interop.diffusers.crew import Network, PipelineCrew, run_here
+from piadm.interop.diffusers.crew import Call, Network, PipelineCrew
 from piadm.interop.diffusers.options import Options, PipelineNetwork
 from piadm.interop.diffusers.phases import ROUNDING, Part, Phase, alike, numbered, trials
 from piadm.interop.diffusers.probe import UnsupportedError
@@ -35,7 +35,7 @@ class Rounds:
         evaluated: network calls that the rehearsal has evaluated: step, network and rows.
         progress: show a progress bar.
         networks: the pipeline's networks.
-        crew: evaluates the rows on several devices; None: the pipeline's own networks do.
+        crew: evaluates the rows.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Rounds:
         evaluated: Sequence[tuple[int, str, int]],
         progress: bool,
         networks: Sequence[nn.Module],
-        crew: PipelineCrew | None,
+        crew: PipelineCrew,
     ) -> None:
         self.score, self.options, self.crew = score, options, crew
         self.scales, self.estimate, self.sources = score.scales, score.estimate, score.sources
@@ -162,19 +162,17 @@ class Rounds:
             found = slot.picked(spare, self.trial)
             return slot.handed(with_tensors(found, _otherwise) if self.trials[0][1] else found)
         rows = self.parts[0].rows
+        call = Call(slot, run, arguments, rows, self.rows.calls[self.parts[0].at], spare)
         try:
-            evaluate = run_here if self.crew is None else self.crew.run
-            return slot.handed(evaluate(slot, run, arguments, rows))
-        except UnsupportedError:
+            return slot.handed(self.crew.run(call))
+        except (UnsupportedError, NetworkError):
             raise
         except KeyboardInterrupt:
             self.left = rows.samples
             self._resume(lambda: self.asking.throw(KeyboardInterrupt()))
         except Exception as error:
             if not out_of_memory(error) or len(self.rows) <= self.tally.problem.executor.team.count:
-                rows = self.rows[self.parts[0].at]  # their steps counted among all
-                what = name_rows(rows.samples, rows.calls).replace("time", "step")
-                raise NetworkError(f"{name} failed on {what}: {error_text(error)}") from error
+                raise NetworkError(f"{name} failed on {call.named()}: {error_text(error)}") from error
             self.starved, self.left = True, rows.samples
         if self.starved and torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -230,8 +228,7 @@ class Rounds:
     def _count(self) -> None:
         """Take back what the executor counts too much: it knows the phase only that has the most network rows."""
         executor = self.tally.problem.executor
-        if self.crew is not None:
-            executor.peak_batch = max(executor.peak_batch, self.crew.largest)
+        executor.peak_batch = max(executor.peak_batch, self.crew.largest)
         for part, _ in self.done:
             if saved := executor.rows_per_call - part.phase.rows_per_call:
                 samples = part.rows.samples.cpu()
@@ -266,10 +263,8 @@ class Rounds:
         return self.tally.solution(None, raise_on_failure=self.options.raise_on_failure)
 
     def close(self) -> None:
-        """Give up: the progress bar goes, and so do the threads of several devices."""
+        """Give up: the progress bar goes."""
         self.asking.close()
-        if self.crew is not None:
-            self.crew.close()
 
 
 def _otherwise(leaf: Tensor) -> Tensor:

@@ -12,16 +12,21 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from piadm.interop.diffusers.crew import PipelineCrew
+from piadm.interop.diffusers.accord import ADVICE, given, rehearsed
+from piadm.interop.diffusers.crew import Alone, PipelineCrew
+from piadm.interop.diffusers.device_crew import DeviceCrew
 from piadm.interop.diffusers.loop import Loop
 from piadm.interop.diffusers.probe import UnsupportedError, rebound
 from piadm.interop.diffusers.proxies import NetworkProxy, is_denoiser, take_over
+from piadm.interop.diffusers.rank_crew import RankCrew
 from piadm.interop.diffusers.rehearsal import Rehearsal, replaced
 from piadm.interop.diffusers.rounds import Rounds
 from piadm.interop.diffusers.screen import check_network, check_scheduler
 from piadm.interop.diffusers.sequential import own_error
 from piadm.interop.diffusers.watch import Callback
 from piadm.solution import NetworkError, NotConvergedError, Solution, timed
+from piadm.workers.devices import Devices
+from piadm.workers.ranks import Ranks
 
 if TYPE_CHECKING:
     from piadm.interop.diffusers.pipeline import ParallelPipeline
@@ -47,8 +52,7 @@ class Run:
         self.rehearsing = self.ended_round = False
         self.heard: Callback | None = None  # the user's, where there is one
         self.networks: dict[str, nn.Module] = {}
-        self.stage, workers = self._staged(), parallel.options.workers
-        self.crew = None if workers is None else PipelineCrew(workers, self.networks)
+        self.stage, self.crew = self._staged(), self._crew()
 
     def _staged(self) -> Any:  # noqa: ANN401 - a pipeline
         stage = copy.copy(self.pipe)
@@ -64,8 +68,19 @@ class Run:
         vars(stage).update(parts)  # past __setattr__, which would write the stand-ins into the configuration
         return stage
 
+    def _crew(self) -> PipelineCrew:
+        workers = self.parallel.options.workers
+        if isinstance(workers, Devices):
+            return DeviceCrew(workers, self.networks)
+        return RankCrew(workers, self.parallel.options.max_batch) if isinstance(workers, Ranks) else Alone()
+
     def __call__(self) -> Any:  # noqa: ANN401 - the pipeline's own
         """The pipeline's output."""
+        with self.crew.at_work():
+            self.crew.agree(given(self.pipe, self.parallel.options, self.args, self.kwargs))
+            return self._called()
+
+    def _called(self) -> Any:  # noqa: ANN401 - the pipeline's own
         kwargs = dict(self.kwargs)
         if kwargs.get("callback") is not None:
             raise UnsupportedError("callback is not supported; use callback_on_step_end")
@@ -176,15 +191,16 @@ class Run:
         """All steps are rehearsed."""
         assert self.rehearsal is not None
         self.rehearsing = False
-        progress = not getattr(self.pipe, "_progress_bar_config", {}).get("disable", False)
+        progress = self.crew.shows and not getattr(self.pipe, "_progress_bar_config", {}).get("disable", False)
         score = self.rehearsal.score()
+        self.crew.agree(rehearsed(score), ADVICE)
         options, networks = self.parallel.options, list(self.networks.values())
         self.rounds = Rounds(score, options, self.rehearsal.evaluated, progress, networks, self.crew)
 
     def repeated(self) -> int | None:
         """The step that the next pass repeats, None: none; the engine stops where the pipeline was interrupted."""
         assert self.rounds is not None
-        if getattr(self.stage, "_interrupt", False):
+        if self.rounds.going and self.crew.begin(bool(getattr(self.stage, "_interrupt", False))):
             self.rounds.stop()
         return self.rounds.repeated()
 
