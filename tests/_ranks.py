@@ -33,7 +33,7 @@ class Ended:
     seconds: float
 
 
-def group(count: int, program: Callable[..., Any], *given: object) -> list[Ended]:
+def group(count: int, program: Callable[..., Any], *given: object, patience: float = PATIENCE) -> list[Ended]:
     """Run ``program(rank, *given)`` on every rank of a new gloo group."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -46,7 +46,7 @@ def group(count: int, program: Callable[..., Any], *given: object) -> list[Ended
         theirs.close()
         pipes.append(ours)
         processes.append(process)
-    ended = [_end(pipe, began) for pipe in pipes]
+    ended = [_end(pipe, began, patience) for pipe in pipes]
     for process in processes:
         process.join(5)
     codes = [process.exitcode for process in processes]
@@ -62,10 +62,10 @@ def values(ended: Sequence[Ended]) -> list[Any]:
     return [one.value for one in ended]
 
 
-def _end(pipe: Connection, began: float) -> tuple[Any, str | None, float]:
+def _end(pipe: Connection, began: float, patience: float) -> tuple[Any, str | None, float]:
     value, error = None, "it was killed or hangs"
     try:
-        if pipe.poll(max(0.0, PATIENCE - (time.monotonic() - began))):
+        if pipe.poll(max(0.0, patience - (time.monotonic() - began))):
             value, error = pickle.loads(pipe.recv_bytes())
     except EOFError:
         pass

@@ -45,6 +45,7 @@ DIFFERENT = {
     "partial": (functools.partial(linear(), bias=1.0), functools.partial(nn.Linear(4, 4), bias=1.0)),
     "keywords": (functools.partial(linear(), bias=1.0), functools.partial(linear(), bias=2.0)),
     "method": (linear().forward, nn.Linear(4, 4).forward),
+    "seed": (torch.Generator(), torch.Generator().manual_seed(1)),
     "inside": (piadm.CompiledNetwork(GUIDED), piadm.CompiledNetwork(piadm.GuidedNetwork(linear(), 3.0, GUIDED.null))),
 }
 
@@ -53,7 +54,18 @@ DIFFERENT = {
 def test_what_differs_has_another_fingerprint(case: str) -> None:
     one, other = DIFFERENT[case]
     assert fingerprint(one) != fingerprint(other)
-    assert fingerprint(copy.deepcopy(one)) == fingerprint(one)
+    assert fingerprint(one if isinstance(one, torch.Generator) else copy.deepcopy(one)) == fingerprint(one)
+
+
+def test_a_generator_that_has_gone_on_has_another_fingerprint() -> None:
+    one, other = torch.Generator(), torch.Generator()
+    assert fingerprint(one) == fingerprint(other)
+    torch.randn(1, generator=other)
+    assert fingerprint(one) != fingerprint(other)
+
+
+def test_weights_that_are_elsewhere_have_a_fingerprint() -> None:
+    assert fingerprint(nn.Linear(4, 4, device="meta")) != fingerprint(nn.Linear(4, 5, device="meta"))
 
 
 def test_the_order_of_conditions_does_not_matter() -> None:

@@ -137,6 +137,21 @@ def test_conditions_with_several_rows_per_sample_go_with_their_sample(name: str)
     assert given[name].flatten().tolist() == [3, 4, 5, 0, 1, 2, 3, 4, 5]
 
 
+def test_what_another_network_returns_is_split_and_joined_by_network_row() -> None:
+    # Of each of two rows, in both chunks, it has two frames, and a second output that is None.
+    state = torch.tensor([[1.0], [2.0]])
+    asked = {"sample": state.repeat(2, 1), "residual": torch.full((8, 1), torch.nan)}
+    slot = Slot("network", asked, state, denoises=True)
+    for _ in range(2):
+        slot.learn(asked, state)
+    rows = Rows(state, torch.arange(2), torch.zeros(2, dtype=torch.long))
+    live = dict(asked, residual=torch.arange(8.0)[:, None])
+    pieces = [piece for part in (slice(1, 2), slice(0, 1)) for piece in slot.pieces(live, rows, part)]
+    assert [piece.arguments["residual"].flatten().tolist() for piece in pieces] == [[2, 3, 6, 7], [0, 1, 4, 5]]
+    whole, nothing = slot.joined(pieces, [(piece.arguments["residual"], None) for piece in pieces])
+    assert torch.equal(whole, live["residual"]) and nothing is None
+
+
 @pytest.mark.parametrize("scales", [torch.ones(1), torch.tensor([0.3, 1.7])])
 @pytest.mark.parametrize("name", ["control_hidden_states_scale", "indices_latents_history_2x"])
 def test_what_has_an_entry_per_layer_or_frame_is_shared_by_all_rows(scales: Tensor, name: str) -> None:

@@ -122,7 +122,24 @@ def test_networks_that_accelerate_moves_are_refused() -> None:
         latents(parallelize(pipe, workers=TWO), SD)
 
 
-@pytest.mark.parametrize("workers", [2, ["cpu", "cpu"], piadm.Ranks()])
+@pytest.mark.parametrize("workers", [2, ["cpu", "cpu"]])
 def test_other_workers_are_refused(workers: Any) -> None:  # noqa: ANN401 - whatever a user gives
-    with pytest.raises(TypeError, match=r"workers must be a piadm.Devices or None, got"):
+    with pytest.raises(TypeError, match=r"workers must be a piadm.Devices, a piadm.Ranks or None, got"):
         parallelize(stable_diffusion(), workers=workers)
+
+
+@pytest.mark.parametrize(
+    "ranks, window, message",
+    [
+        (piadm.Ranks(split="samples"), None, r"workers must split rows, got Ranks\(split='samples'\)"),
+        (piadm.Ranks(), "auto", "window must be None or an integer where ranks share out rows"),
+    ],
+)
+def test_what_ranks_cannot_share_out_is_refused(ranks: piadm.Ranks, window: Any, message: str) -> None:  # noqa: ANN401
+    with pytest.raises(ValueError, match=message):
+        parallelize(stable_diffusion(), workers=ranks, window=window)
+
+
+def test_ranks_without_a_group_are_told_to_make_one() -> None:
+    with pytest.raises(RuntimeError, match="init_process_group first"):
+        latents(parallelize(stable_diffusion(), workers=piadm.Ranks()), SD)

@@ -59,7 +59,8 @@ class Ranks(Workers):
 
     Every rank calls the sampler with the same arguments and gets the same solution.  Either the rows of every network
     call are split among the ranks, which gather all denoised estimates and do everything else, which is little,
-    redundantly; or the samples are split, and the solutions are gathered at the end.
+    redundantly; or the samples are split, and the solutions are gathered at the end.  The rows of a pipeline that was
+    made parallel are always split.
 
     A rank that dies, hangs or meets an exception ends the run on all of them, with a ``NetworkError`` that names it.
 

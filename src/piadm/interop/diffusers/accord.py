@@ -14,7 +14,8 @@ from piadm.interop.diffusers.rehearsal import Score
 #: Where what a rehearsal has found differs.
 ADVICE = (
     "; every rank must draw the same numbers: give each a generator of the same seed, such as "
-    "generator=torch.Generator().manual_seed(0), or compute once what the machines round differently and hand it over"
+    "generator=torch.Generator().manual_seed(0), and torch.manual_seed(0) to pipelines that draw without it; what the "
+    "machines compute with other roundings, compute once and hand over"
 )
 
 
@@ -29,7 +30,7 @@ def given(pipe: Any, options: Options, args: tuple[Any, ...], kwargs: Mapping[st
     """
     config = getattr(pipe.scheduler, "config", {})
     plain = {name: value for name, value in config.items() if not name.startswith("_")}
-    found = {"pipe": type(pipe), "scheduler": [type(pipe.scheduler), plain]}
+    found: dict[str, Any] = {"pipe": type(pipe).__name__, "scheduler": [type(pipe.scheduler).__name__, plain]}
     found |= {f"pipe.{name}": part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     found |= {one.name: getattr(options, one.name) for one in fields(options) if one.name != "workers"}
     found |= {f"argument {number}": value for number, value in enumerate(args, start=1)}

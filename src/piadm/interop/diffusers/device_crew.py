@@ -40,9 +40,11 @@ class DeviceCrew(OneProcess):
     @contextmanager
     def at_work(self) -> Iterator[None]:
         """The threads of the devices; they end, and the copies go."""
-        with closing(Crew(self.devices)) as self.crew:
-            yield
-        self.copies.clear()
+        try:
+            with closing(Crew(self.devices)) as self.crew:
+                yield
+        finally:
+            self.copies.clear()
 
     def run(self, call: Call) -> Any:  # noqa: ANN401 - a network's output
         """The output of a network, every device with its share of the rows."""

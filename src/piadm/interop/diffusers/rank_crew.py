@@ -12,7 +12,7 @@ from torch import Tensor
 
 from piadm._checks import shown
 from piadm.executor import error_text, out_of_memory
-from piadm.interop.diffusers.arguments import Piece, leaves, with_tensors
+from piadm.interop.diffusers.arguments import leaves, with_tensors
 from piadm.interop.diffusers.crew import Call, PipelineCrew
 from piadm.solution import NetworkError
 from piadm.workers.exchange import Header, digest
@@ -115,8 +115,8 @@ class RankCrew(PipelineCrew):
 
     def _evaluated(self, call: Call, part: slice) -> Any:  # noqa: ANN401 - a network's output
         """The network's output for some rows; None if memory ran out, whereupon there is less room."""
-        pieces: list[Piece] = call.slot.pieces(call.arguments, call.rows, part)
         try:
+            pieces = call.slot.pieces(call.arguments, call.rows, part)
             output = call.slot.joined(pieces, [call.run(piece.arguments) for piece in pieces])
         except Exception as error:
             if not out_of_memory(error) or part.stop - part.start == 1:

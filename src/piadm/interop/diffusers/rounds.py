@@ -171,7 +171,8 @@ class Rounds:
             self.left = rows.samples
             self._resume(lambda: self.asking.throw(KeyboardInterrupt()))
         except Exception as error:
-            if not out_of_memory(error) or len(self.rows) <= self.tally.problem.executor.team.count:
+            # Ranks see to their own memory: the others would not ask for fewer rows.
+            if not out_of_memory(error) or self.crew.lockstep or len(self.rows) <= self.crew.count:
                 raise NetworkError(f"{name} failed on {call.named()}: {error_text(error)}") from error
             self.starved, self.left = True, rows.samples
         if self.starved and torch.cuda.is_available():
