@@ -66,7 +66,7 @@ def test_help_has_examples_and_every_option(capsys: pytest.CaptureFixture[str]) 
     assert app.main(["bench", "--help"]) == 0
     text = capsys.readouterr().out
     assert text.count("piadm bench --") >= 3
-    for option in "model shape condition method steps tol batch windows rows repeats seed device threads json figure".split():
+    for option in "model shape condition method steps tol batch windows rows repeats seed device json figure".split():
         assert f"--{option}" in text
 
 
