@@ -79,6 +79,10 @@ def other_prompts(rank: int) -> None:
     latents(shared(), SD | dict(prompt_embeds=normals(rank, 2, 5, 16)))
 
 
+def unsupported(rank: int) -> None:
+    shared()(**SD, **RUN, callback=print)
+
+
 def interrupted(rank: int) -> Any:  # noqa: ANN401 - status and rounds
     def callback(pipe: Any, step: int, t: Tensor, values: dict[str, Any]) -> dict[str, Any]:  # noqa: ANN401
         pipe._interrupt = rank == 1 and step == 2
@@ -160,7 +164,7 @@ REFUSED = {
     "no seeds": (no_seeds, "the initial latents must be the same on every rank, got torch.float32 (2, 4, 8, 8)"),
     "other prompts": (other_prompts, "prompt_embeds must be the same on every rank"),
 }
-OTHERS = {one.__name__: one for one in (interrupted, bad_callback, cramped, failing, undecoded)}
+OTHERS = {one.__name__: one for one in (interrupted, unsupported, bad_callback, cramped, failing, undecoded)}
 CHECKS = EQUAL | {name: check for name, (check, _) in REFUSED.items()} | OTHERS
 
 
@@ -202,6 +206,12 @@ def test_ranks_that_were_not_given_the_same_or_draw_other_numbers_are_told_so(to
     for ranks in told[0]:
         assert ranks[name][1].startswith("ValueError: " + REFUSED[name][1])
     assert "generator=torch.Generator().manual_seed" in told[0][0]["no seeds"][1]
+
+
+def test_what_is_not_supported_is_refused_by_all_ranks_as_by_one(told: Any) -> None:  # noqa: ANN401
+    for ranks in told[0]:
+        assert ranks["unsupported"][1].startswith("UnsupportedError: callback is not supported")
+        assert ranks["unsupported"][2] < LIMIT / 2
 
 
 def test_one_rank_whose_callback_interrupts_stops_all_after_the_same_round(told: Any) -> None:  # noqa: ANN401

@@ -105,14 +105,14 @@ class Exchange:
         """
         said = [f"rank {rank}: {header.text}" for rank, header in enumerate(headers) if header.failed]
         first = headers[0]
-        for rank, header in enumerate(() if said else headers):
-            if (header.rows, header.digest) != (first.rows, first.digest):
+        for rank, header in enumerate(headers):
+            if (header.rows, header.digest) != (first.rows, first.digest) and not said:
                 said = [
                     f"the ranks have come apart: rank {rank} asks for {header.rows} rows where rank 0 asks for "
                     f"{first.rows}, or for others; their machines round differently{advice}"
                 ]
+        self.listening = not said and first.rows == 0  # the rows come next
         if said:
-            self.listening = False
             raise NetworkError("; ".join(said)) from failure
 
     def tell(self, failure: str) -> None:
@@ -167,7 +167,6 @@ class Exchange:
 
     def rows(self, found: Tensor, shares: Sequence[slice]) -> Tensor:
         """All rows of a table, from every rank's share ``(r, d)`` of them."""
-        self.listening = False
         largest = max(share.stop - share.start for share in shares)
         by_control = self.data is None
         own = found.new_zeros(largest, found.shape[1], device="cpu" if by_control else found.device)

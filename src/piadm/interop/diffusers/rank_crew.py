@@ -14,6 +14,7 @@ from piadm._checks import shown
 from piadm.executor import error_text, out_of_memory
 from piadm.interop.diffusers.arguments import leaves, with_tensors
 from piadm.interop.diffusers.crew import Call, PipelineCrew
+from piadm.interop.diffusers.probe import UnsupportedError
 from piadm.solution import NetworkError
 from piadm.workers.exchange import Header, digest
 from piadm.workers.ranks import Ranks, interrupts
@@ -118,6 +119,8 @@ class RankCrew(PipelineCrew):
         try:
             pieces = call.slot.pieces(call.arguments, call.rows, part)
             output = call.slot.joined(pieces, [call.run(piece.arguments) for piece in pieces])
+        except UnsupportedError:
+            raise
         except Exception as error:
             if not out_of_memory(error) or part.stop - part.start == 1:
                 raise NetworkError(f"{call.slot.name} failed on {call.named(part)}: {error_text(error)}") from error
