@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from _ranks import group, values
 from torch import Tensor
 
@@ -114,6 +115,21 @@ def test_one_rank_that_stops_stops_all_at_the_same_round() -> None:
     for found in values(group(2, told)):
         assert found.stats.rounds == 3
         assert found.status == (piadm.Status.INTERRUPTED,)
+
+
+def grouped(rank: int) -> list[torch.Tensor | None]:
+    """Runs of two of three ranks, in two groups in turn, and then of all."""
+    pairs = [dist.new_group([0, 1]) for _ in range(2)]
+    found = [run("sample", 1, piadm.Ranks(pair, 20)).sample if rank < 2 else None for pair in (*pairs, pairs[0])]
+    return [*found, run("sample", 1, piadm.Ranks(timeout=20)).sample]
+
+
+def test_ranks_may_be_in_any_number_of_groups() -> None:
+    """A group is told from others of the same ranks, and all ranks find each other although some are in more groups."""
+    alone = run("sample", 1, None).sample
+    for found in values(group(3, grouped)):
+        assert all(one is None or (one - alone).abs().max() <= SAME for one in found)
+        assert found[-1] is not None
 
 
 def seeded(rank: int) -> None:

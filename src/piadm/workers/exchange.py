@@ -80,7 +80,7 @@ class Exchange:
 
     def __init__(self, control: dist.ProcessGroup, data: dist.ProcessGroup | None, heartbeat: Heartbeat) -> None:
         self.control, self.data, self.heartbeat = control, data, heartbeat
-        self.count, self.listening = dist.get_world_size(control), True
+        self.count, self.listening = control.size(), True
 
     def headers(self, mine: Header) -> list[Header]:
         """Every rank's header.
@@ -189,7 +189,7 @@ class Exchange:
     def _gather(self, own: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
         parts = list(own.new_empty(self.count, *own.shape))
         try:
-            dist.all_gather(parts, own, group=group)
+            group.allgather([parts], [own]).wait()
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise NetworkError(self.heartbeat.judge(f"the connection between the ranks was lost: {reason}")) from error

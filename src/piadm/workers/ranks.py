@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import inspect
 import io
+import itertools
 import math
 import signal
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Protocol, final
+from typing import TYPE_CHECKING, Any, Protocol, cast, final
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,6 +28,9 @@ from piadm.workers.heartbeat import SPENT, Heartbeat
 from piadm.workers.merge import merged, part_of
 from piadm.workers.teams import RowTeam, SampleTeam
 
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import PrefixStore
+
 #: Seconds between two heartbeats: the most, and as a share of the time limit.
 BEAT, BEATS = 1.0, 1 / 20
 
@@ -36,16 +41,26 @@ IDLE = 1.25
 OWN = ("workers", "callback", "progress")
 
 
+#: How many groups of a name have had runs, in this process as in the others of the group: names come back after
+#: ``destroy_process_group``.
+_namesakes: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
+
+
 class _Ties:
     """What a process keeps of a group from run to run.
 
+    Args:
+        group: the group.
+
     Attributes:
+        name: tells it from all groups that there have been, alike on every rank.
         control: the gloo group of every time limit: its sockets and threads live as long as the process group.
         runs: number of runs, the same on every rank.
         broken: why the group cannot go on; empty: it can.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.name = f"piadm/{group.group_name}/{next(_namesakes[group.group_name])}"
         self.control: dict[float, dist.ProcessGroup] = {}
         self.runs, self.broken = 0, ""
 
@@ -154,19 +169,19 @@ class Ranks(Workers):
         group = (self.group or dist.group.WORLD) if dist.is_available() and dist.is_initialized() else None
         if group is None:
             raise RuntimeError("call torch.distributed.init_process_group first, in processes started by torchrun")
-        ties = _TIES.setdefault(group, _Ties())
-        if ties.broken:
+        if group not in _TIES:
+            _TIES[group] = _Ties(group)
+        if (ties := _TIES[group]).broken:
             raise NetworkError(f"the group cannot go on after a fault: {ties.broken}")
         # torch has no public way to the store of a group, and another one would need an address of its own.
         from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
         ties.runs += 1
-        ranks = dist.get_process_group_ranks(group)
-        store = PrefixStore(f"piadm/{'-'.join(map(str, ranks))}", _get_default_store())
-        heartbeat = Heartbeat(store, dist.get_rank(group), len(ranks), self._interval, ties.runs)
+        store = PrefixStore(ties.name, _get_default_store())
+        heartbeat = Heartbeat(store, dist.get_rank(group), dist.get_world_size(group), self._interval, ties.runs)
         heartbeat.start()
         try:
-            control = self._control(ties, ranks, heartbeat)
+            control = self._control(ties, PrefixStore(f"{self._patience}", store), heartbeat)
             yield Exchange(control, group if dist.get_backend(group) == "nccl" else None, heartbeat)
         except BaseException as error:
             ties.broken = heartbeat.verdict
@@ -179,8 +194,11 @@ class Ranks(Workers):
             ties.broken = heartbeat.verdict
             raise NetworkError(heartbeat.verdict)
 
-    def _control(self, ties: _Ties, ranks: list[int], heartbeat: Heartbeat) -> dist.ProcessGroup:
+    def _control(self, ties: _Ties, store: PrefixStore, heartbeat: Heartbeat) -> dist.ProcessGroup:
         """The gloo group, made by all ranks at their first run.
+
+        Not by ``torch.distributed.new_group``: that waits for processes which are not of the group, or takes a name
+        that depends on how many groups a process is in, and so may differ between the ranks (PyTorch 2.13).
 
         Raises:
             NetworkError: if a rank does not come; it is named.
@@ -189,11 +207,11 @@ class Ranks(Workers):
             heartbeat.wait()
             limit = timedelta(seconds=self._patience)
             try:
-                made = dist.new_group(ranks, limit, "gloo", use_local_synchronization=True)
+                made = dist.ProcessGroupGloo(store, heartbeat.rank, heartbeat.count, limit)
             except RuntimeError as error:
                 reason = str(error).partition("\n")[0]
                 raise NetworkError(heartbeat.judge(f"the ranks could not be connected: {reason}")) from error
-            ties.control[self._patience] = made
+            ties.control[self._patience] = cast(dist.ProcessGroup, made)  # it has the same collectives
         return ties.control[self._patience]
 
 
