@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import piadm
 from piadm.models import MixtureDenoiser
-from piadm.network import HALF, resolution
+from piadm.precision import HALF, resolution
 from piadm.settings import resolve
 from piadm.stopping import LAPS_HALF
 from piadm.witness import MOVES, SLOW, Witness, roundings
@@ -162,7 +162,7 @@ def test_layers_that_multiply_in_tf32_resolve_as_much(
     monkeypatch.setattr(torch.cuda, "is_tf32_supported", lambda: True, raising=False)
     monkeypatch.setattr("piadm.network.network_device", lambda network: torch.device("cuda"))
     allowed = {torch.backends.cuda.matmul: products, getattr(torch.backends.cudnn, "conv", None): convolutions}
-    monkeypatch.setattr("piadm.numerics._allows_tf32", lambda backend, before: allowed[backend])
+    monkeypatch.setattr("piadm.precision._allows_tf32", lambda backend, before: allowed[backend])
     assert resolution(nn.Sequential(nn.Conv1d(1, 1, 3))) == (2.0**-10 if convolutions else 2.0**-23)
     assert resolution(nn.Linear(1, 1)) == (2.0**-10 if products else 2.0**-23)
     assert resolution(lambda x, t: x) == 2.0**-23

@@ -12,18 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from piadm._checks import described
-from piadm.numerics import autocast_dtype, tf32_layers
 
 Network = Callable[..., Any]
 
 #: Most wrappers around a network that are followed: objects that invent attributes seem to have no end of them.
 DEEPEST = 32
-
-#: Relative spacing of numbers from which on they count as half precision: float16 and TF32 have 1e-3, float32 1e-7.
-HALF = 1e-4
-
-#: Relative spacing of TF32, which has the range of float32 and the digits of float16.
-TF32 = 2.0**-10
 
 
 def check_network(network: object) -> None:
@@ -121,21 +114,3 @@ def _stated(network: object, name: str) -> int | None:
     """The first whole number of that name among the attributes of a network's layers."""
     stated = (getattr(one, name, None) for one in layers(network))
     return next((int(number) for number in stated if isinstance(number, Integral)), None)
-
-
-def resolution(network: object) -> float:
-    """Relative spacing of the numbers that a network computes with, as far as its tensors and settings tell.
-
-    It is that of its dtype, of a surrounding autocast, or of the TF32 in which its layers multiply, if coarser.  What a
-    network does inside, such as an autocast of its own, is measured where it matters (``Witness``).
-    """
-    device, dtype = network_device(network) or torch.device("cpu"), network_dtype(network, torch.float32)
-    found = max(torch.finfo(one).eps for one in (dtype, autocast_dtype(device) or torch.float32))
-    return max(found, TF32) if dtype == torch.float32 and _multiplies_in_tf32(network, device) else found
-
-
-def _multiplies_in_tf32(network: object, device: torch.device) -> bool:
-    """Whether some layers of a network take TF32 for float32 on a device; convolutions on GPUs do by default."""
-    parts, kinds = getattr(module(network), "modules", None), tf32_layers(device)
-    found = parts() if kinds and callable(parts) else ()
-    return any(isinstance(layer, kinds) for layer in (found if isinstance(found, Iterable) else ()))

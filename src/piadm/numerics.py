@@ -10,7 +10,7 @@ from typing import TypeVar, final
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 #: What the host decides by: a number or a flag for every row or sample.  On so few numbers numpy's calls take a third
 #: of the time that torch's do.
@@ -20,11 +20,6 @@ Kind = TypeVar("Kind", bound=np.generic)
 
 #: Replaces divisors of zero.
 TINY = float(np.finfo(np.float64).tiny)
-
-CONVOLUTIONS: tuple[type[nn.Module], ...] = (
-    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
-    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-)
 
 
 def rms(rows: Tensor) -> Tensor:
@@ -53,24 +48,6 @@ def beside(table: NDArray[Kind]) -> tuple[NDArray[Kind], NDArray[Kind]]:
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What an autocast around the caller computes in on a device; None: there is none."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-
-
-def tf32_layers(device: torch.device) -> tuple[type[nn.Module], ...]:
-    """The layers that multiply numbers of float32 as TF32 on a device, as PyTorch is set; none but on recent GPUs."""
-    # PyTorch 2.4 cannot say; the same GPUs have both.
-    supported = getattr(torch.cuda, "is_tf32_supported", torch.cuda.is_bf16_supported)
-    if device.type != "cuda" or not supported():
-        return ()
-    backends = torch.backends
-    convolutions = _allows_tf32(getattr(backends.cudnn, "conv", None), backends.cudnn)
-    products = _allows_tf32(backends.cuda.matmul, backends.cuda.matmul)
-    return CONVOLUTIONS * convolutions + (nn.Linear, nn.MultiheadAttention) * products
-
-
-def _allows_tf32(backend: object, before: object) -> bool:
-    """Whether a backend may multiply in TF32; ``before`` PyTorch 2.9 another one, with another switch, said so."""
-    found = getattr(backend, "fp32_precision", None)
-    return found == "tf32" if found is not None else bool(getattr(before, "allow_tf32", False))
 
 
 @contextmanager

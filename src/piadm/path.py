@@ -22,8 +22,8 @@ from piadm.clipped import ClippedWalk
 from piadm.condense import CondensedPath
 from piadm.interpolation import Interpolation
 from piadm.local_model import Acting, Learning, LocalModel
-from piadm.network import HALF
 from piadm.numerics import Flags, Table, full_precision, host, rms
+from piadm.precision import HALF
 
 #: Sweeps in which the path follows an evaluation where nodes read ahead, or coordinates have slopes of their own.  What
 #: they leave the next evaluations hear of: rounds were the same with one as with three, and hardly more with none.

@@ -17,9 +17,9 @@ from piadm.grid import TimeGrid
 from piadm.integrators import Integrator, Steps, steps_of
 from piadm.linearization import DiagonalSecant, Gaussian, LearnedSlopes, Linearization, check_slopes, linearization
 from piadm.local_model import Learning
-from piadm.network import HALF, resolution
 from piadm.nodes import NodeSet, averaged, every_step, refine, spread, strided
 from piadm.numerics import TINY
+from piadm.precision import HALF, resolution
 from piadm.problem import check_denoiser, grid_of
 from piadm.stopping import LOOSEST
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import piadm
 from piadm.interop.diffusers import parallelize
 from piadm.models import GaussianDenoiser, MixtureDenoiser
-from piadm.network import resolution
+from piadm.precision import resolution
 from piadm.settings import resolve
 
 TABLE = dict(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
@@ -144,6 +144,6 @@ def test_every_step_is_evaluated_of_as_many_as_is_said() -> None:
 def test_the_engine_knows_of_layers_that_multiply_in_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[float] = []
     monkeypatch.setattr("piadm.settings.resolution", lambda network: seen.append(resolution(network)) or seen[-1])
-    monkeypatch.setattr("piadm.network.tf32_layers", lambda device: (nn.Conv2d,))  # as on a GPU
+    monkeypatch.setattr("piadm.precision.tf32_layers", lambda device: (nn.Conv2d,))  # as on a GPU
     parallelize(stable_diffusion())(**SD, num_inference_steps=4, output_type="latent")
     assert seen[-1] == 2.0**-10
