@@ -160,7 +160,7 @@ def test_layers_that_multiply_in_tf32_resolve_as_much(
 ) -> None:
     # What PyTorch says on a GPU; convolutions are in TF32 there unless it is told otherwise.
     monkeypatch.setattr(torch.cuda, "is_tf32_supported", lambda: True, raising=False)
-    monkeypatch.setattr("piadm.network.network_device", lambda network: torch.device("cuda"))
+    monkeypatch.setattr("piadm.precision.network_device", lambda network: torch.device("cuda"))
     allowed = {torch.backends.cuda.matmul: products, getattr(torch.backends.cudnn, "conv", None): convolutions}
     monkeypatch.setattr("piadm.precision._allows_tf32", lambda backend, before: allowed[backend])
     assert resolution(nn.Sequential(nn.Conv1d(1, 1, 3))) == (2.0**-10 if convolutions else 2.0**-23)
