@@ -243,10 +243,10 @@ def test_steps_of_one_timestep_clip_their_own_estimates() -> None:
 def test_a_level_that_says_nothing_of_the_data_is_named() -> None:
     scheduler = EULER()
     scheduler.set_timesteps(sigmas=[1.0, 0.5, 0.0])
-    probed = probe(scheduler, scheduler.timesteps, {})
+    probed = probe(scheduler, scheduler.timesteps, [{}] * len(scheduler.timesteps))
     at = levels(scheduler, scheduler.timesteps, probed.scales)
     with pytest.raises(UnsupportedError, match=r"flow_prediction says nothing of the data at timestep 0 \(sigma = 0\)"):
-        estimate(scheduler, scheduler.timesteps, at, probed, {})
+        estimate(scheduler, scheduler.timesteps, at, probed, [{}] * len(scheduler.timesteps))
 
 
 def test_a_flow_whose_levels_are_those_of_the_data_is_its_sequential_self() -> None:

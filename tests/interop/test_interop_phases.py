@@ -196,9 +196,10 @@ def test_a_network_may_fail_in_the_second_call_of_a_pass(error: BaseException) -
         assert apart(got, want) <= 3e-5
 
 
-def test_guidance_of_more_scales_than_there_are_passes_for_is_refused() -> None:
-    with pytest.raises(UnsupportedError, match="guidance changes with the steps .* in more than 4 ways, up to step 4"):
-        parallelize(guided(scales=(1, 2, 3, 4, 5)))(**GIVEN)
+@pytest.mark.parametrize("inserts", [False, True])
+def test_guidance_may_have_another_scale_at_every_step(inserts: bool) -> None:
+    pipe = guided(scales=(1, 2, 3, 4, 5, 4, 3), inserts=inserts)
+    assert apart(parallelize(pipe, tol=1e-5)(**GIVEN), pipe(**GIVEN)) <= 3e-5
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 5])

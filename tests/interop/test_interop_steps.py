@@ -85,8 +85,8 @@ def test_a_probed_scheduler_walks_as_the_scheduler_does(kind: type, more: dict[s
     scheduler = kind(**SCALED, **more)
     scheduler.set_timesteps(10)
     times = scheduler.timesteps
-    probed = probe(scheduler, times, {})
-    of = estimate(scheduler, times, levels(scheduler, times, probed.scales), probed, {})
+    probed = probe(scheduler, times, [{}] * len(times))
+    of = estimate(scheduler, times, levels(scheduler, times, probed.scales), probed, [{}] * len(times))
     recurrence = steps(probed, of)
     if isinstance(recurrence, AffineSteps):
         a, b, c = (getattr(recurrence, name).reshape(len(times), -1) for name in "abc")
@@ -122,8 +122,9 @@ CLIPPING = [df.DPMSolverMultistepScheduler, df.UniPCMultistepScheduler]
 def test_the_response_to_a_state_of_almost_no_data_is_exact() -> None:
     scheduler = df.DPMSolverMultistepScheduler(**FAINT, solver_order=1)
     scheduler.set_timesteps(12)
-    probed = probe(scheduler, scheduler.timesteps, {})
-    of = estimate(scheduler, scheduler.timesteps, levels(scheduler, scheduler.timesteps, probed.scales), probed, {})
+    probed = probe(scheduler, scheduler.timesteps, [{}] * len(scheduler.timesteps))
+    at = levels(scheduler, scheduler.timesteps, probed.scales)
+    of = estimate(scheduler, scheduler.timesteps, at, probed, [{}] * len(scheduler.timesteps))
     ratio = scheduler.sigmas.double()
     sigma = ratio / (1 + ratio**2).sqrt()
     # x' = sigma'/sigma x + (alpha' - alpha sigma'/sigma) D.  The scheduler steps in single precision.
@@ -160,10 +161,10 @@ class ClipsInPart(df.DDIMScheduler):
 def test_steps_of_several_outputs_that_clip_in_part_are_refused() -> None:
     scheduler = ClipsInPart(**SCALED)
     scheduler.set_timesteps(6)
-    probed = probe(scheduler, scheduler.timesteps, {})
+    probed = probe(scheduler, scheduler.timesteps, [{}] * len(scheduler.timesteps))
     at = levels(scheduler, scheduler.timesteps, probed.scales)
     with pytest.raises(UnsupportedError, match="ClipsInPart clips the denoised estimate in a part of its steps only"):
-        estimate(scheduler, scheduler.timesteps, at, probed, {})
+        estimate(scheduler, scheduler.timesteps, at, probed, [{}] * len(scheduler.timesteps))
 
 
 class HandsOver(df.EulerAncestralDiscreteScheduler):
@@ -199,7 +200,7 @@ def test_a_stochastic_step_that_cannot_be_followed_to_a_parent_is_named() -> Non
     scheduler = ByWay(**SCALED)
     scheduler.set_timesteps(4)
     with pytest.raises(UnsupportedError, match="ByWay is not affine .*; a parent's step must be called by super()"):
-        probe(scheduler, scheduler.timesteps, {})
+        probe(scheduler, scheduler.timesteps, [{}] * len(scheduler.timesteps))
 
 
 @pytest.mark.parametrize("kind", [HandsOver, Grandchild, Heir, ByName])
@@ -218,14 +219,14 @@ def test_times_of_tokens_are_named() -> None:
     scheduler = df.FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(4)
     with pytest.raises(UnsupportedError, match="gives FlowMatchEuler.*step other per_token_timesteps for other parts"):
-        probe(scheduler, scheduler.timesteps, dict(per_token_timesteps=torch.full((1, 6), 500.0)))
+        probe(scheduler, scheduler.timesteps, [dict(per_token_timesteps=torch.full((1, 6), 500.0))] * 6)
 
 
 def test_a_prediction_that_says_nothing_of_the_data_is_refused() -> None:
     scheduler = df.DDIMScheduler(**SCALED, rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False)
     scheduler.set_timesteps(5)  # noise predicted where there is nothing but noise
     with pytest.raises(UnsupportedError, match="DDIMScheduler steps by numbers that are not finite at timestep 999"):
-        probe(scheduler, scheduler.timesteps, {})
+        probe(scheduler, scheduler.timesteps, [{}] * len(scheduler.timesteps))
 
 
 def test_a_scheduler_that_goes_from_data_to_noise_is_named() -> None:
@@ -247,7 +248,8 @@ def test_equal_levels_are_equal_whatever_their_rounding(count: int) -> None:
     # The last two calls are at one level, of which single precision leaves four digits.
     scheduler = df.KDPM2AncestralDiscreteScheduler(**SCALED)
     scheduler.set_timesteps(count)
-    found = levels(scheduler, scheduler.timesteps, probe(scheduler, scheduler.timesteps, {}).scales).sigmas
+    times = scheduler.timesteps
+    found = levels(scheduler, times, probe(scheduler, times, [{}] * len(times)).scales).sigmas
     assert bool((found.diff() <= 0).all()) and float(found[-2]) == pytest.approx(0.0292, rel=1e-2)
 
 

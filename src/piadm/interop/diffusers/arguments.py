@@ -122,6 +122,7 @@ class Slot:
         self.state = find_state(name, leaves(arguments), state)
         self.listed = isinstance(arguments[self.state.path[0]], Stacked)
         self.count = 0
+        self.factors: list[float] = []  # by which the state is multiplied, at every step
         self.values: dict[Path, list[Any]] = {}  # one entry where all steps have the same
         self.live: set[Path] = set()
 
@@ -135,8 +136,9 @@ class Slot:
         flat = leaves(arguments)
         if flat.keys() != leaves(self.pattern).keys():
             raise UnsupportedError(f"{self.name} is called with other arguments at some steps than at others")
-        if not self.state.holds(flat[self.state.path], state):
+        if (factor := self.state.factor(flat[self.state.path], state)) is None:
             raise UnsupportedError(CHANGING.format(self.name))
+        self.factors.append(factor)
         for path, value in flat.items():
             known = self.values.get(path, [])
             if len(known) == 1 and same(value, known[0]):
@@ -159,6 +161,12 @@ class Slot:
         if _is_time(path) and isinstance(value, (int, float)):
             return torch.tensor(value, device="cpu")
         return value
+
+    @property
+    def state_argument(self) -> Tensor:
+        """The argument that holds the state, at the step that was learnt from first."""
+        found: Tensor = leaves(self.pattern)[self.state.path]
+        return found
 
     @property
     def jumps(self) -> bool:
@@ -249,7 +257,7 @@ class Slot:
         step = step if len(table) > 1 else torch.zeros_like(step)
         if path == self.state.path:
             whole = table[step, row]
-            self.state.put(whole, rows.state, row)
+            self.state.put(whole, self._scaled(rows), row)
             return whole
         if len(table) > 1 and table[0].numel() == 1:
             return table.flatten()[step]
@@ -266,6 +274,13 @@ class Slot:
         if len(table) > 1:
             raise UnsupportedError(f"argument {path[0]!r} of {self.name} changes with the steps, for all rows at once")
         return table[0].clone()
+
+    def _scaled(self, rows: Rows) -> Tensor:
+        """The states of some rows as the pipeline hands them to the network."""
+        if all(factor == 1 for factor in self.factors):
+            return rows.state
+        factors = torch.tensor(self.factors, device=rows.state.device)[rows.calls]
+        return rows.state * factors.reshape(-1, *[1] * (rows.state.ndim - 1))
 
     def _numbers(self, rows: Rows) -> Tensor:
         """The network's own rows of the same samples, those of all copies of the batch."""

@@ -8,7 +8,7 @@ estimate takes no part in that, and the response shows by itself.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,7 +79,7 @@ def clipping(
     probed: Probe,
     p: Tensor,
     q: Tensor,
-    options: Mapping[str, Any],
+    options: Sequence[Mapping[str, Any]],
 ) -> Clipping | None:
     """How a scheduler clips; None: it does not.
 
@@ -89,7 +89,7 @@ def clipping(
         probed: its steps without clipping.
         p: share of the state ``x`` in the denoised estimate ``p x + q m``, shape ``(J,)`` float64.
         q: share of the model output ``m``, likewise.
-        options: further arguments of ``step``.
+        options: further arguments of each ``step``.
 
     Raises:
         UnsupportedError: if a step of several outputs clips a part of them.
@@ -122,7 +122,7 @@ def _held(
     times: Tensor,
     p: Tensor,
     q: Tensor,
-    options: Mapping[str, Any],
+    options: Sequence[Mapping[str, Any]],
 ) -> tuple[Tensor, Tensor]:
     """Responses of the steps to the states ``(J, J)``, and what they make of none ``(J,)``, all estimates far off."""
     twin, count = on_host(scheduler), len(times)
@@ -133,5 +133,5 @@ def _held(
         state = p.new_zeros(1, 1, 1, count + 1)
         state[..., j] = 1
         output = (FAR - p[j] * state) / q[j]
-        seen[j] = step(output, t, state, **{**options, "return_dict": False})[0].flatten()
+        seen[j] = step(output, t, state, **{**options[j], "return_dict": False})[0].flatten()
     return seen[:, :-1] - seen[:, -1:], seen[:, -1]

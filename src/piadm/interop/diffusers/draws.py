@@ -19,7 +19,7 @@ class Draws:
 
     def __init__(self, given: Any) -> None:  # noqa: ANN401 - any arguments
         own = [leaf for leaf in leaves(given).values() if isinstance(leaf, torch.Generator)]
-        self.generators = [torch.default_generator, *own]
+        self.generators = [torch.default_generator, *torch.cuda.default_generators, *own]
         self.states: list[Tensor] = []
 
     def keep(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from piadm.interop.diffusers.probe import UnsupportedError
+from piadm.interop.diffusers.probe import RowsError, UnsupportedError
 
 #: The way to a value in nested arguments.
 Path = tuple[Any, ...]
@@ -21,6 +21,9 @@ STEPS = 128
 
 #: Most axes along which an argument is longer than the state: further channels, and a frame that is known.
 MOST_LONGER = 2
+
+#: Units in the last place by which a multiple of the state may be off, and entries that show it to be one.
+ROUNDINGS, SHOWN = 4, 8
 
 #: Of a network.
 CHANGING = "{} reads the scheduler's state as it is at some steps, and something else at others"
@@ -52,14 +55,20 @@ class StateAt:
             leaf = leaf.narrow(axis, first, last - first)
         return leaf
 
-    def holds(self, leaf: Tensor, state: Tensor) -> bool:
-        """Whether an argument has copies of this state ``(L, *shape)`` in the state's place."""
+    def factor(self, leaf: Tensor, state: Tensor) -> float | None:
+        """What copies of this state ``(L, *shape)`` are multiplied by in the state's place; None: there are none."""
         block = self.of(leaf)
         wanted = _copies(self.laid(state), self.chunks, block)
         if block.shape != wanted.shape:
-            return False
-        equal = block == wanted
-        return bool((equal if self.mask is None else equal | ~self.mask).all())
+            return None
+        if self.mask is not None:
+            block, wanted = block.masked_fill(~self.mask, 0), wanted.masked_fill(~self.mask, 0)
+        if torch.equal(block, wanted):
+            return 1.0
+        if not block.is_floating_point():
+            return None
+        factor = float((block.float() * wanted).sum() / wanted.float().square().sum())
+        return factor if factor and bool(_multiple(block, wanted, factor).all()) else None
 
     def put(self, leaf: Tensor, state: Tensor, numbers: Tensor) -> None:
         """Write rows of states into an argument, in place.
@@ -92,6 +101,22 @@ def marker(state: Tensor, generator: torch.Generator) -> Tensor:
     return (signs * (LARGE + steps * (LARGE / STEPS))).to(state)
 
 
+def sources(sample: Tensor, marker: Tensor) -> Tensor:
+    """Which row of the last step's result each row is: a pipeline may keep copies of its rows.
+
+    Raises:
+        UnsupportedError: if the rows are not copies of the first ones, in their order.
+    """
+    equal = torch.stack([(sample == row).flatten(1).sum(1) for row in marker], 1)
+    own = equal.diagonal()
+    rows = torch.arange(len(sample), device="cpu")
+    sources = torch.where((own == equal.max(1).values).cpu(), rows, equal.argmax(1).cpu())
+    batch = int(sources.max()) + 1
+    if not torch.equal(sources, rows % batch):
+        raise UnsupportedError("the pipeline mixes the rows of its state between two steps")
+    return sources
+
+
 def tokens(state: Tensor) -> Tensor:
     """States ``(r, channels, *places)`` as ``(r, places, channels)``."""
     return state.flatten(2).transpose(1, 2)
@@ -100,6 +125,12 @@ def tokens(state: Tensor) -> Tensor:
 def _copies(state: Tensor, chunks: int, like: Tensor) -> Tensor:
     """So many copies of states, one after the other, of the type and on the device of another tensor."""
     return state.to(like).repeat(chunks, *[1] * (state.ndim - 1))
+
+
+def _multiple(leaf: Tensor, state: Tensor, factor: float) -> Tensor:
+    """Which entries of an argument are those of a state times a factor, up to rounding."""
+    wanted = state * factor
+    return (leaf - wanted).abs() <= ROUNDINGS * torch.finfo(leaf.dtype).eps * wanted.abs()
 
 
 def find_state(name: str, arguments: dict[Path, Any], state: Tensor) -> StateAt:
@@ -119,7 +150,7 @@ def find_state(name: str, arguments: dict[Path, Any], state: Tensor) -> StateAt:
     for path, leaf in tensors.items():
         if (found := _masked(path, leaf, state)) is not None:
             return found
-    raise UnsupportedError(
+    raise RowsError(  # where all steps are one phase, the first one need not show it
         f"{name} does not read the scheduler's state as it is: the pipeline changes it in a way that is not known"
     )
 
@@ -149,14 +180,20 @@ def _block(path: Path, leaf: Tensor, state: Tensor) -> StateAt | None:
 
 
 def _masked(path: Path, leaf: Tensor, state: Tensor) -> StateAt | None:
-    """An argument that is the state but for entries that are set, as a known first frame is; None: it is not.
+    """An argument that is a multiple of the state but for entries that are set, as a known frame is; None: it is not.
 
     Only the large states of a rehearsal tell what is set from what is made of the state.
     """
-    if leaf.shape[1:] != state.shape[1:] or len(leaf) % len(state) or bool((state.abs() < LARGE).any()):
+    if leaf.shape[1:] != state.shape[1:] or len(leaf) % len(state) or not leaf.is_floating_point():
         return None
     chunks = len(leaf) // len(state)
-    mask = leaf == _copies(state, chunks, leaf)
-    if not bool(mask.any()) or not bool((leaf.masked_fill(mask, 0).abs() < LARGE / 4).all()):
+    wanted = _copies(state, chunks, leaf)
+    ratios = (leaf / wanted).flatten()
+    factor = float(ratios[ratios.abs().argmax()])
+    mask = _multiple(leaf, wanted, factor)
+    if bool(mask.all()):
+        return StateAt(path, chunks, ())
+    small = leaf.masked_fill(mask, 0).abs() < abs(factor) * LARGE / 4
+    if bool((state.abs() < LARGE).any()) or int(mask.sum()) < SHOWN or not bool(small.all()):
         return None
     return StateAt(path, chunks, (), mask=mask)

@@ -6,7 +6,7 @@ scheduler that clips, so does what is clipped, and the levels have to be its own
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -105,14 +105,14 @@ class Estimate:
 
     def __call__(self, output: Tensor, state: Tensor, calls: Tensor) -> Tensor:
         """Denoised estimates of rows of model outputs and states ``(r, *shape)`` at calls ``(r,)``."""
+        p, q = (_of_rows(table, calls, state) for table in (self.p, self.q))
+        return self.clipped((p * state).addcmul_(q, output.to(state)), calls)
 
-        def own(table: Tensor) -> Tensor:
-            return table.to(state)[calls].reshape(-1, *[1] * (state.ndim - 1))
-
-        estimate = (own(self.p) * state).addcmul_(own(self.q), output.to(state))
+    def clipped(self, estimate: Tensor, calls: Tensor) -> Tensor:
+        """What the scheduler makes of estimates ``D_0`` of rows ``(r, *shape)`` at calls ``(r,)``."""
         if self.clipping is None or self.clipping.apart:
             return estimate
-        return estimate.lerp(self.clipping.clip(estimate), own(self.clipping.share))
+        return estimate.lerp(self.clipping.clip(estimate), _of_rows(self.clipping.share, calls, estimate))
 
     def excess(self, steps: Steps) -> Excess | None:
         """What clipping adds to the steps; None: nothing, or it is a part of the estimate."""
@@ -120,6 +120,11 @@ class Estimate:
             return None
         clip = self.clipping.clip
         return Excess(lambda rows: clip(rows[..., None, None]).flatten(1), steps.own()[1] * self.clipping.share)
+
+
+def _of_rows(table: Tensor, calls: Tensor, like: Tensor) -> Tensor:
+    """Of a table of all calls the entries of rows ``(r, *shape)``."""
+    return table.to(like)[calls].reshape(-1, *[1] * (like.ndim - 1))
 
 
 def levels(scheduler: Any, times: Tensor, scales: Tensor) -> CallLevels:  # noqa: ANN401 - any scheduler
@@ -171,6 +176,8 @@ def _first_index(scheduler: Any, times: Tensor) -> int | None:  # noqa: ANN401 -
 
 def _level(scheduler: Any, t: Tensor, index: int | None) -> tuple[float, float]:  # noqa: ANN401 - any scheduler
     """``(alpha, sigma)`` of a call, by the number of its step where there is one: two steps may have one timestep."""
+    if scheduler.config.get("prediction_type") == "trigflow":
+        return float(t.double().cos().abs()), float(t.double().sin()) * scheduler.config.sigma_data
     if index is not None:
         if hasattr(scheduler, "_sigma_to_alpha_sigma_t"):
             alpha, sigma = scheduler._sigma_to_alpha_sigma_t(scheduler.sigmas[index].double())
@@ -188,7 +195,7 @@ def estimate(
     times: Tensor,
     at: CallLevels,
     probed: Probe,
-    options: Mapping[str, Any],
+    options: Sequence[Mapping[str, Any]],
 ) -> Estimate:
     """What the model output says of the data, from the scheduler's prediction type.
 
@@ -202,6 +209,8 @@ def estimate(
     one, none = torch.ones_like(sigma), torch.zeros_like(sigma)
     if hasattr(scheduler, "precondition_outputs"):
         p, q = (scheduler.precondition_outputs(*x, sigma) for x in ((one, none), (none, one)))
+    elif kind == "trigflow":
+        p, q = at.alpha(clock), -sigma / scheduler.config.sigma_data
     elif kind not in PREDICTIONS:
         name = type(scheduler).__name__
         raise UnsupportedError(f"prediction_type of {name} must be one of {', '.join(PREDICTIONS)}, got {kind!r}")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from piadm.interop.diffusers.arguments import Rows, Slot, leaves
+from piadm.interop.diffusers.blend import Blend
 from piadm.interop.diffusers.probe import UnsupportedError
 
 #: Most phases of a loop: each is a pass of its body in every round.  Guidance of another scale at every step would have
@@ -39,6 +40,12 @@ def alike(output: Tensor, wanted: Tensor, rounding: float = ROUNDING) -> bool:
     return torch.allclose(output, wanted, rtol=rounding, atol=near)
 
 
+def unit(values: Any) -> float:  # noqa: ANN401 - any values
+    """The last digit of numbers near one in the shortest type of some values, in any nesting."""
+    tensors = [leaf for leaf in leaves(values).values() if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return max((torch.finfo(leaf.dtype).eps for leaf in tensors), default=0.0)
+
+
 def forms(calls: Calls) -> list[Any]:
     """Which networks are called, with which arguments, of which shapes: one table holds those of a phase's steps."""
     return [
@@ -58,6 +65,7 @@ class Phase:
     Attributes:
         steps: numbers of its steps.
         slots: the network calls of one step, in order.
+        blend: what the pipeline makes of the outputs, where that was measured; None: its code does it, of all rows.
     """
 
     def __init__(self, calls: Calls, spares: list[Any], output: Tensor, feeders: set[str]) -> None:
@@ -65,11 +73,15 @@ class Phase:
         self.spares, self.output, self.feeders = spares, output, feeders
         self.steps: list[int] = []
         self.slots: list[Slot] = []
+        self.blend: Blend | None = None
         self._waiting: list[tuple[Calls, Tensor]] = []
 
-    def fits(self, calls: list[Any], output: Tensor) -> bool:
-        """Whether a step with calls of these forms, of whose stand-ins the pipeline made this, is one of its own."""
-        return calls == self.forms and alike(output, self.output)
+    def fits(self, calls: list[Any], output: Tensor | None) -> bool:
+        """Whether a step with calls of these forms, of whose stand-ins the pipeline made this, is one of its own.
+
+        What it made of them does not matter where that is going to be measured (None).
+        """
+        return calls == self.forms and (output is None or alike(output, self.output))
 
     def add(self, number: int, calls: Calls, state: Tensor) -> None:
         """A step of its own, whose calls wait to be learnt from, with the state that they were given."""
@@ -121,8 +133,8 @@ class Phase:
 
     @property
     def jumps(self) -> bool:
-        """Whether an argument changes between its steps that is not the time."""
-        return any(slot.jumps for slot in self.slots)
+        """Whether an argument changes between its steps that is not the time, or what is made of outputs may."""
+        return self.blend is not None or any(slot.jumps for slot in self.slots)
 
 
 @dataclass(frozen=True)
@@ -147,6 +159,7 @@ def trials(phases: Sequence[Phase]) -> list[tuple[Phase, bool]]:
     or reads of the state, shows in those that follow.  Several phases are passed once more than they last: code that
     counts its passes, not the steps, goes on.
     """
+    phases = [phase for phase in phases if phase.blend is None]  # in others no rows go through the code
     passes = [(phase, True) for phase in phases]
     for phase in phases:
         times = 1 + phase.longest if len(phases) > 1 else 1

@@ -6,8 +6,9 @@ from typing import Any
 
 from piadm._checks import described
 from piadm.interop.diffusers._version import pipeline_class
+from piadm.interop.diffusers.draws import Draws
 from piadm.interop.diffusers.options import Options
-from piadm.interop.diffusers.probe import UnsupportedError
+from piadm.interop.diffusers.probe import RowsError, UnsupportedError
 from piadm.interop.diffusers.proxies import is_denoiser
 from piadm.interop.diffusers.run import Run
 from piadm.interop.diffusers.standins import StandIns
@@ -64,9 +65,20 @@ class ParallelPipeline:
             ValueError: if ranks were not given the same, or have not drawn the same, naming what differs.
             NotConvergedError: with ``raise_on_failure``, if a sample is not CONVERGED.
         """
-        run = Run(self, args, kwargs)
+        run, draws = Run(self, args, kwargs), Draws((args, kwargs))
+        draws.keep()
         try:
-            return run()
+            try:
+                return run()
+            except RowsError as error:
+                why = str(error)  # without its traceback, which holds all that this run has
+            # Once more from the start, now to measure what the code computes that these rows do not pass through.
+            draws.put_back()
+            run = Run(self, args, kwargs, run.evaluated)
+            try:
+                return run()
+            except RowsError as error:
+                raise UnsupportedError(why if str(error) == why else f"{why}; {error}") from error
         finally:
             self.last_solution = run.solution
 

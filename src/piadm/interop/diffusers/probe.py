@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import FunctionType
@@ -25,7 +25,7 @@ from torch import Tensor
 WORKS = (
     "DDPM, DDIM, PNDM, LMSDiscrete, EulerDiscrete, EulerAncestralDiscrete, HeunDiscrete, KDPM2Discrete, "
     "KDPM2AncestralDiscrete, DPMSolverMultistep (ODE and SDE), DPMSolverSinglestep, DEISMultistep, UniPCMultistep, "
-    "SASolver, LCM, TCD, EDMEuler, EDMDPMSolverMultistep, FlowMatchEulerDiscrete, FlowMatchHeunDiscrete"
+    "SASolver, LCM, TCD, SCM, UnCLIP, EDMEuler, EDMDPMSolverMultistep, FlowMatchEulerDiscrete, FlowMatchHeunDiscrete"
 )
 
 #: Decorators that only switch gradients.
@@ -38,6 +38,10 @@ EXPERIMENTS, ROUNDING = 4, 1e-4
 
 class UnsupportedError(ValueError):
     """The pipeline or its scheduler does something that cannot be run in parallel; the message says what."""
+
+
+class RowsError(UnsupportedError):
+    """The code between the calls does not do for rows of several steps; measuring what it computes may do instead."""
 
 
 @dataclass(frozen=True)
@@ -149,13 +153,13 @@ def unclipped(scheduler: Any) -> Any:  # noqa: ANN401 - any scheduler
     return twin
 
 
-def probe(scheduler: Any, times: Tensor, options: Mapping[str, Any]) -> Probe:  # noqa: ANN401 - any scheduler
+def probe(scheduler: Any, times: Tensor, options: Sequence[Mapping[str, Any]]) -> Probe:  # noqa: ANN401 - any scheduler
     """Read the coefficients of the next ``J`` calls of ``step`` off a copy of the scheduler.
 
     Args:
         scheduler: a diffusers scheduler after ``set_timesteps``, before its first step; it is not changed.
         times: the timesteps that it will be called with, shape ``(J,)``.
-        options: further arguments of ``step``.
+        options: further arguments of each ``step``.
 
     Raises:
         UnsupportedError: if the step is not affine, or takes other arguments.
@@ -186,9 +190,9 @@ def probe(scheduler: Any, times: Tensor, options: Mapping[str, Any]) -> Probe:  
         drawn = 0
         try:
             scales[j] = scale(twin, t)
-            fresh = step(vector(count + j), t, vector(j), **{**options, "return_dict": False})[0].double()
+            fresh = step(vector(count + j), t, vector(j), **{**options[j], "return_dict": False})[0].double()
         except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
-            tables = [key for key, value in options.items() if isinstance(value, Tensor) and value.ndim]
+            tables = [key for key, value in options[j].items() if isinstance(value, Tensor) and value.ndim]
             if tables:
                 what = f"the pipeline gives {name}.step other {tables[0]} for other parts of the state"
                 raise UnsupportedError(f"{what}, whose coefficients are then not one per step") from error

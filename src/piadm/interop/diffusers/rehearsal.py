@@ -8,7 +8,7 @@ between two steps.  What cannot be run in parallel shows here, before any round.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 
 from piadm.integrators import Steps
-from piadm.interop.diffusers.arguments import copied, leaves, same, with_tensors
+from piadm.interop.diffusers.arguments import copied, leaves
 from piadm.interop.diffusers.draws import Draws
 from piadm.interop.diffusers.fixed import Fixed
-from piadm.interop.diffusers.layout import LARGE, marker
+from piadm.interop.diffusers.layout import LARGE, marker, sources
 from piadm.interop.diffusers.levels import CallLevels, Estimate, estimate, levels, steps
 from piadm.interop.diffusers.phases import MOST, Calls, Phase, forms
-from piadm.interop.diffusers.probe import UnsupportedError, probe, stepper
+from piadm.interop.diffusers.probe import RowsError, UnsupportedError, probe, stepper
 from piadm.interop.diffusers.proxies import NetworkProxy, given_back
 from piadm.interop.diffusers.screen import check_arguments
-from piadm.interop.diffusers.standins import StandIns, denoises, kind, unknown, varied
-from piadm.interop.diffusers.watch import Held, Settings
+from piadm.interop.diffusers.standins import StandIns, denoises, kind, replaced, unknown, varied
+from piadm.interop.diffusers.watch import Held, Settings, changed, is_number
 
 #: Standard deviations by which values that the pipeline sets may go along with the random state that they replace.
 CHANCE = 8
@@ -59,12 +59,6 @@ class Score:
     fixed: Fixed | None
 
 
-def replaced(result: Any, state: Tensor) -> Any:  # noqa: ANN401 - a scheduler's output
-    """A scheduler's output, tuple or object, with copies of another state; what else it holds is not known, and NaN."""
-    old = result[0]
-    return with_tensors(result, lambda leaf: state.clone() if same(leaf, old) else torch.full_like(leaf, torch.nan))
-
-
 class Rehearsal:
     """Stand-ins for networks and scheduler steps, and a record of what they are given.
 
@@ -73,15 +67,20 @@ class Rehearsal:
         timesteps: the steps, shape ``(J,)``.
         outputs: stand-ins for network outputs, known from earlier runs; added to.
         given: the arguments of the pipeline's call.
+        measured: what the pipeline makes of its networks' outputs is going to be measured, and need not be alike.
 
     Attributes:
         evaluated: step, network and rows of calls that were evaluated, to learn the shape of the output.
         spares: the latest stand-in of each network.
         settings: of the networks, by the place of the call in the step, and name.
         result: what the scheduler's latest step returned.
+        made: of every step, where it is going to be measured: the state, the stand-ins, and what was made of them.
     """
 
-    def __init__(self, scheduler: Any, timesteps: Tensor, outputs: StandIns, given: Any = ()) -> None:  # noqa: ANN401
+    def __init__(
+        self, scheduler: Any, timesteps: Tensor, outputs: StandIns, given: Any = (), measured: bool = False  # noqa: ANN401
+    ) -> None:
+        self.measured, self.made = measured, list[tuple[Tensor, list[Any], Tensor]]()
         self.draws, self.ended = Draws(given), False
         self.scheduler, self.timesteps, self.outputs = scheduler, timesteps, outputs
         self.unused = given_back(scheduler)
@@ -96,7 +95,7 @@ class Rehearsal:
         self.evaluated: list[tuple[int, str, int]] = []
         self.spares: dict[str, Any] = {}
         self.settings: dict[tuple[int, str], Settings] = {}
-        self._read({})  # what is not supported is refused before any network runs
+        self._read([{}] * len(timesteps))  # what is not supported is refused before any network runs
 
     def network(self, proxy: NetworkProxy, arguments: dict[str, Any]) -> Any:  # noqa: ANN401 - the network's own
         """An output of the right shape; the network itself runs only where that is not known yet."""
@@ -129,8 +128,7 @@ class Rehearsal:
                 "the pipeline makes several steps of a scheduler per timestep, as those do that sample several states "
                 "at once, such as video and sound"
             )
-        names = list(inspect.signature(self.scheduler.step).parameters)[3 : 3 + len(args)]
-        options = dict(zip(names, args, strict=True)) | more
+        options = self._named(args, more)
         if number == 0:
             self._begin(sample, options)
         else:
@@ -156,19 +154,24 @@ class Rehearsal:
         self.held = Held(self.scheduler, output, sample)
         self.draws.keep()
 
-    def _read(self, options: dict[str, Any]) -> None:
-        """Read the scheduler, as it is with these options of ``step``."""
+    def _named(self, args: tuple[Any, ...], more: dict[str, Any]) -> dict[str, Any]:
+        """The further arguments of a step, by name."""
+        names = list(inspect.signature(self.scheduler.step).parameters)[3 : 3 + len(args)]
+        return copied(dict(zip(names, args, strict=True)) | more)  # type: ignore[no-any-return]
+
+    def _read(self, options: Sequence[dict[str, Any]]) -> None:
+        """Read the scheduler, as it is with these options of each ``step``."""
         self.probed = probe(self.unused, self.timesteps, options)
         self.levels = levels(self.unused, self.timesteps, self.probed.scales)
         self.estimate = estimate(self.unused, self.timesteps, self.levels, self.probed, options)
 
     def _begin(self, sample: Tensor, options: dict[str, Any]) -> None:
         """The first step: keep the initial state."""
-        self.options = copied(options)
+        self.options = [options]
         self.first = self.state = sample.clone()
         self.sources = torch.arange(len(sample), device="cpu")
         if options.keys() - {"generator", "return_dict"}:
-            self._read(options)
+            self._read(self.options * len(self.timesteps))
         if sample is self.scaled and bool((self.probed.scales != 1).any()):
             raise UnsupportedError(
                 "the pipeline steps from the scaled state; it needs a scheduler that does not scale, such as DDIM"
@@ -190,12 +193,16 @@ class Rehearsal:
         """A later step: its state may differ from the first one's only in ways in which rows can differ."""
         if self.held.overwritten:
             raise UnsupportedError("the pipeline writes into a state or model output that its scheduler has kept")
-        if others := sorted(key for key in options | self.options if not self._as_before(key, options)):
-            raise UnsupportedError(
+        before, both = self.options[0], options | self.options[0]
+        self.options.append(options)
+        others = sorted(changed(options, before))
+        numbers = all(is_number(both[key]) for key in others)  # whether by the step alone, measuring shows
+        if others and not (numbers and self.measured):
+            raise (RowsError if numbers else UnsupportedError)(
                 f"the pipeline gives the scheduler other arguments at some steps than at others: {', '.join(others)}"
             )
         if number == 1:
-            self.sources = _sources(sample, self.marker)
+            self.sources = sources(sample, self.marker)
         self.state, marker = sample[: self.batch], self.marker[self.sources][: self.batch]
         mask = self.state != marker
         if number == 1 and mask.any():
@@ -205,22 +212,22 @@ class Rehearsal:
         if self.fixed is not None:
             self._set(self.fixed, marker[mask].float())
 
-    def again(self, sample: Tensor) -> None:
-        """The last step is made once more, the first time from what became of the rehearsal's last state.
+    def again(self, number: int, sample: Tensor, args: tuple[Any, ...], more: dict[str, Any]) -> None:
+        """A step is made once more, the first time from what became of the rehearsal's last state.
 
         Raises:
-            UnsupportedError: if the pipeline has left alone there what it sets after all other steps.
+            UnsupportedError: if the pipeline has left alone there what it sets after all other steps, or makes the step
+                with other numbers.
         """
+        if others := changed(self._named(args, more), self.options[number]):
+            names = ", ".join(sorted(others))
+            raise UnsupportedError(f"the pipeline gives the scheduler numbers that do not go by the step: {names}")
         if self.fixed is not None and not self.ended:
             left = sample[: self.batch] == self.marker[self.sources][: self.batch]
             if bool((left & self.fixed.mask).any()):
                 raise UnsupportedError("the pipeline sets parts of the state after the other steps, not after the last")
         self.ended = True
         self.draws.put_back()
-
-    def _as_before(self, key: str, options: dict[str, Any]) -> bool:
-        """Whether an argument of the scheduler is what it was at the first step."""
-        return key in options and key in self.options and same(options[key], self.options[key])
 
     def _set(self, fixed: Fixed, replaced: Tensor) -> None:
         """Keep the values that the pipeline has set, if they do not depend on the state that they replace."""
@@ -237,6 +244,8 @@ class Rehearsal:
         """Take in the network calls of a step; only from the second on are all rows of the state known to differ."""
         phase = self._phase(output, number)
         phase.add(number, self.calls, self.state)
+        if self.measured:
+            self.made.append((self.state, self.shown, output.clone()))
         self.calls, self.shown = [], []
         if number > 0 or len(self.timesteps) == 1:
             phase.learn(self.state, self._denoises)
@@ -252,10 +261,10 @@ class Rehearsal:
         if len(names) > 1 and bool(output.isnan().any()):
             raise UnsupportedError(f"the pipeline combines what {' and '.join(names)} return, which is not supported")
         for phase in self.phases:
-            if phase.fits(made, output):
+            if phase.fits(made, None if self.measured else output):
                 return phase
         if len(self.phases) == MOST:
-            raise UnsupportedError(
+            raise RowsError(
                 "guidance changes with the steps or reads the state, or other networks are called: the same network "
                 f"outputs were combined in more than {MOST} ways, up to step {number}"
             )
@@ -282,6 +291,8 @@ class Rehearsal:
         for phase in self.phases:
             phase.learn(self.first[: self.batch], self._denoises)
             phase.check()
+        if any(changed(options, self.options[0]) for options in self.options):
+            self._read(self.options)
         recurrence, noise = steps(self.probed, self.estimate), None
         if recurrence.normals:
             drawn = next(normals for normals in self.noise if normals is not None)
@@ -292,19 +303,3 @@ class Rehearsal:
             self.first[: self.batch], self.sources, noise, recurrence, self.levels, self.estimate, scales, self.phases,
             self.fixed,
         )  # fmt: skip
-
-
-def _sources(sample: Tensor, marker: Tensor) -> Tensor:
-    """Which row of the last step's result each row is: a pipeline may keep copies of its rows.
-
-    Raises:
-        UnsupportedError: if the rows are not copies of the first ones, in their order.
-    """
-    equal = torch.stack([(sample == row).flatten(1).sum(1) for row in marker], 1)
-    own = equal.diagonal()
-    rows = torch.arange(len(sample), device="cpu")
-    sources = torch.where((own == equal.max(1).values).cpu(), rows, equal.argmax(1).cpu())
-    batch = int(sources.max()) + 1
-    if not torch.equal(sources, rows % batch):
-        raise UnsupportedError("the pipeline mixes the rows of its state between two steps")
-    return sources

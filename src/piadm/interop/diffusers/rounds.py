@@ -13,11 +13,12 @@ from piadm.denoiser import Denoiser
 from piadm.engine import rounds
 from piadm.executor import error_text, out_of_memory
 from piadm.grid import TimeGrid
-from piadm.interop.diffusers.arguments import Rows, copied, leaves, with_tensors
+from piadm.interop.diffusers.arguments import Rows, copied, with_tensors
+from piadm.interop.diffusers.blend import pieces
 from piadm.interop.diffusers.crew import Call, Network, PipelineCrew
 from piadm.interop.diffusers.options import Options, PipelineNetwork
-from piadm.interop.diffusers.phases import ROUNDING, Part, Phase, alike, numbered, trials
-from piadm.interop.diffusers.probe import UnsupportedError
+from piadm.interop.diffusers.phases import ROUNDING, Part, Phase, alike, numbered, trials, unit
+from piadm.interop.diffusers.probe import RowsError, UnsupportedError
 from piadm.interop.diffusers.rehearsal import Score
 from piadm.interop.diffusers.rowlists import unpacked
 from piadm.problem import make_problem
@@ -83,7 +84,7 @@ class Rounds:
         # before any network runs, also where the engine would happen to ask for rows in the order of the batch.
         batch = len(score.initial)
         self.rounding = ROUNDING  # means over each row, of more rows, may be rounded the other way: by the last digit
-        self.trial = torch.arange(batch - 1, -2, -1, device="cpu") % batch
+        self.trial, self.longer = (torch.arange(last, -2, -1, device="cpu") % batch for last in (batch - 1, batch))
         self.trials, self.blank = trials(score.phases), False
         # Samples of the rows of a pass in which a network has failed; and whether a round has ended at another step
         # than the last one, whose code its end has yet to see.
@@ -129,7 +130,7 @@ class Rounds:
 
         The last pass is at the last step, whose code is that of the end.
         """
-        self.place, self.left = 0, None
+        self.place, self.left, self.found = 0, None, list[Tensor]()
         if self.going and not self.owing:
             self.current = self.trials[0][0] if self.trials else self.parts[0].phase
             self.latest = self.current.repeated
@@ -154,17 +155,22 @@ class Rounds:
         slot, spare = self.current.slots[number], self.current.spares[number]
         self.place += 1
         if self.starved or not self.going or self.owing:
-            return copied(spare) if self.left is None else slot.handed(slot.picked(spare, self.left))
+            return self._spare(slot, spare)
         if slot.name != name:
             raise UnsupportedError(f"the pipeline calls {name} where it called {slot.name} before")
         if self.trials:
-            self.rounding = max(self.rounding, _unit(spare))
-            found = slot.picked(spare, self.trial)
-            return slot.handed(with_tensors(found, _otherwise) if self.trials[0][1] else found)
+            self.rounding = max(self.rounding, unit(spare))
+            if self.trials[0][1]:  # blank, and of one row more: nothing that is kept of it fits the next pass
+                return slot.handed(with_tensors(slot.picked(spare, self.longer), _otherwise))
+            return slot.handed(slot.picked(spare, self.trial))
         rows = self.parts[0].rows
         call = Call(slot, run, arguments, rows, self.rows.calls[self.parts[0].at], spare)
         try:
-            return slot.handed(self.crew.run(call))
+            found = self.crew.run(call)
+            if self.current.blend is None:
+                return slot.handed(found)
+            self.found += pieces(found, slot.state.chunks, self.state)
+            return copied(spare)
         except (UnsupportedError, NetworkError):
             raise
         except KeyboardInterrupt:
@@ -177,7 +183,13 @@ class Rounds:
             self.starved, self.left = True, rows.samples
         if self.starved and torch.cuda.is_available():
             torch.cuda.empty_cache()
-        return slot.handed(slot.picked(spare, self.left))  # as many rows as the calls before it in this pass
+        return self._spare(slot, spare)
+
+    def _spare(self, slot: Slot, spare: Any) -> Any:  # noqa: ANN401 - a network's output
+        """A stand-in for an output, with as many rows as the calls before it in this pass."""
+        if self.left is None or self.current.blend is not None:
+            return copied(spare)
+        return slot.handed(slot.picked(spare, self.left))
 
     def step(self, output: Tensor) -> bool:
         """Hand the engine the guided model output; whether that ended a round."""
@@ -191,7 +203,7 @@ class Rounds:
                 return False
             output = self._rows(output, phase, len(self.trial))
             if not alike(output, self._answer(phase)[:, self.trial].flatten(0, 1), self.rounding):
-                raise UnsupportedError(
+                raise RowsError(
                     "the pipeline treats the samples of a batch differently, or mixes them, or keeps something from "
                     "one pass of its loop to the next"
                 )
@@ -207,8 +219,12 @@ class Rounds:
         """Take in the guided model output of a phase; with the last one the engine has what it has asked for."""
         part = self.parts.pop(0)
         rows = self.rows[part.at]
-        output = self._rows(output, part.phase, len(rows))
-        found = self.estimate(output[: len(rows)], self.state[part.at], rows.calls)
+        state, blend = self.state[part.at], part.phase.blend
+        if blend is None:
+            output = self._rows(output, part.phase, len(rows))
+            found = self.estimate(output[: len(rows)], state, rows.calls)
+        else:
+            found = self.estimate.clipped(blend([state, *self.found], part.rows), rows.calls)
         if self.score.fixed is not None:  # what the network says there is not listened to
             found.masked_fill_(self.score.fixed.mask[rows.samples], 0.0)
         self.done.append((part, found.flatten(1)))
@@ -245,7 +261,7 @@ class Rounds:
         if phase.slots[-1].listed and output.shape[-2] % shape[-2] == 0:
             output = unpacked(output, shape[-2], copies, count)
         if output.shape != (copies * count, *shape):
-            raise UnsupportedError(
+            raise RowsError(
                 f"the pipeline makes model outputs of shape {tuple(output.shape)} of {count} rows of shape "
                 f"{tuple(shape)}"
             )
@@ -271,12 +287,6 @@ class Rounds:
 def _otherwise(leaf: Tensor) -> Tensor:
     """Other numbers of the same kind."""
     return (-2 * leaf).flatten().roll(1).view(leaf.shape)
-
-
-def _unit(output: Any) -> float:  # noqa: ANN401 - a network's output
-    """The last digit of numbers near one in the shortest of an output's types."""
-    tensors = [leaf for leaf in leaves(output).values() if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    return max((torch.finfo(leaf.dtype).eps for leaf in tensors), default=0.0)
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,15 @@ from piadm.interop.diffusers.accord import ADVICE, given, rehearsed
 from piadm.interop.diffusers.crew import Alone, PipelineCrew
 from piadm.interop.diffusers.device_crew import DeviceCrew
 from piadm.interop.diffusers.loop import Loop
-from piadm.interop.diffusers.probe import UnsupportedError, rebound
+from piadm.interop.diffusers.measuring import Measuring
+from piadm.interop.diffusers.probe import RowsError, UnsupportedError, rebound
 from piadm.interop.diffusers.proxies import NetworkProxy, is_denoiser, take_over
 from piadm.interop.diffusers.rank_crew import RankCrew
-from piadm.interop.diffusers.rehearsal import Rehearsal, replaced
+from piadm.interop.diffusers.rehearsal import Rehearsal
 from piadm.interop.diffusers.rounds import Rounds
 from piadm.interop.diffusers.screen import check_network, check_scheduler
 from piadm.interop.diffusers.sequential import own_error
+from piadm.interop.diffusers.standins import replaced
 from piadm.interop.diffusers.watch import Callback
 from piadm.solution import NetworkError, NotConvergedError, Solution, timed
 from piadm.workers.devices import Devices
@@ -39,17 +41,28 @@ class Run:
         parallel: the parallel pipeline.
         args: positional arguments of the call.
         kwargs: the others.
+        evaluated: the rehearsal's ``evaluated`` of an earlier run of the same call, whose rows the pipeline's code does
+            not do for: in this one what it computes is measured.  None: there was none.
     """
 
-    def __init__(self, parallel: ParallelPipeline, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        parallel: ParallelPipeline,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        evaluated: list[tuple[int, str, int]] | None = None,
+    ) -> None:
         self.parallel, self.pipe, self.name = parallel, parallel.pipe, type(parallel.pipe).__name__
         self.args, self.kwargs, self.began = args, kwargs, time.perf_counter()
         check_scheduler(self.pipe.scheduler)
         self.scheduler = copy.deepcopy(self.pipe.scheduler)
+        self.evaluated, self.measured = list(evaluated or []), evaluated is not None
         self.rehearsal: Rehearsal | None = None
+        self.measuring: Measuring | None = None
         self.rounds: Rounds | None = None
         self.solution: Solution | None = None
         self.rehearsing = self.ended_round = False
+        self.latest: int | None = None  # step that is repeated
         self.heard: Callback | None = None  # the user's, where there is one
         self.networks: dict[str, nn.Module] = {}
         self.stage, self.crew = self._staged(), self._crew()
@@ -105,7 +118,7 @@ class Run:
             what = f"{self.name} does not work with rows of several steps: {error}"
             if self.rehearsal is not None and self.rehearsal.batch > 1:
                 what += "; if it has a number of its own for each sample, as in guidance, one sample per call may do"
-            raise UnsupportedError(what) from error
+            raise (RowsError if self.rounds.trials else UnsupportedError)(what) from error
         finally:
             if self.rounds is not None:
                 self.rounds.close()
@@ -119,7 +132,7 @@ class Run:
     def _judge(self, error: Exception) -> None:
         """Tell the user's errors, which the pipeline itself raises as well, from those that stand-ins bring about."""
         assert self.rehearsal is not None
-        number = len(self.rehearsal.noise)
+        number = len(self.rehearsal.noise) if self.measuring is None else self.measuring.step_now
         if (own := own_error(self.pipe, self.args, self.kwargs, number + 1)) is not None:
             raise own from None
         what = f"{type(error).__name__}: {error}"
@@ -157,21 +170,32 @@ class Run:
                 "its progress_bar of them, in its own __call__; one elsewhere, as in a parent's __call__, is not found"
             )
         if self.rounds is None:
-            return self.rehearsal.network(proxy, arguments)
+            return (self.measuring or self.rehearsal).network(proxy, arguments)
         return self.rounds.network(name, proxy.run, arguments)
 
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **more: Any) -> Any:  # noqa: ANN401
         """The scheduler's step."""
         if self.rehearsal is None:
             raise UnsupportedError(f"{self.name} does not loop over scheduler.timesteps")
-        if self.rounds is None:
+        if self.measuring is not None and self.rounds is None:
+            state = self.measuring.step(model_output, sample)
+        elif self.rounds is not None:
+            self.ended_round = self.rounds.step(model_output)
+            state = self.rounds.end()
+        else:
             return self.rehearsal.step(model_output, timestep, sample, *args, **more)
-        self.ended_round = self.rounds.step(model_output)
-        self.rehearsal.again(sample)
-        return replaced(self.rehearsal.result, self.rounds.end().to(self.rehearsal.result[0].dtype))
+        assert self.latest is not None
+        self.rehearsal.again(self.latest, sample, args, more)
+        return replaced(self.rehearsal.result, state.to(self.rehearsal.result[0].dtype))
 
     def scale(self, sample: Tensor) -> Tensor:
-        """The scheduler's ``scale_model_input``: rows are scaled when the network is called, each by its own factor."""
+        """The scheduler's ``scale_model_input``: rows are scaled when the network is called, each by its own factor.
+
+        A single number is no state, and scaled at once.
+        """
+        if self.rehearsal is not None and sample.ndim == 0:
+            step = len(self.rehearsal.noise) if self.latest is None else self.latest
+            return sample * float(self.rehearsal.probed.scales[step])
         if self.rehearsal is not None:
             # Another object, to be recognised; in memory of its own where scaling makes a new tensor.
             scales = bool((self.rehearsal.probed.scales != 1).any())
@@ -184,25 +208,38 @@ class Run:
         """The loop begins: rehearse."""
         if self.rehearsal is not None:
             raise UnsupportedError(f"{self.name} loops over scheduler.timesteps more than once")
-        self.rehearsal = Rehearsal(self.scheduler, timesteps, self.parallel._outputs, (self.args, self.kwargs))
+        given = self.args, self.kwargs
+        self.rehearsal = Rehearsal(self.scheduler, timesteps, self.parallel._outputs, given, self.measured)
+        self.rehearsal.evaluated = self.evaluated
         self.rehearsing = True
 
     def turn_to_rounds(self) -> None:
         """All steps are rehearsed."""
         assert self.rehearsal is not None
+        self.score = self.rehearsal.score()
+        if self.measured:
+            self.measuring = Measuring(self.rehearsal)
+
+    def _begin_rounds(self) -> Rounds:
+        """All is known that rounds need."""
+        assert self.rehearsal is not None
         self.rehearsing = False
         progress = self.crew.shows and not getattr(self.pipe, "_progress_bar_config", {}).get("disable", False)
-        score = self.rehearsal.score()
-        self.crew.agree(rehearsed(score), ADVICE)
+        self.crew.agree(rehearsed(self.score), ADVICE)
         options, networks = self.parallel.options, list(self.networks.values())
-        self.rounds = Rounds(score, options, self.rehearsal.evaluated, progress, networks, self.crew)
+        return Rounds(self.score, options, self.rehearsal.evaluated, progress, networks, self.crew)
 
     def repeated(self) -> int | None:
         """The step that the next pass repeats, None: none; the engine stops where the pipeline was interrupted."""
-        assert self.rounds is not None
+        if self.rounds is None:
+            if self.measuring is not None and (step := self.measuring.repeated()) is not None:
+                self.latest = step
+                return step
+            self.rounds = self._begin_rounds()
         if self.rounds.going and self.crew.begin(bool(getattr(self.stage, "_interrupt", False))):
             self.rounds.stop()
-        return self.rounds.repeated()
+        self.latest = self.rounds.repeated()
+        return self.latest
 
     def finish(self) -> None:
         """The engine is done."""

@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from piadm.interop.diffusers.arguments import leaves, with_tensors
+from piadm.interop.diffusers.arguments import leaves, same, with_tensors
 
 #: Most kinds of arguments of one network whose outputs are kept: a few sizes of images or prompts that take turns.
 MOST = 8
@@ -74,3 +74,9 @@ def unknown(output: Any) -> Any:  # noqa: ANN401 - a network's output
 def denoises(output: Any) -> bool:  # noqa: ANN401 - a network's output
     """Whether an output is the model output."""
     return not any(isinstance(leaf, Tensor) and bool(leaf.isnan().any()) for leaf in leaves(output).values())
+
+
+def replaced(result: Any, state: Tensor) -> Any:  # noqa: ANN401 - a scheduler's output
+    """A scheduler's output, tuple or object, with copies of another state; what else it holds is not known, and NaN."""
+    old = result[0]
+    return with_tensors(result, lambda leaf: state.clone() if same(leaf, old) else torch.full_like(leaf, torch.nan))

@@ -192,3 +192,13 @@ class Held:
     def overwritten(self) -> bool:
         """Whether the pipeline has written into one of them."""
         return any(altered(*pair) for pair in self.pairs)
+
+
+def changed(one: dict[str, Any], other: dict[str, Any]) -> set[str]:
+    """Names of arguments that are not the same in both."""
+    return {key for key in one | other if key not in one or key not in other or not same(one[key], other[key])}
+
+
+def is_number(value: object) -> bool:
+    """Whether an argument is a number, or None."""
+    return value is None or isinstance(value, (int, float)) or isinstance(value, Tensor) and value.ndim == 0

@@ -1,0 +1,172 @@
+"""Passes of a pipeline's loop that measure what its code makes of its networks' outputs and the state.
+
+The rehearsal is over, and the loop makes each of its steps a few times more: with nothing for every input, with one of
+them after the other, and once more through all steps with all of them, where what was measured has to hold.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from piadm.interop.diffusers.arguments import with_tensors
+from piadm.interop.diffusers.blend import CANCELLED, factor, pieces, stacked_blend
+from piadm.interop.diffusers.phases import ROUNDING, Phase, forms, unit
+from piadm.interop.diffusers.probe import RowsError, UnsupportedError
+from piadm.interop.diffusers.proxies import NetworkProxy
+
+if TYPE_CHECKING:
+    from piadm.interop.diffusers.rehearsal import Rehearsal
+
+#: The kinds of passes: no input, the input of number ``kind - 1`` alone, and all of them.
+NONE, ALL = 0, -1
+
+#: Roundings of the coarsest type that code makes of one number, at most.
+ROUNDINGS = 8
+
+#: What all inputs together are multiplied by: code that cuts off large numbers shows.
+MORE = -64
+
+KEEPS = (
+    "the pipeline keeps something from one step for another, such as a network's output in guidance with momentum, or "
+    "draws random numbers at every step"
+)
+OTHERWISE = (
+    "the pipeline calls other networks when it makes a step again: it decides by the state, or keeps something from "
+    "one pass of its loop to the next"
+)
+NO_SUM = "nor is what its code computes a sum of the state and the networks' outputs, each times a factor"
+
+
+class Measuring:
+    """Inputs and a record of what the pipeline makes of them.
+
+    Args:
+        rehearsal: the rehearsal, all steps of which are made; its phases are given their ``blend``.
+
+    Raises:
+        RowsError: if a network is for another network.
+    """
+
+    def __init__(self, rehearsal: Rehearsal) -> None:
+        self.rehearsal, self.estimate = rehearsal, rehearsal.estimate
+        self.phases = {step: phase for phase in rehearsal.phases for step in phase.steps}
+        if others := sorted({slot.name for phase in rehearsal.phases for slot in phase.slots if not slot.denoises}):
+            raise RowsError(f"nor can be measured what its code computes, as {others[0]} is for another network")
+        steps = range(len(rehearsal.timesteps))
+        single = [(step, kind) for step in steps for kind in range(self._inputs(step) + 1)]
+        # The first pass is given the rehearsal's last state, and does not count.
+        self.passes = deque([(steps[-1], NONE), *single, *[(step, ALL) for step in steps for _ in range(2)]])
+        self.patterns: dict[Any, Tensor] = {}
+        self.factors: dict[int, list[Tensor]] = {}
+        self.sums = True
+
+    def _inputs(self, step: int) -> int:
+        """Number of inputs at a step: the state, and every copy of the batch in every network call."""
+        return 1 + self.phases[step].rows_per_call
+
+    def repeated(self) -> int | None:
+        """The step that the next pass repeats; None: all is measured.
+
+        Raises:
+            RowsError: if what the code computes is no sum.
+        """
+        if self.passes:
+            (self.step_now, self.kind), self.calls, self.given = self.passes[0], 0, list[Tensor]()
+            return self.step_now
+        if not self.sums:
+            raise RowsError(NO_SUM)
+        for phase in self.rehearsal.phases:
+            phase.blend = stacked_blend([self.factors[step] for step in phase.steps])
+        for kept in (self.rehearsal.made, self.patterns, self.factors):
+            kept.clear()
+        return None
+
+    def network(self, proxy: NetworkProxy, arguments: dict[str, Any]) -> Any:  # noqa: ANN401 - the network's own
+        """An output that is the input of this pass."""
+        phase, number = self.phases[self.step_now], self.calls
+        self.calls += 1
+        if forms([(proxy._name, arguments)]) != phase.forms[number : self.calls]:
+            raise UnsupportedError(OTHERWISE)
+        chunks, first = phase.slots[number].state.chunks, 1 + len(self.given)
+
+        def fed(leaf: Tensor) -> Tensor:
+            parts = leaf.chunk(chunks)
+            return torch.cat([self._input(first + k, part, self.step_now, self.kind) for k, part in enumerate(parts)])
+
+        output = with_tensors(phase.spares[number], fed)
+        self.given += [one.float() for one in pieces(output, chunks, self.rehearsal.state)]
+        return output
+
+    def step(self, output: Tensor, sample: Tensor) -> Tensor:
+        """Take in what the pipeline has made of the inputs; the state that the next pass is given."""
+        phase = self.phases[self.step_now]
+        if self.calls != len(phase.forms):
+            raise UnsupportedError(OTHERWISE)
+        if output.shape != self.rehearsal.state.shape or sample.shape != output.shape:
+            raise RowsError(NO_SUM)
+        self._learn(phase, self._denoised(self.step_now, output, sample), [sample.float(), *self.given])
+        self.passes.popleft()
+        following = self.passes[0] if self.passes else (self.step_now, NONE)
+        return self._input(0, sample, *following)
+
+    def _denoised(self, step: int, output: Tensor, sample: Tensor) -> Tensor:
+        """The estimate, which is of the size of the data however little noise there is."""
+        return float(self.estimate.p[step]) * sample.float() + float(self.estimate.q[step]) * output.float()
+
+    def _input(self, number: int, like: Tensor, step: int, kind: int) -> Tensor:
+        """An input of a pass: none, or numbers of either sign between 1 and 2; with all others, other ones."""
+        if kind not in (ALL, number + 1):
+            return torch.zeros_like(like)
+        key = number, like.shape, like.dtype
+        if key not in self.patterns:
+            drawn = torch.rand(2, *like.shape, generator=torch.Generator().manual_seed(number), device="cpu")
+            self.patterns[key] = ((1 + drawn[0]) * (drawn[1] - 0.5).sign()).to(like)
+        pattern = self.patterns[key]
+        return (MORE * pattern.flatten().roll(step + 1)).view(like.shape) if kind == ALL else pattern.clone()
+
+    def _learn(self, phase: Phase, found: Tensor, given: list[Tensor]) -> None:
+        """What a pass shows."""
+        step, kind = self.step_now, self.kind
+        if kind == NONE:
+            self.none, self.factors[step] = (found, given), []
+        elif kind != ALL:
+            before, others = self.none
+            moved = [one - other for one, other in zip(given, others, strict=True)]  # more than one: parts that are set
+            known = sum(each * one for each, one in zip(self.factors[step], moved, strict=False))
+            self.factors[step].append(factor(found - before - known, moved[kind - 1], self._rounding(phase)))
+            if kind == len(given):
+                rest = before - sum(each * one for each, one in zip(self.factors[step], others, strict=True))
+                self.factors[step].insert(0, rest if bool(rest.any()) else rest.flatten()[:1].reshape([1] * rest.ndim))
+                self._check_rehearsed(phase)
+        else:
+            left, bound = self._left(phase, found, given)
+            self.sums &= bool((left.abs() <= bound).all())
+            if len(self.passes) % 2 == 0:  # the first of two
+                self.once = left
+            elif bool(((left - self.once).abs() > bound).any()):
+                raise UnsupportedError(KEEPS)
+
+    def _check_rehearsed(self, phase: Phase) -> None:
+        """What was measured holds of the rehearsal, too, whose states are far larger."""
+        state, shown, output = self.rehearsal.made[self.step_now]
+        given = [state.float()]
+        for slot, spare in zip(phase.slots, shown, strict=True):
+            given += [one.float() for one in pieces(spare, slot.state.chunks, state)]
+        left, bound = self._left(phase, self._denoised(self.step_now, output, state), given)
+        self.sums &= bool((left.abs() <= bound).all())
+
+    def _left(self, phase: Phase, found: Tensor, given: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """What an estimate has beside the sum, and what rounding may leave of that."""
+        rest, *factors = self.factors[self.step_now]
+        terms = [rest, *(each * one for each, one in zip(factors, given, strict=True))]
+        size = torch.stack([term.abs().max() for term in terms]).sum()
+        return found - sum(terms), self._rounding(phase) * size + CANCELLED * given[0].abs().max()
+
+    @staticmethod
+    def _rounding(phase: Phase) -> float:
+        """What rounding leaves of a factor: pipelines compute in the types of what networks read and return."""
+        return max(ROUNDING, ROUNDINGS * unit([phase.spares, [slot.state_argument for slot in phase.slots]]))
