@@ -13,7 +13,7 @@ from piadm.denoiser import Denoiser
 from piadm.engine import rounds
 from piadm.executor import error_text, out_of_memory
 from piadm.grid import TimeGrid
-from piadm.interop.diffusers.arguments import Rows, copied, with_tensors
+from piadm.interop.diffusers.arguments import Rows, Slot, copied, with_tensors
 from piadm.interop.diffusers.blend import pieces
 from piadm.interop.diffusers.crew import Call, Network, PipelineCrew
 from piadm.interop.diffusers.options import Options, PipelineNetwork
