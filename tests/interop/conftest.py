@@ -13,6 +13,7 @@ ALL = (0, 36)
 NEWER = (
     "Z-Image", "counts_its_samples", "in_lists", "takes_lists", "Lumina 2", "Wan",
     "rows_of_its_own_steps", "few_rounds_return", "second_call_of_a_pass", "Sana", "SD3, img2img",
+    "Cosmos",
 )  # fmt: skip
 
 

@@ -53,6 +53,7 @@ class Scales(df.DiffusionPipeline):
             frame = torch.zeros(1, 1, 4, 1, 1)
             frame[:, :, 0] = how == "frame"
             whole = frame * known + (1 - frame) * (latents * (1 - share))
+            whole = whole / latents.std() if how == "normalized" else whole
             found = []
             for condition in given[: 1 if how == "begins" and i < 3 else 2]:
                 time = share.expand(batch)
@@ -115,6 +116,12 @@ def test_such_a_loop_is_its_sequential_self(how: str, batch: int, steps: int) ->
 def test_what_is_no_sum_of_each_coordinate_is_refused(how: str, batch: int, steps: int) -> None:
     with pytest.raises(UnsupportedError, match="; nor is what its code computes a sum"):
         seeded(parallelize(scales()), how, steps, batch)
+
+
+@pytest.mark.parametrize("steps", [2, 8])
+def test_a_factor_on_what_is_read_that_goes_by_the_state_is_refused(steps: int) -> None:
+    with pytest.raises(UnsupportedError, match="transformer reads the scheduler's state changed in a way that goes by"):
+        seeded(parallelize(scales()), "normalized", steps)
 
 
 @pytest.mark.parametrize("batch", [1, 2])

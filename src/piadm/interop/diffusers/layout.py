@@ -22,8 +22,9 @@ STEPS = 128
 #: Most axes along which an argument is longer than the state: further channels, and a frame that is known.
 MOST_LONGER = 2
 
-#: Units in the last place by which a multiple of the state may be off, and entries that show it to be one.
-ROUNDINGS, SHOWN = 4, 8
+#: What a multiple of the state may be off by: roundings of its own type, and those of means over millions of numbers in
+#: single precision, relative to it; and the entries that show it to be one.
+ROUNDINGS, MEANS, SHOWN = 2, 1e-6, 8
 
 #: Of a network.
 CHANGING = "{} reads the scheduler's state as it is at some steps, and something else at others"
@@ -130,7 +131,12 @@ def _copies(state: Tensor, chunks: int, like: Tensor) -> Tensor:
 def _multiple(leaf: Tensor, state: Tensor, factor: float) -> Tensor:
     """Which entries of an argument are those of a state times a factor, up to rounding."""
     wanted = state * factor
-    return (leaf - wanted).abs() <= ROUNDINGS * torch.finfo(leaf.dtype).eps * wanted.abs()
+    return (leaf - wanted).abs() <= rounding_of(leaf) * (wanted.abs() + torch.finfo(leaf.dtype).tiny)
+
+
+def rounding_of(leaf: Tensor) -> float:
+    """What a multiple of the state may be off by in an argument of this type, relative to it."""
+    return ROUNDINGS * torch.finfo(leaf.dtype).eps + MEANS
 
 
 def find_state(name: str, arguments: dict[Path, Any], state: Tensor) -> StateAt:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from piadm.interop.diffusers.arguments import with_tensors
+from piadm.interop.diffusers.arguments import Slot, leaves, with_tensors
 from piadm.interop.diffusers.blend import CANCELLED, factor, pieces, stacked_blend
+from piadm.interop.diffusers.layout import rounding_of
 from piadm.interop.diffusers.phases import ROUNDING, Phase, forms, unit
 from piadm.interop.diffusers.probe import RowsError, UnsupportedError
 from piadm.interop.diffusers.proxies import NetworkProxy
@@ -21,8 +22,8 @@ from piadm.interop.diffusers.proxies import NetworkProxy
 if TYPE_CHECKING:
     from piadm.interop.diffusers.rehearsal import Rehearsal
 
-#: The kinds of passes: no input, the input of number ``kind - 1`` alone, and all of them.
-NONE, ALL = 0, -1
+#: The kinds of passes: no input, the input of number ``kind - 1`` alone, the first one the state, and all of them.
+NONE, STATE, ALL = 0, 1, -1
 
 #: Roundings of the coarsest type that code makes of one number, at most.
 ROUNDINGS = 8
@@ -76,6 +77,7 @@ class Measuring:
         """
         if self.passes:
             (self.step_now, self.kind), self.calls, self.given = self.passes[0], 0, list[Tensor]()
+            self.read: list[tuple[Slot, Tensor]] = []
             return self.step_now
         if not self.sums:
             raise RowsError(NO_SUM)
@@ -91,7 +93,9 @@ class Measuring:
         self.calls += 1
         if forms([(proxy._name, arguments)]) != phase.forms[number : self.calls]:
             raise UnsupportedError(OTHERWISE)
-        chunks, first = phase.slots[number].state.chunks, 1 + len(self.given)
+        slot = phase.slots[number]
+        chunks, first = slot.state.chunks, 1 + len(self.given)
+        self.read.append((slot, leaves(arguments)[slot.state.path].clone()))
 
         def fed(leaf: Tensor) -> Tensor:
             parts = leaf.chunk(chunks)
@@ -108,10 +112,28 @@ class Measuring:
             raise UnsupportedError(OTHERWISE)
         if output.shape != self.rehearsal.state.shape or sample.shape != output.shape:
             raise RowsError(NO_SUM)
+        if self.kind in (STATE, ALL):
+            self._reread(phase.steps.index(self.step_now), sample)
         self._learn(phase, self._denoised(self.step_now, output, sample), [sample.float(), *self.given])
         self.passes.popleft()
         following = self.passes[0] if self.passes else (self.step_now, NONE)
         return self._input(0, sample, *following)
+
+    def _reread(self, number: int, state: Tensor) -> None:
+        """What the networks were given of the state: the factor must not go by that.
+
+        It is taken anew: the states of a rehearsal are few numbers, which half precision rounds all alike.
+
+        Args:
+            number: of the step in its phase.
+            state: the state, shape ``(L, *shape)``.
+        """
+        for slot, leaf in self.read:
+            found, known = slot.state.factor(leaf, state), slot.factors[number]
+            if found is None or abs(found / known - 1) > rounding_of(leaf):
+                what = "the scheduler's state changed in a way that goes by the state"
+                raise UnsupportedError(f"{slot.name} reads {what}")
+            slot.factors[number] = found
 
     def _denoised(self, step: int, output: Tensor, sample: Tensor) -> Tensor:
         """The estimate, which is of the size of the data however little noise there is."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from piadm.interop.diffusers.arguments import Rows, Slot, leaves
 from piadm.interop.diffusers.blend import Blend
-from piadm.interop.diffusers.probe import UnsupportedError
+from piadm.interop.diffusers.probe import RowsError, UnsupportedError
 
 #: Most phases of a loop: each is a pass of its body in every round.  Guidance of another scale at every step would have
 #: as many phases as steps, one row in each.
@@ -105,12 +105,15 @@ class Phase:
                 slot.learn(given, own[: len(state)])
         self._waiting = []
 
-    def check(self) -> None:
-        """Whether enough steps were seen.
+    def check(self, measured: bool) -> None:
+        """Whether enough was seen.
 
         Raises:
-            UnsupportedError: if it has a single one, which does not show what a network is for.
+            UnsupportedError: if there is a single step, which does not show what a network is for.
+            RowsError: if a network reads a multiple of the state: what that goes by shows where it is ``measured``.
         """
+        if not measured and (names := [slot.name for slot in self.slots if set(slot.factors) != {1.0}]):
+            raise RowsError(f"{names[0]} does not read the scheduler's state as it is, but a multiple of it")
         if self.feeders and len(self.steps) == 1:
             what = ", ".join(sorted(self.feeders))
             raise UnsupportedError(f"what {what} is for does not show in one step; ask for more, or call it again")

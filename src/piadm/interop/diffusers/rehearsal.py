@@ -126,7 +126,7 @@ class Rehearsal:
         if number and not self.calls:
             raise UnsupportedError(
                 "the pipeline makes several steps of a scheduler per timestep, as those do that sample several states "
-                "at once, such as video and sound"
+                "at once, such as video and sound, or that read an estimate of the data off a step of its own"
             )
         options = self._named(args, more)
         if number == 0:
@@ -290,7 +290,7 @@ class Rehearsal:
             raise UnsupportedError("the pipeline does not call a network and the scheduler once per timestep")
         for phase in self.phases:
             phase.learn(self.first[: self.batch], self._denoises)
-            phase.check()
+            phase.check(self.measured)
         if any(changed(options, self.options[0]) for options in self.options):
             self._read(self.options)
         recurrence, noise = steps(self.probed, self.estimate), None
