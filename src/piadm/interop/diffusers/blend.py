@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from piadm.interop.diffusers.arguments import Rows, leaves
+from piadm.interop.diffusers.arguments import Rows
+from piadm.interop.diffusers.nested import leaves
 from piadm.interop.diffusers.probe import RowsError
 
 #: What single precision leaves of a difference of two numbers, relative to them.

@@ -9,8 +9,9 @@ from typing import Any, final
 from torch import Tensor, nn
 
 from piadm.executor import error_text, out_of_memory
-from piadm.interop.diffusers.arguments import Piece, leaves, rebuilt, with_tensors
+from piadm.interop.diffusers.arguments import Piece
 from piadm.interop.diffusers.crew import Call, OneProcess
+from piadm.interop.diffusers.nested import leaves, rebuilt, with_tensors
 from piadm.interop.diffusers.probe import UnsupportedError
 from piadm.interop.diffusers.rowlists import RowList
 from piadm.network import network_device

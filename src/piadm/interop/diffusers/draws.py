@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from piadm.interop.diffusers.arguments import leaves
+from piadm.interop.diffusers.nested import leaves
 
 
 class Draws:

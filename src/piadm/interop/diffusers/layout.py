@@ -8,10 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from piadm.interop.diffusers.nested import Path
 from piadm.interop.diffusers.probe import RowsError, UnsupportedError
-
-#: The way to a value in nested arguments.
-Path = tuple[Any, ...]
 
 #: States of a rehearsal lie between this and twice this: what a pipeline puts in their place is far smaller.
 LARGE = 8192.0

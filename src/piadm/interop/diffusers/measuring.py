@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from piadm.interop.diffusers.arguments import Slot, leaves, with_tensors
+from piadm.interop.diffusers.arguments import Slot
 from piadm.interop.diffusers.blend import CANCELLED, factor, pieces, stacked_blend
 from piadm.interop.diffusers.layout import rounding_of
+from piadm.interop.diffusers.nested import leaves, with_tensors
 from piadm.interop.diffusers.phases import ROUNDING, Phase, forms, unit
 from piadm.interop.diffusers.probe import RowsError, UnsupportedError
 from piadm.interop.diffusers.proxies import NetworkProxy

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from piadm.interop.diffusers.arguments import Rows, Slot, leaves
+from piadm.interop.diffusers.arguments import Rows, Slot
 from piadm.interop.diffusers.blend import Blend
+from piadm.interop.diffusers.nested import leaves
 from piadm.interop.diffusers.probe import RowsError, UnsupportedError
 
 #: Most phases of a loop: each is a pass of its body in every round.  Guidance of another scale at every step would have

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from piadm._checks import shown
 from piadm.executor import error_text, out_of_memory
-from piadm.interop.diffusers.arguments import leaves, with_tensors
 from piadm.interop.diffusers.crew import Call, PipelineCrew
+from piadm.interop.diffusers.nested import leaves, with_tensors
 from piadm.interop.diffusers.probe import UnsupportedError
 from piadm.solution import NetworkError
 from piadm.workers.exchange import Header, digest

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from piadm.integrators import Steps
-from piadm.interop.diffusers.arguments import copied, leaves
 from piadm.interop.diffusers.draws import Draws
 from piadm.interop.diffusers.fixed import Fixed
 from piadm.interop.diffusers.layout import LARGE, marker, sources
 from piadm.interop.diffusers.levels import CallLevels, Estimate, estimate, levels, steps
+from piadm.interop.diffusers.nested import copied, leaves
 from piadm.interop.diffusers.phases import MOST, Calls, Phase, forms
 from piadm.interop.diffusers.probe import RowsError, UnsupportedError, probe, stepper
 from piadm.interop.diffusers.proxies import NetworkProxy, given_back

@@ -13,9 +13,10 @@ from piadm.denoiser import Denoiser
 from piadm.engine import rounds
 from piadm.executor import error_text, out_of_memory
 from piadm.grid import TimeGrid
-from piadm.interop.diffusers.arguments import Rows, Slot, copied, with_tensors
+from piadm.interop.diffusers.arguments import Rows, Slot
 from piadm.interop.diffusers.blend import pieces
 from piadm.interop.diffusers.crew import Call, Network, PipelineCrew
+from piadm.interop.diffusers.nested import copied, with_tensors
 from piadm.interop.diffusers.options import Options, PipelineNetwork
 from piadm.interop.diffusers.phases import ROUNDING, Part, Phase, alike, numbered, trials, unit
 from piadm.interop.diffusers.probe import RowsError, UnsupportedError

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from piadm.interop.diffusers.arguments import leaves
+from piadm.interop.diffusers.nested import leaves
 from piadm.interop.diffusers.probe import UnsupportedError
 from piadm.interop.diffusers.proxies import METHODS
 

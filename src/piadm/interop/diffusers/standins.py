@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from piadm.interop.diffusers.arguments import leaves, same, with_tensors
+from piadm.interop.diffusers.nested import leaves, same, with_tensors
 
 #: Most kinds of arguments of one network whose outputs are kept: a few sizes of images or prompts that take turns.
 MOST = 8

@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from piadm.interop.diffusers.arguments import copied, leaves, rebuilt, same
-from piadm.interop.diffusers.layout import Path
+from piadm.interop.diffusers.nested import Path, copied, leaves, rebuilt, same
 from piadm.interop.diffusers.probe import UnsupportedError
 
 #: Types of values that are settings, and of what holds some.
