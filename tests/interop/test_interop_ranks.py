@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from _ranks import group
+from test_interop_measured import REAL
 from test_interop_workers import RUN, SPLIT, guided_controlnet, latents
 from tiny import SD, SQUARE, Case, image, normals, prompts, stable_diffusion
 from torch import Tensor, nn
@@ -158,6 +159,7 @@ EQUAL = {
     "SD, ControlNet, fewer rows than ranks": equal(Case(guided_controlnet, ONE), window=2),
     "SD, two of the ranks": equal(SPLIT["SD"], 2),
     "Wan, two transformers": equal(SPLIT["Wan, two transformers"]),
+    "Cosmos 2, measured": equal(Case(*REAL["Cosmos 2"])),
 }
 REFUSED = {
     "other seeds": (other_seeds, "generator must be the same on every rank, got a generator of seed 0"),

@@ -43,6 +43,9 @@ def rehearsed(score: Score) -> dict[str, Any]:
     if score.fixed is not None:
         found |= {"which latents the pipeline sets": score.fixed.mask, "what it sets them to": score.fixed.values}
     for phase in score.phases:
+        if phase.blend is not None:
+            where = f"steps from {phase.steps[0]} on"
+            found[f"what its code makes of the networks' outputs ({where})"] = [phase.blend.rest, *phase.blend.factors]
         for number, slot in enumerate(phase.slots):
             where = f"call {number} of steps from {phase.steps[0]} on"
             found |= {
