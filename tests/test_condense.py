@@ -16,7 +16,7 @@ import piadm
 from piadm.condense import CondensedPath, condense, weights_on_end
 from piadm.integrators import AffineSteps, MultistepSteps
 from piadm.models import GaussianDenoiser
-from piadm.nodes import NodeSet, averaged, every_step, refine, spread, thin
+from piadm.nodes import GOLDEN, MIDDLE, NodeSet, averaged, every_step, refine, spread, thin
 
 EPS = float(np.finfo(np.float64).eps)
 quick = settings(max_examples=60, deadline=None)  # no deadline: a machine may be busy
@@ -203,15 +203,15 @@ def test_spread_and_refine_are_even_in_log_snr(first: float) -> None:
 
 
 @quick
-@given(data=st.data(), clock=clocks())
-def test_refined_nodes_describe_the_same_residuals_and_end_in_every_step(data: st.DataObject, clock: Tensor) -> None:
+@given(data=st.data(), clock=clocks(), share=st.sampled_from([MIDDLE, GOLDEN]))
+def test_refined_nodes_keep_residuals_and_end_in_every_step(data: st.DataObject, clock: Tensor, share: float) -> None:
     nodes = data.draw(node_sets(clock))
     finite = clock[1:] if len(clock) > 2 and not clock[0].isfinite() else clock
     # A weight's rounding is that of log-SNR differences over the smallest gap, times residuals of order one.
     slack = 32 * EPS * (1 + 2 * float(finite.abs().max() + finite.diff().max()) / float(finite.diff().min()))
     residuals = torch.randn(nodes.count, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     while nodes.count < len(clock):
-        finer = refine(nodes, clock)
+        finer = refine(nodes, clock, share=share)
         assert torch.isin(nodes.indices, finer.indices).all() and nodes.count < finer.count < 2 * nodes.count
         moved = nodes.weights[finer.indices] @ residuals
         assert torch.allclose(finer.weights @ moved, nodes.weights @ residuals, rtol=0, atol=slack)

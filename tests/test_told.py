@@ -63,8 +63,8 @@ def test_samples_wider_than_told_are_judged_anew_on_their_nodes(method: str, nod
 def test_node_sets_that_no_sample_goes_on_to_are_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
 
-    def noted(nodes: NodeSet, clock: Tensor, order: int) -> NodeSet:
-        finer = refine(nodes, clock, order)
+    def noted(nodes: NodeSet, clock: Tensor, order: int, share: float) -> NodeSet:
+        finer = refine(nodes, clock, order, share)
         made.append(finer.count)
         return finer
 

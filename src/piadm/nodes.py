@@ -17,6 +17,14 @@ from piadm.memo import memoized
 #: networks.  With a smaller floor or reach the far nodes are felt: little is missed there, but networks make it grow.
 FLOOR, REACH = 0.1, 3.0
 
+#: Where in a gap a finer node set has its new node, for the SDE, whose noise hides ripples, and for the ODE: at the
+#: golden section.  A ripple with two periods in a gap, as from the sines of a time embedding, has one phase at both
+#: ends and in the middle: node sets that halve the gaps agree on it, and on what they miss.  Of 328 samples of four
+#: small trained networks 28 had ended outside the tolerance with the middle, 15 of 24 of one of them, and 12 do with
+#: this (11 with 0.4, 13 with 0.42), after as many rounds; of Gaussian data with one sine of the time 39 of 256, and 9
+#: (16 with 0.4).  Mixtures took as many evaluations.
+MIDDLE, GOLDEN = 0.5, 0.382
+
 #: How far on the noisy side of there the clock runs fastest, in log-SNR: of 32 samples of the U-Net 29 were within the
 #: tolerance with it, and 25 without.
 NOISY_SIDE = 0.348
@@ -103,15 +111,15 @@ def evenly(clock: Tensor, count: int) -> Tensor:
 
 
 @memoized
-def refine(nodes: NodeSet, log_snr: Tensor, order: int = 1) -> NodeSet:
-    """Node set with one more node between every two neighbours, in the middle of the gap in log-SNR.
+def refine(nodes: NodeSet, log_snr: Tensor, order: int = 1, share: float = MIDDLE) -> NodeSet:
+    """Node set with one more node between every two neighbours, ``share`` of the gap in log-SNR after the first.
 
     The old nodes stay, so residuals interpolated to the new set describe the very same path.
     """
     clock, old = finite_log_snr(log_snr), nodes.indices
-    middle = torch.searchsorted(clock, (clock[old[1:]] + clock[old[:-1]]) / 2)
-    middle = torch.maximum(torch.minimum(middle, old[1:] - 1), old[:-1] + 1)
-    indices = torch.unique(torch.cat([old, middle[old[1:] - old[:-1] > 1]]))
+    fresh = torch.searchsorted(clock, torch.lerp(clock[old[:-1]], clock[old[1:]], share))
+    fresh = torch.maximum(torch.minimum(fresh, old[1:] - 1), old[:-1] + 1)
+    indices = torch.unique(torch.cat([old, fresh[old[1:] - old[:-1] > 1]]))
     return every_step(len(clock)) if len(indices) == len(clock) else NodeSet(indices, weights(clock, indices, order))
 
 

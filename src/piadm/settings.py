@@ -17,7 +17,7 @@ from piadm.grid import TimeGrid
 from piadm.integrators import Integrator, Steps, steps_of
 from piadm.linearization import DiagonalSecant, Gaussian, LearnedSlopes, Linearization, check_slopes, linearization
 from piadm.local_model import Learning
-from piadm.nodes import NodeSet, averaged, every_step, refine, spread, strided
+from piadm.nodes import GOLDEN, MIDDLE, NodeSet, averaged, every_step, refine, spread, strided
 from piadm.numerics import TINY
 from piadm.precision import HALF, resolution
 from piadm.problem import check_denoiser, grid_of
@@ -127,7 +127,7 @@ class SampleSettings:
         hardly any nodes would be added (``WORTHWHILE``), as most gaps have no step left; and always for half precision,
         since rounding differs from node set to node set, and with every step it is the sequential sampler's.
         """
-        finer = refine(nodes, self.clock, self.order)
+        finer = refine(nodes, self.clock, self.order, MIDDLE if self.noisy else GOLDEN)
         few = finer.count < WORTHWHILE * nodes.count if self.noisy else 2 * finer.count > self.steps.count
         if self.half_precision or few:
             return every_step(self.steps.count)
