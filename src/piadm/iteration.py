@@ -24,6 +24,12 @@ from piadm.witness import Witness
 #: than without, and as many rounds; with 4 or 64 up to twice or three times as many evaluations.
 AHEAD = 16
 
+#: A sample of which the last round has left settled rows alone, though it is not within the tolerance, is given a round
+#: of those that would not have settled at this part of their thresholds: where so much moves, what they leave may grow.
+#: With five steps 32 of 1024 samples of 200 narrow Gaussians ended outside the tolerance, by up to 3.9 times, with 2
+#: still 18, with this none, for 0.7 rounds; with 32 it was the same.  With 20 and more steps it is seldom needed.
+CLOSER = 4
+
 
 class PathRun:
     """One path while it is iterated: its active rows, its stopping rule and the verdict on each of its samples.
@@ -79,6 +85,9 @@ class PathRun:
         outlook = self.path.outlook
         matter = outlook.expected * self.path.amplification.factor * self.rule.growth
         chosen: Flags = self.rows.choose(matter, self.rounds) & self.going
+        idle = self.going & ~chosen.any(0) & ~self.path.half_precision  # there rounding keeps rows from settling
+        if idle.any() and self.rounds < len(matter):
+            chosen |= self.rows.choose(CLOSER * matter, self.rounds) & idle
         if self.path.local is not None and self.lost.any():  # not where a number of rounds is asked for
             first = np.where(self.lost.any(0), self.lost.argmax(0), len(chosen))
             chosen &= np.arange(len(chosen))[:, None] <= first + AHEAD

@@ -97,6 +97,10 @@ SMALL, KEENEST = 2.0, 10.0
 #: ratio is multiplied by this factor.
 SHARE_SAFETY = 2.0
 
+#: A round may by chance bring hardly any surprise, or one that hardly moves the end: what rounds have shown is believed
+#: to change by no more than this factor for the better.
+KEPT = 0.5
+
 #: Evaluations per node after which a sample counts as oscillating: if nodes read ahead (averages), the iteration may
 #: alternate between two outcomes for ever.  Of the samples that converged, on mixtures and on a trained network, few
 #: took more than ten.
@@ -137,8 +141,9 @@ class CarriedResidual:
         m = sum_i w_i r_i,    w the influence of the nodes on the end, about |P_end,i|
 
     which is reached if no two nodes cancel.  The ratio ``c`` of the end's actual move to that sum, in the last
-    rounds, measures the cancellation, and every round contracts ``m`` by a factor ``rho``: the remaining error is
-    estimated by the geometric series ``c m/(1 - rho)``; rows that have settled enter without the factor 1/(1 - rho).
+    rounds, measures the cancellation, and every round contracts ``m`` by a factor ``rho``, the last one seen, or half
+    of the one before if that is larger: the remaining error is estimated by the geometric series ``c m/(1 - rho)``;
+    rows that have settled enter without the factor 1/(1 - rho).
     The interpolation error, estimated by the path and increased for slow samples, is taken to be orthogonal to it:
     the squares add.  Near a border between two outcomes both are multiplied (``Amplification``).  Rounding is added.
     No estimate is made before every row has been evaluated.  A sample that oscillates is sent to finer nodes, in the
@@ -207,11 +212,11 @@ class CarriedResidual:
         return self.laps >= np.where(self.half_precision, LAPS_HALF, LAPS)
 
     def _cancellation(self, movement: Movement) -> Table:
-        """``c``: the last ratio, or half of the one before if that is larger; unchanged where nothing was evaluated."""
+        """``c``: the last ratio, or ``KEPT`` of the one before if larger; unchanged where nothing was evaluated."""
         bound = self.influence @ movement.surprise
         seen = np.maximum(SHARE_SAFETY * movement.end / np.maximum(bound, TINY), self.caution.least_share)
         measured = (bound > 0) & (movement.end > movement.rounding)  # a ratio of roundings says nothing
-        self.share = np.where(measured, np.maximum(seen, 0.5 * self.share), self.share)
+        self.share = np.where(measured, np.maximum(seen, KEPT * self.share), self.share)
         return self.share
 
     def _iteration_error(self, movement: Movement, expected: Table, reached: Flags) -> Table:
@@ -223,7 +228,7 @@ class CarriedResidual:
             # A sample that is judged already no longer changes; its contraction is kept.
             anew = np.isfinite(self.last) & (ahead != self.last)
             seen = np.clip(ahead / np.maximum(self.last, TINY), 0, SLOWEST)
-            self.contraction = np.where(anew, seen, self.contraction)
+            self.contraction = np.where(anew, np.maximum(seen, KEPT * self.contraction), self.contraction)
         self.last = ahead
         left: Table = self._cancellation(movement) * (ahead / (1 - self.contraction) + settled)
         return left
