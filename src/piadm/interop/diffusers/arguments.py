@@ -115,7 +115,7 @@ class Slot:
             if isinstance(value, Tensor) and value.is_floating_point() and bool(value.isnan().any()):
                 self.live.add(path)
                 continue
-            value = self._kept(path, value)
+            value = self.kept(path, value)
             known = self.values.setdefault(path, [value])
             if self.count and (len(known) > 1 or not same(value, known[0])):
                 if path == self.state.path and self.state.mask is not None:
@@ -123,13 +123,18 @@ class Slot:
                 known += [known[0]] * (self.count - len(known)) + [value]
         self.count += 1
 
-    def _kept(self, path: Path, value: Any) -> Any:  # noqa: ANN401 - any value
+    def kept(self, path: Path, value: Any) -> Any:  # noqa: ANN401 - any value
         """What is kept of an argument: of the one that holds the state, the rest; of a time, a tensor."""
         if path == self.state.path:
             return self.state.without(value)
         if _is_time(path) and isinstance(value, (int, float)):
             return torch.tensor(value, device="cpu")
         return value
+
+    def value(self, path: Path, number: int) -> Any:  # noqa: ANN401 - any value
+        """What is kept of an argument of the step of this number; None: nothing."""
+        values = self.values.get(path, [None])
+        return values[min(number, len(values) - 1)]
 
     @property
     def state_argument(self) -> Tensor:
@@ -209,10 +214,9 @@ class Slot:
         def serve(path: Path) -> Any:  # noqa: ANN401 - any value
             if path in self.live:
                 return live[path]
-            values = self.values[path]
             if path in self.tables:
                 return self._rows(path, rows)
-            value = values[min(step, len(values) - 1)]
+            value = self.value(path, step)
             return value[self._numbers(rows)] if isinstance(value, RowList) else value
 
         return serve

@@ -15,6 +15,9 @@ class LoopEvents(Protocol):
     def begin(self, timesteps: Tensor) -> None:
         """The loop begins, over timesteps of shape ``(J,)``."""
 
+    def starts(self, step: int) -> None:
+        """A step begins that is made for the first time."""
+
     def turn_to_rounds(self) -> None:
         """The pass over all timesteps is done; rounds follow."""
 
@@ -41,7 +44,9 @@ class Loop:
         """Steps and their numbers from ``start`` on."""
         run = self.run
         run.begin(self.timesteps)
-        yield from builtins.enumerate(self.timesteps, start)
+        for number, t in builtins.enumerate(self.timesteps):
+            run.starts(number)
+            yield start + number, t
         run.turn_to_rounds()
         while (step := run.repeated()) is not None:
             yield start + step, self.timesteps[step]

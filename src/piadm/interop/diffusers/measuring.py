@@ -13,24 +13,25 @@ import torch
 from torch import Tensor
 
 from piadm.interop.diffusers.arguments import Slot
-from piadm.interop.diffusers.blend import CANCELLED, factor, pieces, stacked_blend
+from piadm.interop.diffusers.blend import CANCELLED, ROUNDING, factor, pieces, stacked_blend
 from piadm.interop.diffusers.layout import rounding_of
-from piadm.interop.diffusers.nested import leaves, with_tensors
-from piadm.interop.diffusers.phases import ROUNDING, Phase, forms, unit
+from piadm.interop.diffusers.nested import copied, leaves, with_tensors
+from piadm.interop.diffusers.phases import Phase, forms, unit
 from piadm.interop.diffusers.probe import RowsError, UnsupportedError
 from piadm.interop.diffusers.proxies import NetworkProxy
 
 if TYPE_CHECKING:
     from piadm.interop.diffusers.rehearsal import Rehearsal
 
-#: The kinds of passes: no input, the input of number ``kind - 1`` alone, the first one the state, and all of them.
-NONE, STATE, ALL = 0, 1, -1
+#: The kinds of passes: no input, the input of number ``kind - 1`` alone, the first one the state, and all of them, as
+#: large numbers or as small ones.
+NONE, STATE, LARGE, SMALL = 0, 1, -1, -2
 
 #: Roundings of the coarsest type that code makes of one number, at most.
 ROUNDINGS = 8
 
-#: What all inputs together are multiplied by: code that cuts off large numbers shows.
-MORE = -64
+#: What all inputs together are multiplied by: code that cuts off large numbers shows, or leaves out small ones.
+SIZES = {LARGE: -64.0, SMALL: 1 / 64}
 
 KEEPS = (
     "the pipeline keeps something from one step for another, such as a network's output in guidance with momentum, or "
@@ -61,7 +62,8 @@ class Measuring:
         steps = range(len(rehearsal.timesteps))
         single = [(step, kind) for step in steps for kind in range(self._inputs(step) + 1)]
         # The first pass is given the rehearsal's last state, and does not count.
-        self.passes = deque([(steps[-1], NONE), *single, *[(step, ALL) for step in steps for _ in range(2)]])
+        whole = [(step, kind) for step in steps for kind in (LARGE, LARGE, SMALL)]
+        self.passes = deque([(steps[-1], NONE), *single, *whole])
         self.patterns: dict[Any, Tensor] = {}
         self.factors: dict[int, list[Tensor]] = {}
         self.sums = True
@@ -94,6 +96,7 @@ class Measuring:
         self.calls += 1
         if forms([(proxy._name, arguments)]) != phase.forms[number : self.calls]:
             raise UnsupportedError(OTHERWISE)
+        phase.check_again(number, arguments, self.step_now)
         slot = phase.slots[number]
         chunks, first = slot.state.chunks, 1 + len(self.given)
         self.read.append((slot, leaves(arguments)[slot.state.path].clone()))
@@ -103,7 +106,7 @@ class Measuring:
             return torch.cat([self._input(first + k, part, self.step_now, self.kind) for k, part in enumerate(parts)])
 
         output = with_tensors(phase.spares[number], fed)
-        self.given += [one.float() for one in pieces(output, chunks, self.rehearsal.state)]
+        self.given += [one.float() for one in pieces(copied(output), chunks, self.rehearsal.state)]
         return output
 
     def step(self, output: Tensor, sample: Tensor) -> Tensor:
@@ -113,12 +116,16 @@ class Measuring:
             raise UnsupportedError(OTHERWISE)
         if output.shape != self.rehearsal.state.shape or sample.shape != output.shape:
             raise RowsError(NO_SUM)
-        if self.kind in (STATE, ALL):
+        if self.kind == STATE or self.kind in SIZES:
             self._reread(phase.steps.index(self.step_now), sample)
         self._learn(phase, self._denoised(self.step_now, output, sample), [sample.float(), *self.given])
         self.passes.popleft()
         following = self.passes[0] if self.passes else (self.step_now, NONE)
         return self._input(0, sample, *following)
+
+    def scaled(self, state: Tensor) -> Tensor:
+        """The state as the scheduler scales it."""
+        return (float(self.rehearsal.probed.scales[self.step_now]) * state).to(state)
 
     def _reread(self, number: int, state: Tensor) -> None:
         """What the networks were given of the state: the factor must not go by that.
@@ -129,6 +136,7 @@ class Measuring:
             number: of the step in its phase.
             state: the state, shape ``(L, *shape)``.
         """
+        state = state if self.rehearsal.scaled is None else self.scaled(state)
         for slot, leaf in self.read:
             found, known = slot.state.factor(leaf, state), slot.factors[number]
             if found is None or abs(found / known - 1) > rounding_of(leaf):
@@ -142,21 +150,21 @@ class Measuring:
 
     def _input(self, number: int, like: Tensor, step: int, kind: int) -> Tensor:
         """An input of a pass: none, or numbers of either sign between 1 and 2; with all others, other ones."""
-        if kind not in (ALL, number + 1):
+        if kind not in SIZES and kind != number + 1:
             return torch.zeros_like(like)
         key = number, like.shape, like.dtype
         if key not in self.patterns:
             drawn = torch.rand(2, *like.shape, generator=torch.Generator().manual_seed(number), device="cpu")
             self.patterns[key] = ((1 + drawn[0]) * (drawn[1] - 0.5).sign()).to(like)
         pattern = self.patterns[key]
-        return (MORE * pattern.flatten().roll(step + 1)).view(like.shape) if kind == ALL else pattern.clone()
+        return (SIZES[kind] * pattern.flatten().roll(step + 1)).view(like.shape) if kind in SIZES else pattern.clone()
 
     def _learn(self, phase: Phase, found: Tensor, given: list[Tensor]) -> None:
         """What a pass shows."""
         step, kind = self.step_now, self.kind
         if kind == NONE:
             self.none, self.factors[step] = (found, given), []
-        elif kind != ALL:
+        elif kind not in SIZES:
             before, others = self.none
             moved = [one - other for one, other in zip(given, others, strict=True)]  # more than one: parts that are set
             known = sum(each * one for each, one in zip(self.factors[step], moved, strict=False))
@@ -168,9 +176,9 @@ class Measuring:
         else:
             left, bound = self._left(phase, found, given)
             self.sums &= bool((left.abs() <= bound).all())
-            if len(self.passes) % 2 == 0:  # the first of two
+            if kind == LARGE and self.passes[1][1] == LARGE:  # the first of two
                 self.once = left
-            elif bool(((left - self.once).abs() > bound).any()):
+            elif kind == LARGE and bool(((left - self.once).abs() > bound).any()):
                 raise UnsupportedError(KEEPS)
 
     def _check_rehearsed(self, phase: Phase) -> None:

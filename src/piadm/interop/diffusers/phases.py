@@ -16,18 +16,20 @@ import torch
 from torch import Tensor
 
 from piadm.interop.diffusers.arguments import Rows, Slot
-from piadm.interop.diffusers.blend import Blend
-from piadm.interop.diffusers.nested import leaves
+from piadm.interop.diffusers.blend import ROUNDING, Blend
+from piadm.interop.diffusers.nested import leaves, same
 from piadm.interop.diffusers.probe import RowsError, UnsupportedError
+from piadm.interop.diffusers.watch import is_number
 
 #: Most phases of a loop: each is a pass of its body in every round.  Guidance of another scale at every step would have
 #: as many phases as steps, one row in each.
 MOST = 4
 
-#: Relative difference of guided outputs that rounding may leave.  At every step the same code reads the same numbers in
-#: the same shapes: all pipelines of the tests make the same of them to the bit, in float32, bfloat16 and float16.  What
-#: adds up a million numbers in another order each time is off by some 1e-6 in float32.
-ROUNDING = 1e-5
+#: Of a network and its argument.
+AGAIN = (
+    "{} is given another {} when the pipeline makes a step again: what it is told beside the state goes by the state, "
+    "or by a network's output, as in self-conditioning"
+)
 
 #: Network calls of one step: names, and arguments by name.
 Calls = list[tuple[str, dict[str, Any]]]
@@ -39,6 +41,13 @@ def alike(output: Tensor, wanted: Tensor, rounding: float = ROUNDING) -> bool:
     if math.isnan(near) or output.shape != wanted.shape:
         return False
     return torch.allclose(output, wanted, rtol=rounding, atol=near)
+
+
+def _unchanged(value: Any, known: Any) -> bool:  # noqa: ANN401 - any argument
+    """Whether an argument is what it was, up to rounding; of objects nobody knows."""
+    if isinstance(value, Tensor) and isinstance(known, Tensor):
+        return same(value, known) or known.is_floating_point() and alike(value, known, max(ROUNDING, unit(known)))
+    return not is_number(known) or same(value, known)
 
 
 def unit(values: Any) -> float:  # noqa: ANN401 - any values
@@ -106,6 +115,22 @@ class Phase:
                 slot.learn(given, own[: len(state)])
         self._waiting = []
 
+    def check_again(self, place: int, arguments: dict[str, Any], step: int) -> None:
+        """A network call is made once more, to which the rows of rounds are given what was learnt from the first time.
+
+        Args:
+            place: of the call among those of the step.
+            arguments: what the pipeline hands the network now, by name.
+            step: the step.
+
+        Raises:
+            UnsupportedError: if that is something else, other than by the state and by what came from other networks.
+        """
+        slot, number = self.slots[place], self.steps.index(step)
+        for path, value in leaves(arguments).items():
+            if path not in slot.live and not _unchanged(slot.kept(path, value), slot.value(path, number)):
+                raise UnsupportedError(AGAIN.format(slot.name, ".".join(map(str, path))))
+
     def check(self, measured: bool) -> None:
         """Whether enough was seen.
 
@@ -159,14 +184,14 @@ class Part:
 def trials(phases: Sequence[Phase]) -> list[tuple[Phase, bool]]:
     """The passes that try a loop before any round, by phase; True: a blank one.
 
-    In a blank pass the networks answer otherwise, and the state is NaN afterwards: what a pass keeps for a later one,
-    or reads of the state, shows in those that follow.  Several phases are passed once more than they last: code that
-    counts its passes, not the steps, goes on.
+    In a blank pass the networks answer otherwise, and the state is NaN afterwards, after others zero: what a pass keeps
+    for a later one, or reads of the state, shows in those that follow.  Several phases are passed once more than they
+    last: code that counts its passes, not the steps, goes on.
     """
     phases = [phase for phase in phases if phase.blend is None]  # in others no rows go through the code
     passes = [(phase, True) for phase in phases]
     for phase in phases:
-        times = 1 + phase.longest if len(phases) > 1 else 1
+        times = 1 + phase.longest if len(phases) > 1 else 2
         passes += [(phase, False)] * times + [(phase, True)]
     return passes[:-1]
 

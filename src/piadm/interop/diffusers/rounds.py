@@ -14,11 +14,11 @@ from piadm.engine import rounds
 from piadm.executor import error_text, out_of_memory
 from piadm.grid import TimeGrid
 from piadm.interop.diffusers.arguments import Rows, Slot
-from piadm.interop.diffusers.blend import pieces
+from piadm.interop.diffusers.blend import ROUNDING, pieces
 from piadm.interop.diffusers.crew import Call, Network, PipelineCrew
 from piadm.interop.diffusers.nested import copied, with_tensors
 from piadm.interop.diffusers.options import Options, PipelineNetwork
-from piadm.interop.diffusers.phases import ROUNDING, Part, Phase, alike, numbered, trials, unit
+from piadm.interop.diffusers.phases import Part, Phase, alike, numbered, trials, unit
 from piadm.interop.diffusers.probe import RowsError, UnsupportedError
 from piadm.interop.diffusers.rehearsal import Score
 from piadm.interop.diffusers.rowlists import unpacked
@@ -160,6 +160,7 @@ class Rounds:
         if slot.name != name:
             raise UnsupportedError(f"the pipeline calls {name} where it called {slot.name} before")
         if self.trials:
+            self.current.check_again(number, arguments, self.latest)
             self.rounding = max(self.rounding, unit(spare))
             if self.trials[0][1]:  # blank, and of one row more: nothing that is kept of it fits the next pass
                 return slot.handed(with_tensors(slot.picked(spare, self.longer), _otherwise))
@@ -271,8 +272,8 @@ class Rounds:
     def end(self) -> Tensor:
         """The current final state of all the scheduler's rows, shape ``(N, *shape)``."""
         end = self.tally.end.reshape(self.tally.problem.shape)
-        if self.blank and self.going:
-            end = torch.full_like(end, torch.nan)
+        if self.going and (self.blank or self.trials):  # between trials
+            end = torch.full_like(end, torch.nan if self.blank else 0.0)
         self.sources = self.sources.to(end.device)
         return end[self.sources]
 

@@ -191,11 +191,13 @@ class Run:
     def scale(self, sample: Tensor) -> Tensor:
         """The scheduler's ``scale_model_input``: rows are scaled when the network is called, each by its own factor.
 
-        A single number is no state, and scaled at once.
+        A single number is no state, and scaled at once, as is a state of which code is measured that may read it.
         """
         if self.rehearsal is not None and sample.ndim == 0:
             step = len(self.rehearsal.noise) if self.latest is None else self.latest
             return sample * float(self.rehearsal.probed.scales[step])
+        if self.measuring is not None and self.rounds is None:
+            return self.measuring.scaled(sample)
         if self.rehearsal is not None:
             # Another object, to be recognised; in memory of its own where scaling makes a new tensor.
             scales = bool((self.rehearsal.probed.scales != 1).any())
@@ -212,6 +214,11 @@ class Run:
         self.rehearsal = Rehearsal(self.scheduler, timesteps, self.parallel._outputs, given, self.measured)
         self.rehearsal.evaluated = self.evaluated
         self.rehearsing = True
+
+    def starts(self, step: int) -> None:
+        """A step is rehearsed."""
+        assert self.rehearsal is not None
+        self.rehearsal.draws.keep(step)
 
     def turn_to_rounds(self) -> None:
         """All steps are rehearsed."""
@@ -230,16 +237,22 @@ class Run:
         return Rounds(self.score, options, self.rehearsal.evaluated, progress, networks, self.crew)
 
     def repeated(self) -> int | None:
-        """The step that the next pass repeats, None: none; the engine stops where the pipeline was interrupted."""
+        """The step that the next pass repeats, with what it draws; None: none is."""
+        if (step := self._next()) is not None:
+            assert self.rehearsal is not None
+            self.rehearsal.draws.put_back(step)
+            self.latest = step
+        return step
+
+    def _next(self) -> int | None:
+        """The step of the next pass; the engine stops where the pipeline was interrupted."""
         if self.rounds is None:
             if self.measuring is not None and (step := self.measuring.repeated()) is not None:
-                self.latest = step
                 return step
             self.rounds = self._begin_rounds()
         if self.rounds.going and self.crew.begin(bool(getattr(self.stage, "_interrupt", False))):
             self.rounds.stop()
-        self.latest = self.rounds.repeated()
-        return self.latest
+        return self.rounds.repeated()
 
     def finish(self) -> None:
         """The engine is done."""
