@@ -44,9 +44,14 @@ def alike(output: Tensor, wanted: Tensor, rounding: float = ROUNDING) -> bool:
 
 
 def _unchanged(value: Any, known: Any) -> bool:  # noqa: ANN401 - any argument
-    """Whether an argument is what it was, up to rounding; of objects nobody knows."""
+    """Whether an argument is what it was, up to rounding; of objects nobody knows.
+
+    NaN says nothing: it is what remains of a state of NaN in whose place something is set by way of factors of 0 and 1.
+    """
     if isinstance(value, Tensor) and isinstance(known, Tensor):
-        return same(value, known) or known.is_floating_point() and alike(value, known, max(ROUNDING, unit(known)))
+        if not known.is_floating_point() or value.shape != known.shape:
+            return same(value, known)
+        return alike(torch.where(value.isnan(), known, value), known, max(ROUNDING, unit(known)))
     return not is_number(known) or same(value, known)
 
 
