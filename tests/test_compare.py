@@ -91,10 +91,10 @@ def test_a_wrong_option_is_one_line_before_any_work(
 
 @pytest.mark.parametrize("method", ["ode", "sde"])
 def test_figures_are_those_of_the_study(method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(tmp_path, "--method", method) == 0
+    assert run(tmp_path, "--method", method, "--steps", "10") == 0
     text, found = capsys.readouterr().out, figures(tmp_path)
     assert [entry["name"] for entry in found["rivals"]] == list(NAMES)
-    on = prepare(mixture(), SHAPE, method=method, steps=24, seed=3)
+    on = prepare(mixture(), SHAPE, method=method, steps=10, seed=3)
     for result, entry in zip(study(on, chosen(None), (5e-2, 1e-2)), found["rivals"], strict=True):
         assert entry["reason"] == result.reason
         # The same deterministic computation twice; seconds are not.
@@ -122,7 +122,7 @@ def test_figures_are_those_of_the_study(method: str, tmp_path: Path, capsys: pyt
             assert start[0] == ("-" if first is None else str(first.rounds))
             assert start[1] == ("-" if first is None else f"{first.evaluations:.0f}")
     sequential = found["rivals"][0]["runs"][0]
-    assert (sequential["rounds"], sequential["evaluations"], sequential["worst"]) == (24, 24, 0)
+    assert (sequential["rounds"], sequential["evaluations"], sequential["worst"]) == (10, 10, 0)
 
 
 def test_a_rival_that_cannot_run_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -277,7 +277,7 @@ def test_ctrl_c_before_there_is_anything_to_show(before: int, tmp_path: Path, mo
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("steps", ["2", "3", "5"])
+@pytest.mark.parametrize("steps", ["2", "5"])
 @pytest.mark.parametrize("method", ["ode", "sde"])
 def test_every_rival_takes_the_shortest_grids(method: str, steps: str, tmp_path: Path) -> None:
     with warnings.catch_warnings():
