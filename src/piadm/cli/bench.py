@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +21,7 @@ from piadm.cli.given import Conditions
 from piadm.cli.interrupts import INTERRUPTED, interrupts
 from piadm.cli.model import FASHION, ModelName
 from piadm.cli.numbers import check_seed, check_threads, window_rows, words
+from piadm.cli.written import written
 from piadm.denoiser import Denoiser
 from piadm.problem import Problem, grid_of, make_problem
 from piadm.solution import Solution
@@ -119,11 +120,11 @@ def bench(
     turns and from the same noise, and says in words what comes of it.  Nothing is subtracted from any time.
     """
     try:
-        place = None if device is None else resolve_device(device)
         settings = Settings(
-            model=ModelName(model, shape, place), method=method.value, steps=steps, tol=tol, batch=batch,
-            windows=tuple(window_rows("--windows", word) for word in words(windows)), rows=rows, repeats=repeats,
-            seed=seed, condition=Conditions(condition, batch), threads=threads, json=json, figure=figure,
+            model=ModelName(model, shape, resolve_device(device)), method=method.value, steps=steps, tol=tol,
+            batch=batch, windows=tuple(window_rows("--windows", word) for word in words(windows)), rows=rows,
+            repeats=repeats, seed=seed, condition=Conditions(condition, batch), threads=threads, json=json,
+            figure=figure,
         )  # fmt: skip
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
@@ -200,17 +201,8 @@ def _race(settings: Settings, problem: Problem) -> tuple[list[Lap], bool]:
 
 
 def _report(settings: Settings, problem: Problem, curve: Curve, laps: list[Lap]) -> Report:
-    written = {
-        "model": settings.model.name,
-        "shape": list(settings.model.sample_shape()),
-        "condition": settings.condition.name,
-        "device": str(problem.start.device),
-        "threads": torch.get_num_threads(),
-        "json": None if settings.json is None else str(settings.json),
-        "figure": None if settings.figure is None else str(settings.figure),
-    }
     return Report(
-        settings=asdict(settings) | written,
+        settings=written(settings, problem.start.device),
         versions={"piadm": piadm.__version__, "torch": str(torch.__version__)},
         curve=curve,
         timings=timings(laps, problem.denoiser.rows_per_call),

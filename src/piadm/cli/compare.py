@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated
@@ -20,6 +20,7 @@ from piadm.cli.given import Conditions
 from piadm.cli.interrupts import INTERRUPTED, interrupts
 from piadm.cli.model import FASHION, ModelName
 from piadm.cli.numbers import check_names, check_seed, check_threads, positives, words
+from piadm.cli.written import written
 from piadm.network import network_device
 from piadm.rivals import NAMES, Course, Result, Rival, chosen, prepare, study
 from piadm.solution import RoundInfo
@@ -98,9 +99,8 @@ def compare(
     within the error of the sequential sampler's.  All network calls count, and all of the time.
     """
     try:
-        place = None if device is None else resolve_device(device)
         settings = Settings(
-            model=ModelName(model, shape, place), method=method.value, steps=steps,
+            model=ModelName(model, shape, resolve_device(device)), method=method.value, steps=steps,
             errors=tuple(sorted(set(positives("--errors", errors)), reverse=True)),
             num=num, seed=seed, condition=Conditions(condition, num), max_batch=max_batch, threads=threads,
             only=None if only is None else words(only), out=out, json=json,
@@ -169,17 +169,8 @@ def _study(settings: Settings, course: Course, rivals: tuple[Rival, ...]) -> tup
 
 def _report(settings: Settings, course: Course, results: tuple[Result, ...]) -> Report:
     device = network_device(course.denoiser.network) or course.start.device
-    written = {
-        "model": settings.model.name,
-        "shape": list(settings.model.sample_shape()),
-        "condition": settings.condition.name,
-        "device": str(device),
-        "threads": torch.get_num_threads(),
-        "out": str(settings.out),
-        "json": None if settings.json is None else str(settings.json),
-    }
     return Report(
-        settings=asdict(settings) | written,
+        settings=written(settings, device),
         versions={"piadm": piadm.__version__, "torch": str(torch.__version__)} | _diffusers_version(),
         targets=settings.errors,
         results=results,

@@ -7,12 +7,14 @@ import torch
 from piadm._checks import device_here
 
 
-def resolve_device(name: str) -> str:
-    """Return the torch device that ``--device`` means.
+def resolve_device(name: str | None) -> str | None:
+    """Return the torch device that ``--device`` means; None: the model's own.
 
     Raises:
         ValueError: If there is no such kind of device, or this machine has none that torch can use.
     """
+    if name is None:
+        return None
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +19,7 @@ from piadm.cli.interrupts import INTERRUPTED
 from piadm.cli.model import FASHION, ModelName
 from piadm.cli.numbers import check_seed, check_threads, window_rows
 from piadm.cli.report import Report, RunFigures, Spread, Trace, rms_difference, warnings_of
+from piadm.cli.written import written
 from piadm.network import network_device
 from piadm.solution import Status
 
@@ -156,10 +157,9 @@ def sample(
     on when the same command is started again, on any number of processes.
     """
     try:
-        place = None if device is None else resolve_device(device)
         settings = Settings(
-            model=ModelName(model, shape, place), method=method.value, steps=steps, tol=tol, num=num, seed=seed,
-            condition=Conditions(condition, num), window=window, max_batch=max_batch,
+            model=ModelName(model, shape, resolve_device(device)), method=method.value, steps=steps, tol=tol,
+            num=num, seed=seed, condition=Conditions(condition, num), window=window, max_batch=max_batch,
             threads=threads, reference=reference, out=out, layout=long_run.Layout(shard, batch), json=json,
         )  # fmt: skip
     except ValueError as error:
@@ -230,17 +230,8 @@ def _report(
     target = None
     if sequential is not None:
         runs["sequential"], target = RunFigures.of(sequential), sequential.sample
-    written = {
-        "model": settings.model.name,
-        "shape": list(settings.model.sample_shape()),
-        "condition": settings.condition.name,
-        "device": str(network_device(denoiser.network) or parallel.sample.device),
-        "threads": torch.get_num_threads(),
-        "out": str(settings.out),
-        "json": None if settings.json is None else str(settings.json),
-    }
     return Report(
-        settings=asdict(settings) | written,
+        settings=written(settings, network_device(denoiser.network) or parallel.sample.device),
         counted=settings.model.counted(settings.num),
         versions={"piadm": piadm.__version__, "torch": str(torch.__version__)},
         parallel=runs["parallel"],

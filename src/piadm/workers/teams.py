@@ -101,4 +101,3 @@ class SampleTeam(Team):
 def briefly(samples: Tensor, times: Tensor) -> str:
     """The rows, for a message; only counted where their names would have to be fetched from an accelerator."""
     return f"{len(samples)} rows" if samples.is_cuda or not len(samples) else name_rows(samples, times)
-
